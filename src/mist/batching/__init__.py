@@ -1,0 +1,95 @@
+"""Batching policies: which tasks of a client make up its next step. One file per policy.
+
+A policy decides and reserves KV blocks through `Budget`; it never sees the clock's future, true output lengths or
+other clients. It sees the decode cohort as sums (count, context), since decoding is lazy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from mist.request import Batch, Task, Wait
+
+
+class Queue(Protocol):
+    """A client's tasks that still have tokens to compute."""
+
+    @property
+    def waiting(self) -> Sequence[Task]:
+        """Tasks not yet admitted, first come first; preempted ones are in front."""
+        ...
+
+    @property
+    def prefilling(self) -> Sequence[Task]:
+        """Admitted tasks with tokens left to compute, in order of admission."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of waiting tasks."""
+        ...
+
+
+class CohortView(Protocol):
+    """The sequences that are decoding on this client, as sums."""
+
+    count: int
+    sum_context: int
+
+
+class Budget(Protocol):
+    """The client's KV blocks and sequence slots; reserving through it is all that a policy may change."""
+
+    @property
+    def num_running(self) -> int:
+        """Admitted tasks, prefilling and decoding."""
+        ...
+
+    @property
+    def num_available_blocks(self) -> int:
+        """Blocks that are free or hold unreferenced cached content."""
+        ...
+
+    def grow_decodes(self) -> int:
+        """Reserve one more token for every decode, preempting from the running tail if blocks run out.
+
+        Returns the number of tasks preempted (they are waiting again, in front).
+        """
+        ...
+
+    def grow(self, task: Task, num_tokens: int) -> bool:
+        """Reserve blocks for `num_tokens` more of an admitted task, preempting from the tail; False if it had to go."""
+        ...
+
+    def admit(self, task: Task, max_tokens: int, *, whole: bool = False) -> int:
+        """Admit a waiting task: look up its prefix, reserve its first chunk, and move it to the running tasks.
+
+        Returns the tokens of the chunk (at most `max_tokens`; with `whole` all that remains or nothing), 0 if blocks
+        or budget don't suffice (nothing has then changed).
+        """
+        ...
+
+
+class BatchingPolicy(Protocol):
+    """Registered under the kind `batching`; a dataclass whose fields are its parameters."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    def next_batch(self, queue: Queue, cohort: CohortView, budget: Budget, now: int) -> Batch | Wait:
+        """The next step's batch at time `now` (ns), or `Wait`."""
+        ...
+
+
+def admit_whole(queue: Queue, budget: Budget, max_num_seqs: int, max_tokens: int) -> list[tuple[Task, int]]:
+    """Admit waiting tasks, first come first served, each whole, within `max_tokens`; a longer prompt runs alone."""
+    chunks: list[tuple[Task, int]] = []
+    tokens = max_tokens
+    while queue.waiting and budget.num_running < max_num_seqs:
+        task = queue.waiting[0]
+        chunk = budget.admit(task, tokens if chunks else max(tokens, task.remaining_tokens), whole=True)
+        if not chunk:
+            break
+        chunks.append((task, chunk))
+        tokens -= chunk
+    return chunks

@@ -1,0 +1,35 @@
+"""Static batching: admit only when nothing runs, then decode the whole batch until its last sequence ends.
+
+The batch is formed from whatever waits at that moment; later arrivals wait for the next one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mist.batching import Budget, CohortView, Queue, admit_whole
+from mist.registry import register
+from mist.request import Batch, Wait
+
+
+@register("batching", "static")
+@dataclass
+class Static:
+    """Batches of at most `max_num_seqs` sequences; `max_num_batched_tokens` bounds the prompts of one batch."""
+
+    max_num_batched_tokens: int = 16_384
+    max_num_seqs: int = 32
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1 or self.max_num_batched_tokens < 1:
+            raise ValueError("max_num_seqs and max_num_batched_tokens must be at least 1")
+
+    def next_batch(self, queue: Queue, cohort: CohortView, budget: Budget, now: int) -> Batch | Wait:
+        if not budget.num_running:
+            chunks = admit_whole(queue, budget, self.max_num_seqs, self.max_num_batched_tokens)
+            if chunks:
+                return Batch(chunks, decode=False)
+        if cohort.count:
+            budget.grow_decodes()
+            return Batch([], decode=True)
+        return Wait()

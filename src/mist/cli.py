@@ -1,0 +1,285 @@
+"""The command `mist`: run, check, schema and list, each a few lines around the library.
+
+The outermost layer: options become overrides of the scenario, errors become exit codes (2 the user's files, 3 a broken
+law, 130 interrupted). It computes nothing, prints results to stdout only, and imports the simulator only to use it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mist import __version__
+
+if TYPE_CHECKING:
+    from mist.errors import Problem
+    from mist.scenario import Scenario
+    from mist.scenario.result import Result
+
+Progress = Callable[[int, int], None]
+
+
+class _Commands(click.Group):
+    """Turns errors into messages on stderr and exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from mist.errors import InvariantError, ScenarioError
+
+        try:
+            return super().invoke(ctx)
+        except ScenarioError as error:
+            _tell(error.problems)
+            raise click.exceptions.Exit(2) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            click.secho(f"{error.filename or 'mist'}: {error.strerror or error}", fg="red", err=True)
+            raise click.exceptions.Exit(2) from None
+        except InvariantError as error:
+            click.secho(f"a law of the simulation broke, which is a bug: {error}", fg="red", err=True)
+            raise click.exceptions.Exit(3) from None
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            raise click.exceptions.Exit(130) from None
+
+
+@click.group("mist", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="mist")
+def main() -> None:
+    """Simulate an LLM deployment: what would it do under this load?
+
+    \b
+    A scenario is one YAML file:
+        workload:
+          arrivals: {poisson: {rate_per_s: 4}}
+          num_requests: 2000
+          lengths: azure-conversation
+        clients:
+          gpu: {device: h100-sxm, model: llama-3.1-8b, engine: vllm-0.10}
+
+    \b
+    Then
+        mist run scenario.yaml                          latencies, throughput, load
+        mist run scenario.yaml --set clients.gpu.tp=2   the same on two devices each
+        mist check scenario.yaml                        is it right, and does it fit?
+        mist list devices                               what can be named
+    """
+
+
+def _scenario_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = (
+        click.argument("scenario", type=click.Path(path_type=Path)),
+        click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Change one value; may be repeated."),
+        click.option("--seed", type=int, help="Draw everything from this seed."),
+        click.option("--warmup", type=float, metavar="S", help="Leave the first seconds out of the metrics."),
+        click.option("--window", metavar="A:B", help="Measure only requests that arrive from A to B seconds."),
+        click.option("--limit", type=int, metavar="N", help="Only the first N requests."),
+        click.option("--rate-scale", type=float, metavar="X", help="Arrivals X times as fast."),
+        click.option(
+            "--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@_scenario_options
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON document.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Write summary, tables and scenario here.")
+@click.option("--overwrite", is_flag=True, help="Let --out and --trace replace what is there.")
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
+              help="Write a timeline for ui.perfetto.dev, such as out.json.gz.")  # fmt: skip
+@click.option("--check", is_flag=True, help="Recount every conservation law while running (slower).")
+def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, check: bool, **options: Any) -> None:
+    """Simulate SCENARIO and print what came out.
+
+    \b
+    Examples:
+        mist run scenario.yaml
+        mist run scenario.yaml --rate-scale 2 --json > summary.json
+        mist run scenario.yaml --set clients.gpu.count=4 --set routing=round_robin
+        mist run scenario.yaml --set 'workload.input_tokens={lognormal: {mean: 1155, cv: 0.9}}'
+        mist run scenario.yaml --out out/first --trace out/first.json.gz
+    """
+    scenario = _load(**options)
+    _check_outputs(out, trace, overwrite)
+    from mist.scenario.build import run as run_scenario
+
+    with _progress_bar() as progress:
+        result = run_scenario(scenario, check=check, progress=progress)
+    if out is not None:
+        result.write(out, overwrite=overwrite)
+    if trace is not None:
+        from mist.report.timeline import write_timeline
+
+        write_timeline(result, trace)
+    _print_result(result, as_json)
+
+
+@main.command()
+@_scenario_options
+@click.option("--resolved", is_flag=True, help="Print the whole scenario as YAML, with every default.")
+def check(resolved: bool, **options: Any) -> None:
+    """Validate SCENARIO without running it, and print what it comes to.
+
+    All problems are listed at once, each with its line and a remedy.
+
+    \b
+    Examples:
+        mist check scenario.yaml
+        mist check scenario.yaml --set clients.gpu.weights_dtype=fp8
+        mist check scenario.yaml --resolved > whole.yaml
+    """
+    scenario = _load(**options)
+    if resolved:
+        click.echo(scenario.to_yaml(), nl=False)
+        return
+    click.echo(f"{scenario.name}: fine")
+    click.echo(f"  pipeline {' -> '.join(scenario.stages)}, seed {scenario.seed}")
+    for name, client in scenario.clients.items():
+        devices = f"{client.count} x {client.tp} {client.device.name}"
+        click.echo(f"  {name}: {devices}, {client.model.name} in {client.weights_dtype}, {client.engine.name}")
+        batching = ", ".join(f"{key} {value}" for key, value in client.batching.params.items())
+        click.echo(f"    batching {client.batching.name}: {batching}")
+        blocks = client.kv_cache.num_blocks
+        given = f"{blocks:,} blocks of {client.kv_cache.block_size} as given" if blocks else client.kv_capacity()
+        click.echo(f"    KV in {client.kv_dtype}: {given}")
+
+
+@main.command()
+@click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")
+def schema(plugins: tuple[str, ...]) -> None:
+    """Print the JSON Schema of scenarios, for editors.
+
+    \b
+    Examples:
+        mist schema > mist.schema.json
+        # and as the first line of a scenario, for the YAML language server:
+        # yaml-language-server: $schema=mist.schema.json
+    """
+    _load_plugins(plugins)
+    from mist.scenario.schema import json_schema
+
+    _print_json(json_schema())
+
+
+@main.command("list")
+@click.argument("what", type=click.Choice(["devices", "models", "engines", "policies", "workloads", "pipelines"]))
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+@click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")
+def list_names(what: str, as_json: bool, plugins: tuple[str, ...]) -> None:
+    """List the names that a scenario can use.
+
+    \b
+    Examples:
+        mist list devices
+        mist list policies --json
+    """
+    _load_plugins(plugins)
+    from mist.scenario.listing import rows
+
+    found = rows(what)
+    if as_json:
+        _print_json(found)
+    else:
+        click.echo(_table(found))
+
+
+def _load(
+    scenario: Path,
+    sets: tuple[str, ...],
+    plugins: tuple[str, ...],
+    seed: int | None,
+    warmup: float | None,
+    window: str | None,
+    limit: int | None,
+    rate_scale: float | None,
+) -> Scenario:
+    _load_plugins(plugins)
+    from mist.scenario import load
+
+    options = {"seed": seed, "warmup_s": warmup, "window_s": window, "workload.limit": limit,
+               "workload.rate_scale": rate_scale}  # fmt: skip
+    return load(scenario, sets, **{path: value for path, value in options.items() if value is not None})
+
+
+def _load_plugins(plugins: Iterable[str]) -> None:
+    from mist import registry
+
+    registry.load_plugins()
+    for plugin in plugins:
+        registry.load_plugin_file(plugin)
+
+
+def _check_outputs(out: Path | None, trace: Path | None, overwrite: bool) -> None:
+    """Refuse, before anything runs, to write where results can't go."""
+    from mist.errors import Problem, ScenarioError
+    from mist.scenario.result import check_output_folder
+
+    if out is not None:
+        check_output_folder(out, overwrite=overwrite)
+    if trace is None:
+        return
+    if trace.exists() and not (overwrite and trace.is_file()):
+        raise ScenarioError(Problem(f"{trace} is there already", hint="name another file, or give --overwrite"))
+    if not trace.parent.is_dir() and trace.parent != out:
+        raise ScenarioError(Problem(f"there is no folder {trace.parent} for the timeline", hint="make it first"))
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress | None]:
+    """A bar of finished requests on stderr while the run lasts; None unless stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("requests", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_result(result: Result, as_json: bool) -> None:
+    if as_json:
+        click.echo(result.to_json(), nl=False)
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(result)
+    else:
+        click.echo(str(result))
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal keys as text in columns; numbers are right-aligned."""
+    if not rows:
+        return ""
+    columns = [[key, *("" if row[key] is None else str(row[key]) for row in rows)] for key in rows[0]]
+    aligned = []
+    for key, column in zip(rows[0], columns, strict=True):
+        width = max(map(len, column))
+        right = any(isinstance(row[key], int | float) for row in rows)
+        aligned.append([text.rjust(width) if right else text.ljust(width) for text in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
+
+
+def _tell(problems: Iterable[Problem]) -> None:
+    for problem in problems:
+        message, _, hint = str(problem).partition("\n")
+        click.secho(message, fg="red", err=True)
+        if hint:
+            click.echo(hint, err=True)

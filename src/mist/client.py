@@ -1,0 +1,282 @@
+"""The client: one loop for every kind of server. Ask the policy for a batch, the performance model how long it takes,
+come back then, and update the tasks.
+
+A client differs from another only in the three parts it is given: a batching policy, a performance model and a memory.
+It never chooses another client and never reads a workload.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from mist.batching import BatchingPolicy
+from mist.engine import EngineProfile
+from mist.errors import InvariantError
+from mist.kernel import Kernel
+from mist.memory.kv_cache import KVCache
+from mist.perf import PerfModel
+from mist.records import CUT, DONE, PREEMPTED, Records
+from mist.request import Batch, ClientView, StageResult, Step, Task, Wait
+from mist.residents import Residents
+
+
+class Next(Protocol):
+    """What a client tells its coordinator."""
+
+    def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Task | None:
+        """`task` is done; the task that continues right here with its KV cache (a decode), or None."""
+        ...
+
+    def rejected(self, task: Task, client: Client, reason: str, now: int) -> None: ...
+
+
+class Watcher(Protocol):
+    """A ledger's view of a client's life; every call comes before the client acts on what it says."""
+
+    def step_started(self, client: Client, step: Step, device_ns: int, now: int) -> None: ...
+
+    def step_finished(self, client: Client, now: int) -> None: ...
+
+    def idles(self, client: Client, wait: Wait, now: int) -> None: ...
+
+
+class Client:
+    """One server: an engine replica on its devices.
+
+    `emits`: whether the end of a task here can reach another client; set by the coordinator. `serves`: the stage kinds
+    that it takes. A step lasts max(host, device) with an overlapped engine, else host + device time.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        *,
+        serves: tuple[str, ...],
+        batching: BatchingPolicy,
+        perf: PerfModel,
+        kv: KVCache,
+        engine: EngineProfile,
+        max_model_len: int,
+        kernel: Kernel,
+        records: Records,
+    ) -> None:
+        self.index = index
+        self.name = name
+        self.serves = serves
+        self.batching = batching
+        self.perf = perf
+        self.engine = engine
+        self.max_model_len = max_model_len
+        self.kernel = kernel
+        self.coordinator: Next
+        self.watcher: Watcher | None = None
+        self.emits = True
+        self.woken = False
+        self.residents = Residents(kv, self._preempted)
+        self.view = ClientView(index, name, kv_blocks=kv.num_blocks)
+        self.now = 0
+        self.idle = True
+        self.step = Step()
+        self._chunks: list[tuple[Task, int]] = []
+        self._step_row = (0, 0)
+        self._append_step = records.steps.append
+        self._append_task = records.tasks.append
+        self._stage_kind = {kind: i for i, kind in enumerate(records.stage_kinds)}
+        self._step_ns = engine.step_overhead_ns
+        self._token_ns = engine.token_overhead_ns
+
+    # --- tasks come in ---
+
+    def accept(self, task: Task, now: int) -> None:
+        """Take a task over; it waits once the engine's front end has let it in, or is rejected with the reason."""
+        reason = self._never_fits(task)
+        if reason:
+            self.coordinator.rejected(task, self, reason, now)
+            return
+        self.view.num_outstanding += 1
+        if self.engine.request_overhead_ns:
+            self.kernel.at(now + self.engine.request_overhead_ns, self._enqueue, task)
+        else:
+            self._enqueue(task, now)
+
+    def _enqueue(self, task: Task, now: int) -> None:
+        self.residents.enqueue(task)
+        if self.idle:
+            self.kernel.wake(self)
+
+    def _never_fits(self, task: Task) -> str:
+        # The client generates, so it may compare the true length with its memory, as an engine does with max_tokens.
+        tokens = task.target_tokens + max(0, task.request.oracle_output_tokens - 1)
+        kv = self.residents.kv
+        if tokens > self.max_model_len:
+            return f"{tokens} tokens exceed max_model_len {self.max_model_len} of {self.name}"
+        if kv.blocks_for(tokens) + kv.watermark_blocks > kv.num_blocks:
+            capacity = (kv.num_blocks - kv.watermark_blocks) * kv.block_size
+            return f"{tokens} tokens exceed the KV cache of {self.name} ({capacity} tokens)"
+        return ""
+
+    def refresh_view(self) -> ClientView:
+        """The router's view of this client, brought up to date."""
+        view, residents = self.view, self.residents
+        view.num_waiting = len(residents.waiting)
+        view.num_running = len(residents.running)
+        view.pending_prefill_tokens = residents.pending_tokens
+        view.decode_context = residents.cohort.sum_context
+        view.kv_blocks_used = residents.kv.used
+        return view
+
+    # --- the loop ---
+
+    def start_step(self, now: int) -> None:
+        """Start the next step at `now`; run ahead of the clock while nothing can reach this client."""
+        residents, kernel = self.residents, self.kernel
+        self.idle = False
+        while True:
+            self.now = now
+            batch = self.batching.next_batch(residents, residents.cohort, residents, now)
+            if isinstance(batch, Wait):
+                self._go_idle(batch, now)
+                return
+            end = now + self._step_duration(batch, now)
+            if end >= kernel.horizon() or (self.emits and self._ends_a_task()):
+                kernel.step_ends(self, end)
+                return
+            self.finish_step(end)
+            now = end
+
+    def finish_step(self, now: int) -> None:
+        """The step in flight ends at `now`: its tokens exist, tasks move on."""
+        step, residents = self.step, self.residents
+        start, kv_used = self._step_row
+        self._append_step(
+            (self.index, start, now, len(step.chunks), step.num_prefill_tokens, step.num_decodes,
+             step.decode_context, kv_used, len(residents.waiting))
+        )  # fmt: skip
+        if self.watcher is not None:
+            self.watcher.step_finished(self, now)
+        if step.num_decodes:
+            finished = residents.decode_step_done()
+            if finished is not None:
+                for task in finished:
+                    self._decode_done(task, now)
+        if self._chunks:
+            chunks, self._chunks = self._chunks, []
+            residents.chunks_done()
+            for task, num_tokens in chunks:
+                if residents.computed(task, num_tokens):
+                    self._target_reached(task, now)
+
+    def _step_duration(self, batch: Batch, now: int) -> int:
+        """Turn the batch into the step in flight; its duration in ns."""
+        step, residents = self.step, self.residents
+        cohort = residents.cohort
+        num_decodes = cohort.count if batch.decode else 0
+        step.num_decodes = step.num_sampled = num_decodes
+        step.decode_context = cohort.sum_context + num_decodes if num_decodes else 0
+        step.num_prefill_tokens = 0
+        self._chunks = batch.chunks
+        if batch.chunks or step.chunks:
+            self._fill_chunks(batch.chunks, now)
+        if not num_decodes and not batch.chunks:
+            raise InvariantError(f"{type(self.batching).__name__} returned an empty batch for {self.name} at {now} ns")
+        device = self.perf.step_time(step)
+        host = self._step_ns + self._token_ns * step.num_sampled
+        kv = residents.kv
+        self._step_row = (now, kv.num_blocks - kv.free - kv.cached)
+        if self.watcher is not None:
+            self.watcher.step_started(self, step, device, now)
+        return max(1, host, device) if self.engine.overlapped else max(1, host + device)
+
+    def _fill_chunks(self, chunks: list[tuple[Task, int]], now: int) -> None:
+        step = self.step
+        step.chunks = [(num_tokens, task.computed_tokens) for task, num_tokens in chunks]
+        for task, num_tokens in chunks:
+            step.num_prefill_tokens += num_tokens
+            if task.started_ns < 0:
+                task.started_ns = now
+            if task.computed_tokens + num_tokens == task.target_tokens:
+                step.num_sampled += 1
+
+    def _ends_a_task(self) -> bool:
+        cohort = self.residents.cohort
+        if self.step.num_decodes and cohort.step + 1 in cohort.calendar:
+            return True
+        return any(task.computed_tokens + n == task.target_tokens for task, n in self._chunks)
+
+    def _go_idle(self, wait: Wait, now: int) -> None:
+        self.idle = True
+        if self.watcher is not None:
+            self.watcher.idles(self, wait, now)
+        if wait.until_ns is not None:
+            self.kernel.at(wait.until_ns, self._timer, None)
+
+    def _timer(self, _: None, now: int) -> None:
+        if self.idle:
+            self.kernel.wake(self)
+
+    # --- tasks move on ---
+
+    def _target_reached(self, task: Task, now: int) -> None:
+        """All of a task's target is computed: a decode has sampled one token and goes on, anything else is done."""
+        if task.is_decode:
+            self._join(task, now)
+            return
+        self._record_segment(task, now, DONE)
+        result = StageResult(task.started_ns, now)
+        following = self.coordinator.stage_done(task, result, self, now)
+        if following is None:
+            self.residents.leave(task, task.computed_tokens)
+            self.view.num_outstanding -= 1
+        else:
+            self.residents.follow(task, following)
+            following.started_ns = now
+            self._join(following, now)
+
+    def _join(self, task: Task, now: int) -> None:
+        """A decode whose context is computed emits a token now, and the rest with the cohort's next steps."""
+        task.joined_ns = now
+        task.generated_tokens += 1
+        num_steps = task.stage.oracle_output_tokens - task.generated_tokens
+        cohort = self.residents.cohort
+        if num_steps:
+            cohort.join(task, num_steps)
+        else:
+            task.join_step = cohort.step
+            self._decode_done(task, now)
+
+    def _decode_done(self, task: Task, now: int) -> None:
+        cohort = self.residents.cohort
+        task.generated_tokens += cohort.step - task.join_step
+        context = cohort.context(task)
+        self._record_segment(task, now, DONE)
+        self.residents.leave(task, context)
+        self.view.num_outstanding -= 1
+        result = StageResult(task.started_ns, now, task.generated_tokens)
+        self.coordinator.stage_done(task, result, self, now)
+
+    def _preempted(self, task: Task) -> None:
+        """`task` is about to lose its place and its blocks: close its segment and open the next."""
+        self._record_segment(task, self.now, PREEMPTED)
+        task.queued_ns = self.now
+        task.started_ns = task.joined_ns = -1
+        task.cached_tokens = task.inherited_tokens = 0
+
+    def cut(self, now: int) -> list[Task]:
+        """The simulation stops at `now`: close the segments of all tasks here, and return these tasks."""
+        residents = self.residents
+        tasks = [*residents.running.values(), *residents.waiting]
+        for task in tasks:
+            self._record_segment(task, now, CUT)
+            if task.join_step >= 0:
+                task.generated_tokens += residents.cohort.step - task.join_step
+        return tasks
+
+    def _record_segment(self, task: Task, now: int, how: int) -> None:
+        computed = task.computed_tokens - task.cached_tokens - task.inherited_tokens
+        last_step = self.residents.cohort.step if task.join_step >= 0 else -1
+        self._append_task(
+            (task.request.index, task.stage_index, self._stage_kind[task.stage.kind], self.index,
+             task.queued_ns, task.started_ns, task.joined_ns, now, how,
+             computed, task.cached_tokens, task.join_step, last_step)
+        )  # fmt: skip

@@ -1,0 +1,80 @@
+"""The decode cohort: sequences that gain one token per decode step of their client, kept as sums.
+
+Decoding is lazy: a sequence's progress is a function of the cohort's step counter, so a step costs O(finishes), not
+O(batch). It never allocates memory and never decides anything.
+"""
+
+from __future__ import annotations
+
+from mist.request import Task
+
+
+class Cohort:
+    """Decoding sequences of one client: a step counter, sums, and a calendar of last tokens.
+
+    `step`: decode steps completed. `count`: sequences. `sum_context`: tokens in their KV caches. `calendar`: step ->
+    the tasks whose last token that step generates. A sequence that joined at step j with context c holds c + step - j
+    tokens, so the sequences whose last block is full are those with (c - j) = -step modulo the block size: `boundary`
+    counts the sequences by (c - j) modulo the block size.
+    """
+
+    __slots__ = ("block_size", "boundary", "calendar", "count", "step", "sum_context")
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.step = 0
+        self.count = 0
+        self.sum_context = 0
+        self.calendar: dict[int, list[Task]] = {}
+        self.boundary = [0] * block_size
+
+    def context(self, task: Task) -> int:
+        """Tokens that `task` holds in the KV cache after the steps completed so far."""
+        return task.target_tokens + self.step - task.join_step
+
+    def num_new_blocks(self) -> int:
+        """Sequences whose next token opens a new block."""
+        return self.boundary[-self.step % self.block_size]
+
+    def join(self, task: Task, num_steps: int) -> None:
+        """Add a fully computed task that has `num_steps` >= 1 decode steps to go."""
+        context = task.target_tokens
+        task.join_step = self.step
+        task.finish_step = finish = self.step + num_steps
+        self.count += 1
+        self.sum_context += context
+        self.boundary[(context - self.step) % self.block_size] += 1
+        finishing = self.calendar.get(finish)
+        if finishing is None:
+            self.calendar[finish] = [task]
+        else:
+            finishing.append(task)
+
+    def advance(self) -> list[Task] | None:
+        """Complete one decode step of everybody; the tasks that generated their last token, by admission, or None."""
+        self.step += 1
+        self.sum_context += self.count
+        finishing = self.calendar.pop(self.step, None)
+        if finishing is not None:
+            if len(finishing) > 1:
+                finishing.sort(key=_by_admission)
+            for task in finishing:
+                self._drop(task)
+        return finishing
+
+    def leave(self, task: Task) -> None:
+        """Take out a task before its last token."""
+        finishing = self.calendar[task.finish_step]
+        finishing.remove(task)
+        if not finishing:
+            del self.calendar[task.finish_step]
+        self._drop(task)
+
+    def _drop(self, task: Task) -> None:
+        self.count -= 1
+        self.sum_context -= task.target_tokens + self.step - task.join_step
+        self.boundary[(task.target_tokens - task.join_step) % self.block_size] -= 1
+
+
+def _by_admission(task: Task) -> int:
+    return task.admission

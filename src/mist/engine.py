@@ -1,0 +1,168 @@
+"""Engine profiles: what a serving engine adds to the device's time, its default limits, and its KV capacity rule.
+
+The client adds a profile's host overheads to the time of a step; the scenario takes defaults and the number of KV
+blocks from here. A profile never schedules, and its figures belong to an engine version, not to a device or model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mist.hardware import Device, MappingReader, Platform
+from mist.model import ACTIVATION_BYTES, ModelSpec
+from mist.units import GIB
+
+
+@dataclass(frozen=True, slots=True)
+class KVCapacity:
+    """Where the memory of one device goes, in bytes, and the KV blocks that fit into the rest (0 if none does)."""
+
+    memory_bytes: int
+    gpu_memory_utilization: float
+    weight_bytes: int
+    activation_bytes: int
+    overhead_bytes: int
+    block_bytes: int
+    block_size: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """What is left for KV; negative where weights and activations alone don't fit."""
+        budget = int(self.gpu_memory_utilization * self.memory_bytes)
+        return budget - self.weight_bytes - self.activation_bytes - self.overhead_bytes
+
+    @property
+    def num_blocks(self) -> int:
+        return max(0, self.kv_bytes // self.block_bytes)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def missing_bytes(self) -> int:
+        """By how much memory a single block fails to fit; 0 where one fits."""
+        return max(0, self.block_bytes - self.kv_bytes)
+
+    def __str__(self) -> str:
+        terms = (
+            f"{self.gpu_memory_utilization:g} x {self.memory_bytes / GIB:.1f} GiB"
+            f" - weights {self.weight_bytes / GIB:.2f} - activations {self.activation_bytes / GIB:.2f}"
+            f" - overhead {self.overhead_bytes / GIB:.2f} = {self.kv_bytes / GIB:.2f} GiB per device"
+        )
+        if self.missing_bytes:
+            return f"{terms}: does not fit, {self.missing_bytes / GIB:.2f} GiB are missing"
+        return f"{terms}: {self.num_blocks:,} blocks of {self.block_size}, {self.num_tokens:,} tokens of KV"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProfile:
+    """An engine version: host time, defaults of its limits, memory rule. `sources` says where each figure is from.
+
+    Host time: `step_overhead_ns` per step, `token_overhead_ns` per sampled row of it, `request_overhead_ns` before a
+    request joins the queue; `overlapped` engines prepare a step while the device runs the one before, so that a step
+    takes the longer of the two rather than their sum.
+    Limits: `large_device_*` replace the defaults on devices of `large_device_bytes` and more, but not on
+    `small_devices`; with `fit_whole_prompts` a step may always hold a prompt of the model's longest context.
+    Memory: `overhead_bytes` for what is neither weights nor activations (context, communicators, graphs).
+    """
+
+    name: str
+    engine: str = ""
+    era: str = ""
+    step_overhead_ns: int = 0
+    token_overhead_ns: int = 0
+    request_overhead_ns: int = 0
+    overlapped: bool = False
+    batching: str = "chunked"
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    large_device_bytes: int = 0
+    large_device_max_num_seqs: int = 0
+    large_device_max_num_batched_tokens: int = 0
+    small_devices: tuple[str, ...] = ()
+    fit_whole_prompts: bool = False
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = False
+    block_size: int = 16
+    watermark: float = 0.0
+    overhead_bytes: int = 0
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def limits_for(self, device: Device, model: ModelSpec) -> tuple[int, int]:
+        """The engine's default (max_num_seqs, max_num_batched_tokens) for `model` on `device`."""
+        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        is_small = any(device.name.startswith(prefix) for prefix in self.small_devices)
+        if self.large_device_bytes and device.memory_bytes >= self.large_device_bytes and not is_small:
+            seqs, tokens = self.large_device_max_num_seqs, self.large_device_max_num_batched_tokens
+        return seqs, max(tokens, model.max_context) if self.fit_whole_prompts else tokens
+
+    def kv_blocks(
+        self,
+        model: ModelSpec,
+        platform: Platform,
+        weights_dtype: str,
+        kv_dtype: str,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        *,
+        gpu_memory_utilization: float | None = None,
+        block_size: int | None = None,
+    ) -> KVCapacity:
+        """The KV cache that vLLM's rule leaves per device; every rank holds as many blocks.
+
+        utilization x memory - weights of the shard - activations of the largest step - overhead, in blocks of
+        `block_size` tokens. A result with `num_blocks` 0 says by how much it doesn't fit.
+        """
+        size = block_size or self.block_size
+        return KVCapacity(
+            memory_bytes=platform.device.memory_bytes,
+            gpu_memory_utilization=gpu_memory_utilization or self.gpu_memory_utilization,
+            weight_bytes=model.weight_bytes(weights_dtype, platform.tp),
+            activation_bytes=activation_bytes(model, platform.tp, max_num_batched_tokens, max_num_seqs),
+            overhead_bytes=self.overhead_bytes,
+            block_bytes=size * model.kv_bytes_per_token_per_device(kv_dtype, platform.tp),
+            block_size=size,
+        )
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> EngineProfile:
+        """A profile from a catalogue file or a user's YAML; keys are the fields, quantities may carry units.
+
+        ScenarioError lists every key that is unknown, missing or out of range.
+        """
+        kinds = {f.name: f.type for f in fields(cls)}
+        reader = MappingReader(data, set(kinds), required=("name",))
+        values: dict[str, Any] = {}
+        for key in data.keys() & kinds.keys():
+            if kinds[key] in ("int", "float"):
+                values[key] = reader.quantity(key)
+            elif kinds[key] == "bool":
+                values[key] = data[key]
+                if not isinstance(data[key], bool):
+                    reader.problem(key, f"must be true or false, not {data[key]!r}")
+            else:
+                values[key] = data[key] if isinstance(data[key], Mapping) else str(data[key] or "")
+        values["small_devices"] = tuple(map(str, data.get("small_devices") or ()))
+        for key in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if values.get(key) == 0:
+                reader.problem(key, "must be at least 1")
+        if not 0 < (values.get("gpu_memory_utilization", 0.9) or 0) <= 1:
+            reader.problem("gpu_memory_utilization", "must be above 0 and at most 1")
+        reader.finish()
+        return cls(**values)
+
+
+def activation_bytes(model: ModelSpec, tp: int, max_num_batched_tokens: int, max_num_seqs: int) -> int:
+    """Peak memory of a step's activations on one of `tp` ranks: an estimate, not a measurement.
+
+    The larger of a layer at its widest (residual, hidden and the FFN's inputs and output, 16 bits) and the classifier
+    (a row of 16-bit logits and its 32-bit copy for each sequence).
+    """
+    hidden = model.hidden_size
+    widest = max((g.num_up_matrices + 1) * g.ffn_size // tp for g in model.layers)
+    layer = max_num_batched_tokens * (2 * hidden + widest) * ACTIVATION_BYTES
+    classifier = max_num_seqs * model.vocab_size * (ACTIVATION_BYTES + 4) + max_num_batched_tokens * 2 * hidden
+    return round(max(layer, classifier))

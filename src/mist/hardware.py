@@ -1,0 +1,226 @@
+"""Hardware as values: a `Device` with its data-sheet peaks and measured efficiencies, and a `Platform` of several.
+
+Performance models divide the work of a step by these rates; the KV capacity rule reads the memory. Nothing here opens a
+file or knows of models and requests: catalogues and users' own devices arrive as mappings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mist.errors import Problem, ScenarioError, nearest
+from mist.model import DTYPE_BYTES
+from mist.units import GB, parse_bytes, parse_bytes_per_s, parse_time_ns
+
+#: Classes of operators that share an efficiency: `gemm` is the compute-bound and `gemm_memory` the weight-bound side.
+OPERATOR_CLASSES = ("gemm", "gemm_memory", "attention_prefill", "attention_decode", "elementwise", "allreduce")
+
+#: Fractions of peak for a device of which nothing is measured: rounded medians over H100, H200, A100 and L40S.
+GENERIC_EFFICIENCY = {
+    "gemm": 0.8, "gemm_fp8": 0.5, "gemm_memory": 0.8, "attention_prefill": 0.6, "attention_decode": 0.85,
+    "elementwise": 0.5, "allreduce": 0.6,
+}  # fmt: skip
+GENERIC_LAUNCH_NS = {
+    "gemm": 3_100, "gemm_fp8": 6_800, "attention_prefill": 14_500, "attention_decode": 12_000, "elementwise": 2_000,
+    "allreduce": 2_100,
+}  # fmt: skip
+GENERIC_RAMP_TOKENS = 360.0
+GENERIC_LINK_LATENCY_NS = 2_000
+GENERIC_LINK_BYTES_PER_S = 32.0 * GB  # PCIe 4.0 x16, one direction
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator or CPU socket. Rates are data-sheet peaks per device; `efficiency` says what kernels reach.
+
+    `peak_flop_per_s`: dense FLOP/s by dtype (`bf16` always there; it stands for `fp16` too).
+    `link_bytes_per_s`: scale-up link in total, per direction; `scale_up_domain`: devices that it joins; `switched`:
+    every pair talks at full rate (NVSwitch, full mesh), so that small all-reduces need no ring.
+    `efficiency`: fraction of peak by operator class; a key with a suffix (`gemm_fp8`, `attention_decode_fp8`,
+    `allreduce_8` for eight ranks) overrides its class there. `kernel_launch_ns`: fixed time of a kernel, same keys.
+    `attention_ramp_tokens`: context tokens that every new token costs in prefill attention on top of its true context
+    (tiles that are filled in vain, reading the query, writing the output).
+    `sources`: where each figure comes from; `unverified` where only one weak source gives it.
+    """
+
+    name: str
+    peak_flop_per_s: Mapping[str, float]
+    memory_bytes: int
+    memory_bytes_per_s: float
+    aliases: tuple[str, ...] = ()
+    link_bytes_per_s: float = GENERIC_LINK_BYTES_PER_S
+    link_latency_ns: int = GENERIC_LINK_LATENCY_NS
+    scale_up_domain: int = 8
+    switched: bool = False
+    tdp_w: float | None = None
+    efficiency: Mapping[str, float] = field(default_factory=dict)
+    kernel_launch_ns: Mapping[str, float] = field(default_factory=dict)
+    attention_ramp_tokens: float = GENERIC_RAMP_TOKENS
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def compute_dtype(self, weights_dtype: str) -> str:
+        """The dtype in which GEMMs with such weights run: their own where the device has it, else bf16."""
+        return weights_dtype if weights_dtype in self.peak_flop_per_s else "bf16"
+
+    def peak(self, dtype: str) -> float:
+        """Data-sheet FLOP/s in `dtype`, or in bf16 where the device has no such units."""
+        return self.peak_flop_per_s.get(dtype, self.peak_flop_per_s["bf16"])
+
+    def efficiency_of(self, operator_class: str, variant: str | int = "") -> float:
+        """Fraction of peak that `operator_class` reaches, for a dtype or a number of ranks as `variant`."""
+        return _most_specific(operator_class, variant, self.efficiency, GENERIC_EFFICIENCY)
+
+    def launch_ns(self, operator_class: str, variant: str | int = "") -> float:
+        """Fixed time of one kernel of `operator_class`, ns."""
+        return _most_specific(operator_class, variant, self.kernel_launch_ns, GENERIC_LAUNCH_NS)
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> Device:
+        """A device from a catalogue file or a user's YAML.
+
+        Four keys suffice (`name`, `peak_tflops: {bf16: 500}`, `memory_bytes: 64 GiB`, `memory_bytes_per_s: 2 TB/s`),
+        a fifth (`link_bytes_per_s`) makes tensor parallelism right; the rest defaults to generic values.
+        ScenarioError lists every key that is unknown, missing or out of range.
+        """
+        known = {f.name for f in fields(cls)} - {"peak_flop_per_s"} | {"peak_tflops"}
+        reader = MappingReader(data, known, required=("name", "peak_tflops", "memory_bytes", "memory_bytes_per_s"))
+        values: dict[str, Any] = {
+            key: reader.quantity(key, minimum) for key, minimum in _QUANTITIES.items() if key in data
+        }
+        if "peak_tflops" in data:
+            tflops = reader.numbers("peak_tflops", data["peak_tflops"], 0.0, 1e9, DTYPE_BYTES)
+            values["peak_flop_per_s"] = {dtype: tera * 1e12 for dtype, tera in tflops.items()}
+            if "bf16" not in tflops:
+                reader.problem("peak_tflops.bf16", "is missing")
+        if "efficiency" in data:
+            values["efficiency"] = reader.numbers("efficiency", data["efficiency"], 0.0, 1.0, GENERIC_EFFICIENCY)
+        launch = data.get("kernel_launch_ns", {})
+        if not isinstance(launch, Mapping):
+            launch = dict.fromkeys(GENERIC_LAUNCH_NS, launch)
+        values["kernel_launch_ns"] = reader.numbers("kernel_launch_ns", launch, -1.0, 1e9, GENERIC_LAUNCH_NS)
+        values["name"] = str(data.get("name", ""))
+        values["aliases"] = tuple(str(alias) for alias in data.get("aliases") or ())
+        values["switched"] = bool(data.get("switched", False))
+        values["sources"] = {str(k): str(v) for k, v in (data.get("sources") or {}).items()}
+        reader.finish()
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """The devices of one client: `tp` ranks of tensor parallelism in each of `pp` pipeline stages."""
+
+    device: Device
+    tp: int = 1
+    pp: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        return self.tp * self.pp
+
+    def all_reduce_ns(self, message_bytes: float) -> float:
+        """Time of an all-reduce of `message_bytes` (the full tensor) over the `tp` ranks, ns; 0 for one rank.
+
+        A ring takes 2(N-1)·l + 2(N-1)/N·M/B (Patarasuk and Yuan, JPDC 2009). Where all pairs are joined directly the
+        better of one shot (every rank reads all others: l + (N-1)·M/B) and two shots (reduce-scatter, all-gather:
+        2·l + 2(N-1)/N·M/B). B is the link's peak times the efficiency measured for N ranks; a launch comes on top.
+        """
+        n = self.tp
+        if n == 1:
+            return 0.0
+        device = self.device
+        hop = device.link_latency_ns
+        wire = message_bytes * 1e9 / (device.link_bytes_per_s * device.efficiency_of("allreduce", n))
+        two_shots = 2 * (n - 1) / n * wire + 2 * hop * (1 if device.switched else n - 1)
+        best = min(two_shots, (n - 1) * wire + hop) if device.switched else two_shots
+        return device.launch_ns("allreduce", n) + best
+
+
+class MappingReader:
+    """Reads a flat mapping of a user's, collecting all problems until `finish` raises them at once."""
+
+    def __init__(self, data: Mapping[str, Any], known: set[str], required: tuple[str, ...] = ()) -> None:
+        self.data = data
+        self.title = str(data.get("name", "unnamed"))
+        self.problems: list[Problem] = []
+        for key in data:
+            if key not in known:
+                self.problem(str(key), "is not a known key", nearest(str(key), known))
+        for key in required:
+            if data.get(key) in (None, ""):
+                self.problem(key, "is missing")
+
+    def problem(self, key: str, message: str, hint: str = "") -> None:
+        self.problems.append(Problem(f"{self.title}: {key} {message}", hint=hint))
+
+    def quantity(self, key: str, minimum: float = 0.0) -> float | int | None:
+        """The value of `key`: a plain number, or text with the unit that the key's ending asks for.
+
+        `_ns` takes "2 us", `_bytes` "80 GiB", `_bytes_per_s` "3350 GB/s"; whole numbers for the first two.
+        """
+        value = self.data[key]
+        whole, parse = _parser(key)
+        try:
+            number = parse(value) if isinstance(value, str) and parse else float(value)
+        except (TypeError, ValueError) as error:
+            self.problem(key, f"can't be {value!r}", str(error))
+            return None
+        if isinstance(value, bool) or not minimum <= number < float("inf"):
+            self.problem(key, f"must be a number of at least {minimum:g}, not {value!r}")
+            return None
+        return round(number) if whole else number
+
+    def numbers(
+        self, key: str, values: Any, above: float, at_most: float, classes: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
+        """A mapping of numbers in (`above`, `at_most`]; its keys are `classes`, perhaps with a variant, if given."""
+        if not isinstance(values, Mapping):
+            self.problem(key, f"must be a mapping, not {values!r}")
+            return {}
+        good = {}
+        for name, value in values.items():
+            if classes is not None and not _is_class(str(name), classes):
+                self.problem(f"{key}.{name}", "is not known", nearest(str(name), classes))
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= at_most:
+                bounds = f"above {above:g} and at most {at_most:g}"
+                self.problem(f"{key}.{name}", f"must be a number {bounds}, not {value!r}")
+            else:
+                good[str(name)] = float(value)
+        return good
+
+    def finish(self) -> None:
+        if self.problems:
+            raise ScenarioError(self.problems)
+
+
+_QUANTITIES = {
+    "memory_bytes": 1, "memory_bytes_per_s": 1, "link_bytes_per_s": 1, "link_latency_ns": 0, "scale_up_domain": 1,
+    "tdp_w": 1, "attention_ramp_tokens": 0,
+}  # fmt: skip
+
+
+def _parser(key: str) -> tuple[bool, Callable[[str], float] | None]:
+    if key.endswith("_bytes_per_s"):
+        return False, parse_bytes_per_s
+    if key.endswith("_bytes"):
+        return True, parse_bytes
+    if key.endswith("_ns"):
+        return True, parse_time_ns
+    return "max_num" in key or key in ("scale_up_domain", "block_size"), None
+
+
+def _is_class(name: str, classes: Mapping[str, float]) -> bool:
+    if name in classes:
+        return True
+    stem, _, variant = name.rpartition("_")
+    return stem in classes and (variant in DTYPE_BYTES or variant.isdigit())
+
+
+def _most_specific(name: str, variant: str | int, measured: Mapping[str, float], generic: Mapping[str, float]) -> float:
+    specific = f"{name}_{variant}"
+    for table, key in ((measured, specific), (measured, name), (generic, specific)):
+        if key in table:
+            return table[key]
+    return generic[name]

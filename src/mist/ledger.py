@@ -1,0 +1,178 @@
+"""The ledger: conservation laws checked while a run is going on, and once more over its records.
+
+It watches clients and the coordinator and recounts by brute force what they keep as sums (`--check`; on in every test).
+It changes nothing: a run with and without it gives equal bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mist.client import Client
+from mist.coordinator import Coordinator
+from mist.errors import InvariantError
+from mist.kernel import FOREVER, Kernel
+from mist.records import FINISHED, PREEMPTED, Records
+from mist.request import DECODE, Step, Task, Wait
+
+
+class Ledger:
+    """Attach it before the run; `close()` after. Every breach is an `InvariantError` with the numbers."""
+
+    def __init__(self, kernel: Kernel, coordinator: Coordinator, clients: Sequence[Client], records: Records) -> None:
+        self.coordinator = coordinator
+        self.clients = clients
+        self.records = records
+        self.num_checks = 0
+        self._now = 0
+        self._busy_until = [0] * len(clients)
+        self._told_to_wait = [False] * len(clients)
+        kernel.on_instant = self.check_requests
+        for client in clients:
+            client.watcher = self
+
+    def check_requests(self, now: int) -> None:
+        """requests: arrived = left + in the system; tasks: accepted = at the front end + waiting + running.
+
+        work: no client sleeps through what came in.
+        """
+        coordinator = self.coordinator
+        self._now = now
+        self._equal("arrived", coordinator.num_arrived, coordinator.num_left + len(coordinator.in_system))
+        for client in self.clients:
+            residents = client.residents
+            at_front_end = client.view.num_outstanding - len(residents.running) - len(residents.waiting)
+            possible = at_front_end == 0 or (at_front_end > 0 and client.engine.request_overhead_ns > 0)
+            self._true(possible, f"{client.name}: {at_front_end} tasks at the front end")
+            asleep = client.idle and not self._told_to_wait[client.index] and len(residents.waiting) > 0
+            self._true(not asleep, f"{client.name} was not woken for {len(residents.waiting)} waiting tasks")
+
+    # --- what clients report ---
+
+    def step_started(self, client: Client, step: Step, device_ns: int, now: int) -> None:
+        """floor, time, memory and cohort laws of the step that starts."""
+        self._now = now
+        self._true(now >= self._busy_until[client.index], f"{client.name}: a step starts inside another")
+        self._busy_until[client.index] = FOREVER
+        floor = client.perf.floor_time(step)
+        self._true(device_ns >= floor, f"{client.name}: a step of {device_ns} ns beats its floor of {floor} ns: {step}")
+        self._check_cohort(client)
+        self._check_blocks(client)
+        pending = sum(t.remaining_tokens for t in client.residents.waiting)
+        pending += sum(t.remaining_tokens for t in client.residents.prefilling)
+        self._equal(f"{client.name}: pending tokens", client.residents.pending_tokens, pending)
+
+    def step_finished(self, client: Client, now: int) -> None:
+        """time: steps of a client follow each other."""
+        self._now = now
+        self._true(self._busy_until[client.index] == FOREVER, f"{client.name}: a step ends that never started")
+        self._busy_until[client.index] = now
+
+    def idles(self, client: Client, wait: Wait, now: int) -> None:
+        """work: a client that could work and is not told when to try again is a bug of its policy."""
+        self._now = now
+        residents = client.residents
+        self._told_to_wait[client.index] = wait.until_ns is not None
+        idle_for_good = wait.until_ns is None and (residents.running or residents.waiting)
+        tasks = f"{len(residents.running)} running tasks, {len(residents.waiting)} waiting"
+        self._true(not idle_for_good, f"{client.name} idles with {tasks}, {residents.kv.available} free blocks")
+        self._check_blocks(client)
+
+    # --- once the run is over ---
+
+    def close(self, now: int) -> None:
+        """Recount the records: tokens, times, and Little's identity over a drained run."""
+        self._now = now
+        self.check_requests(now)
+        steps, tasks, requests = (
+            t.as_columns() for t in (self.records.steps, self.records.tasks, self.records.requests)
+        )
+        for i, client in enumerate(self.clients):
+            mine, here = steps["client"] == i, tasks["client"] == i
+            self._equal(f"{client.name}: prefill tokens", _sum(steps["num_prefill_tokens"], mine),
+                        _sum(tasks["computed_tokens"], here))  # fmt: skip
+            decoded = here & (tasks["join_step"] >= 0)
+            self._equal(f"{client.name}: decode tokens", _sum(steps["num_decodes"], mine),
+                        _sum(tasks["last_step"] - tasks["join_step"], decoded))  # fmt: skip
+            starts, ends = steps["start_ns"][mine], steps["end_ns"][mine]
+            self._true(bool(np.all(starts[1:] >= ends[:-1])), f"{client.name}: steps overlap")
+        self._equal("requests recorded", len(requests["request"]), self.coordinator.num_arrived)
+        finished = requests["status"] == FINISHED
+        first = requests["first_token_ns"]
+        in_order = (first < 0) | ((requests["arrival_ns"] <= first) & (first <= requests["end_ns"]))
+        self._true(bool(np.all(in_order)), "a first token lies outside its request")
+        self._equal("preemptions", int(requests["num_preemptions"].sum()), int((tasks["how"] == PREEMPTED).sum()))
+        self._check_tasks(tasks, requests)
+        if self.coordinator.pipeline.is_fixed:
+            wanted = np.asarray(self.coordinator.workload.output_tokens)[requests["request"]]
+            self._true(bool(np.all((requests["output_tokens"] == wanted)[finished])), "a request ended short of tokens")
+            emitted = (tasks["joined_ns"] >= 0) * (1 + tasks["last_step"] - tasks["join_step"])
+            self._equal("tokens emitted", int(emitted.sum()), int(requests["output_tokens"].sum()))
+        if not self.coordinator.in_system:
+            self._little(requests["arrival_ns"], requests["end_ns"])
+
+    def _check_tasks(self, tasks: dict[str, np.ndarray], requests: dict[str, np.ndarray]) -> None:
+        """time: queued <= started <= joined <= end; tokens: computed again only after a preemption."""
+        last = tasks["queued_ns"]
+        for name in ("started_ns", "joined_ns", "end_ns"):
+            in_order = (tasks[name] < 0) | (tasks[name] >= last)
+            self._true(bool(np.all(in_order)), f"{name} of a task lies before what comes before it")
+            last = np.maximum(last, tasks[name])
+        kinds = self.records.stage_kinds
+        decodes = tasks["kind"] == (kinds.index(DECODE) if DECODE in kinds else -1)
+        preempted = requests["request"][requests["num_preemptions"] > 0]
+        again = decodes & ~np.isin(tasks["request"], preempted)
+        self._equal("tokens computed again without a preemption", _sum(tasks["computed_tokens"], again), 0)
+
+    def _little(self, arrivals: np.ndarray, ends: np.ndarray) -> None:
+        """Little's law as an identity: the integral of the number in the system = the sum of sojourn times, exactly."""
+        times = np.concatenate([arrivals, ends])
+        change = np.concatenate([np.ones_like(arrivals), -np.ones_like(ends)])
+        order = np.argsort(times, kind="stable")
+        times, number = times[order], np.cumsum(change[order])
+        integral = sum(int(n) * int(dt) for n, dt in zip(number[:-1], np.diff(times), strict=True))
+        self._equal("Little's integral", integral, sum(int(e) - int(a) for a, e in zip(arrivals, ends, strict=True)))
+
+    # --- recounting ---
+
+    def _check_cohort(self, client: Client) -> None:
+        cohort, residents = client.residents.cohort, client.residents
+        decoding = [t for key, t in residents.running.items() if key not in residents.prefilling_tasks]
+        contexts = [cohort.context(t) for t in decoding]
+        self._equal(f"{client.name}: cohort count", cohort.count, len(decoding))
+        self._equal(f"{client.name}: cohort context", cohort.sum_context, sum(contexts))
+        boundary = [0] * cohort.block_size
+        for context in contexts:
+            boundary[(context - cohort.step) % cohort.block_size] += 1
+        self._equal(f"{client.name}: cohort block boundaries", cohort.boundary, boundary)
+        for task in decoding:
+            self._check_calendar(client, task)
+
+    def _check_calendar(self, client: Client, task: Task) -> None:
+        cohort = client.residents.cohort
+        left = task.stage.oracle_output_tokens - task.generated_tokens - (cohort.step - task.join_step)
+        story = f"{client.name}: request {task.request.index}"
+        self._equal(f"{story}: steps to its last token", task.finish_step - cohort.step, left)
+        self._true(task in cohort.calendar.get(task.finish_step, []), f"{story} is missing in the calendar")
+
+    def _check_blocks(self, client: Client) -> None:
+        residents, kv = client.residents, client.residents.kv
+        private = sum(residents.held_blocks(t) - t.num_indexed * kv.unit_blocks for t in residents.running.values())
+        referenced = private + kv.count_referenced_units()
+        self._equal(f"{client.name}: KV blocks", kv.free + kv.cached + referenced, kv.num_blocks)
+        self._equal(f"{client.name}: cached KV blocks", kv.cached, kv.count_evictable())
+        self._true(kv.free >= 0, f"{client.name}: {kv.free} free KV blocks")
+
+    def _equal(self, law: str, left: object, right: object) -> None:
+        self._true(left == right, f"{law}: {left} is not {right}")
+
+    def _true(self, holds: bool, law: str) -> None:
+        self.num_checks += 1
+        if not holds:
+            raise InvariantError(f"at {self._now} ns: {law}")
+
+
+def _sum(column: np.ndarray, where: np.ndarray) -> int:
+    return int(column[where].sum())

@@ -1,0 +1,156 @@
+"""From records to answers: `summarise` turns a run's tables into one document of figures. One file per kind of figure.
+
+It stands after the run: the simulator writes records and never imports this. It never changes a record, and no figure
+is kept anywhere but in the records: each is an expression over them, defined in `docs/metrics.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mist.metrics.clients import ClientInfo, activity, ratio, summarise_clients
+from mist.metrics.distribution import PERCENTILES, Distribution, FloatColumn, distribution, weighted_distribution
+from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
+from mist.metrics.saturation import saturation_reason
+from mist.metrics.slo import Targets, percentiles_of, summarise_slo
+from mist.metrics.stages import stage_times, summarise_stages
+from mist.metrics.tokens import DecodeSteps, Segments, longest_gaps, token_gaps, tokens_by_client
+from mist.metrics.window import BoolColumn, Columns, Window
+from mist.records import FINISHED, STATUSES, UNFINISHED, IntColumn, Records
+from mist.units import NS_PER_S
+
+__all__ = ["SCHEMA_VERSION", "SLO_METRICS", "ClientInfo", "Targets", "summarise"]
+
+SCHEMA_VERSION = 1
+SLO_METRICS = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+
+
+def summarise(
+    records: Records,
+    *,
+    clients: Sequence[ClientInfo],
+    window: tuple[int | None, int | None] = (None, None),
+    open_loop: bool = True,
+    slo: Targets | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The summary document of a run: JSON values only, seconds and fractions, None for what has no value.
+
+    `clients` in the order of `records.client_names`. `window` (ns on the run's clock, None: open) picks the requests
+    that arrive in it; rates and clients' figures are over its span. `open_loop` False where the workload waits for the
+    system (closed loop, all at once), which can't be saturated. `slo` adds verdicts and goodput, and its percentiles to
+    the latency figures; `provenance` (which model answered which share) is carried over. Raises ValueError for an SLO
+    metric or statistic that isn't known.
+    """
+    targets = dict(slo or {})
+    if unknown := set(targets) - set(SLO_METRICS):
+        raise ValueError(f"no SLO metric {sorted(unknown)[0]!r}; known: {', '.join(SLO_METRICS)}")
+    percentiles = sorted({*PERCENTILES, *percentiles_of(targets)})
+    span = Window.of(records, window)
+    requests = records.requests.as_columns()
+    steps, tasks = records.steps.as_columns(), _together(records.tasks.as_columns())
+    chosen = span.holds(requests["arrival_ns"])
+    decode_steps = DecodeSteps.of(steps, len(clients))
+    segments = Segments.of(tasks, decode_steps)
+    emitted = tokens_by_client(segments, decode_steps, span)
+    sums = activity(steps, tasks, emitted, len(clients), span)
+    times: dict[str, IntColumn | FloatColumn] = {
+        "ttft_s": ttft_ns(requests), "tpot_s": tpot_ns(requests), "e2e_s": e2e_ns(requests)
+    }  # fmt: skip
+    figures = _latencies(requests, chosen, times, segments, decode_steps, percentiles)
+    finished = {name: column[chosen & (requests["status"] == FINISHED)] for name, column in requests.items()}
+    if "itl_s" in targets:
+        first_tokens = _first_tokens(requests, requests["status"] == FINISHED)
+        longest = longest_gaps(segments.since(first_tokens), decode_steps, len(first_tokens))
+        times["itl_s"] = longest[requests["request"]]
+    reason = saturation_reason(requests, tasks, clients, sums, span) if open_loop else None
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "requests": _counts(requests, chosen),
+        **figures,
+        "throughput": _throughput(requests, int(emitted.sum()), span),
+        "duration_s": (span.last_ns - span.first_ns) / NS_PER_S,
+        "window": {name: getattr(span, f"{name[:-2]}_ns") / NS_PER_S for name in ("start_s", "end_s", "span_s")},
+        "clients": summarise_clients(clients, sums, span),
+        "stages": summarise_stages(stage_times(finished, tasks, len(records.stage_kinds)), records.stage_kinds),
+        "slo": summarise_slo(targets, times, figures, requests, chosen, span) if targets else None,
+        "open_loop": open_loop,
+        "saturated": reason is not None,
+        "saturation_reason": reason,
+        "notes": _notes(requests, chosen, span, open_loop),
+        "provenance": dict(provenance or {}),
+    }
+
+
+def _together(tasks: Columns) -> dict[str, IntColumn]:
+    """Task rows with each request's rows side by side; among them the order of recording, which is that of time."""
+    order = np.argsort(tasks["request"], kind="stable")
+    return {name: column[order] for name, column in tasks.items()}
+
+
+def _first_tokens(requests: Columns, chosen: BoolColumn) -> IntColumn:
+    """First visible token in ns by request number; -1 for those not chosen or not finished."""
+    counted = chosen & (requests["status"] == FINISHED)
+    first = np.full(int(requests["request"].max(initial=-1)) + 1, -1, np.int64)
+    first[requests["request"][counted]] = requests["first_token_ns"][counted]
+    return first
+
+
+def _latencies(
+    requests: Columns,
+    chosen: BoolColumn,
+    times: Mapping[str, IntColumn | FloatColumn],
+    segments: Segments,
+    decode_steps: DecodeSteps,
+    percentiles: Sequence[float],
+) -> dict[str, Distribution]:
+    """TTFT, TPOT, ITL and E2E of the finished among the chosen requests."""
+    of = {name: distribution(column[chosen & (column >= 0)], percentiles) for name, column in times.items()}
+    gaps, weights = token_gaps(segments.since(_first_tokens(requests, chosen)), decode_steps)
+    itl = weighted_distribution(gaps, weights, percentiles)
+    return {"ttft_s": of["ttft_s"], "tpot_s": of["tpot_s"], "itl_s": itl, "e2e_s": of["e2e_s"]}
+
+
+def _counts(requests: Columns, chosen: BoolColumn) -> dict[str, int]:
+    by_status = np.bincount(requests["status"][chosen], minlength=len(STATUSES))
+    return {"arrived": int(by_status.sum()), **{name: int(by_status[i]) for i, name in enumerate(STATUSES)}}
+
+
+def _throughput(requests: Columns, output_tokens: int, window: Window) -> dict[str, float | None]:
+    """Rates over the window's span: requests by their end, output tokens as emitted, prompts by their first token."""
+    ended = (requests["status"] == FINISHED) & window.holds(requests["end_ns"])
+    answered = np.where(requests["first_token_ns"] >= 0, requests["first_token_ns"], requests["end_ns"])
+    # a prompt without any output counts at its end, if it was served
+    served = (requests["first_token_ns"] >= 0) | (requests["status"] == FINISHED)
+    prompts = int(requests["input_tokens"][served & window.holds(answered)].sum())
+    return {
+        "requests_per_s": ratio(int(np.count_nonzero(ended)) * NS_PER_S, window.span_ns),
+        "output_tokens_per_s": ratio(output_tokens * NS_PER_S, window.span_ns),
+        "total_tokens_per_s": ratio((prompts + output_tokens) * NS_PER_S, window.span_ns),
+    }
+
+
+def _notes(requests: Columns, chosen: BoolColumn, window: Window, open_loop: bool) -> list[str]:
+    """What the figures cover and what they leave out, in words."""
+    counts = _counts(requests, chosen)
+    notes = []
+    if not window.is_whole_run:
+        start, end = ((t - window.first_ns) / NS_PER_S for t in (window.start_ns, window.end_ns))
+        notes.append(
+            f"Measured are the {counts['arrived']:,} of {len(chosen):,} requests that arrived from {start:,.1f} s to "
+            f"{end:,.1f} s after the first one; throughput and clients' figures are over that span."
+        )
+    cut = "" if window.start_ns > window.first_ns else ", with no warm-up cut"
+    if counts["arrived"] > counts["finished"]:
+        others = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in STATUSES[1:] if counts[name])
+        notes.append(f"Latencies are of the {counts['finished']:,} requests that finished{cut}; {others} are left out.")
+    elif counts["arrived"]:
+        notes.append(f"Latencies are of all {counts['finished']:,} requests{cut}.")
+    if counts[STATUSES[UNFINISHED]]:
+        notes.append("The unfinished ones would have taken longer than most: true percentiles are higher.")
+    if not open_loop:
+        notes.append("The load waits for the system (it isn't open loop), so saturation doesn't apply.")
+    return notes

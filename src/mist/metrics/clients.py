@@ -1,0 +1,135 @@
+"""What each client did: utilisation, batch, KV use, preemptions, tokens; per replica and per pool as the user named it.
+
+Sums over the step table and the task segments come in one pass; a pool's figure is the same expression over its
+replicas' sums. It never judges: `saturation` reads the figures and says what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from mist.metrics.distribution import FloatColumn
+from mist.metrics.window import Columns, Window
+from mist.records import PREEMPTED, IntColumn
+
+
+@dataclass(frozen=True, slots=True)
+class ClientInfo:
+    """What a summary needs to know of a client beside its records; in the order of `Records.client_names`.
+
+    `name` is the replica's ("gpu-0"), `pool` the scenario's ("gpu"). `kv_blocks` of `block_size` tokens each, 0 for a
+    client without a KV cache; `max_num_seqs` 0 where nothing limits it.
+    """
+
+    name: str
+    pool: str
+    kv_blocks: int = 0
+    block_size: int = 0
+    max_num_seqs: int = 0
+
+    @property
+    def kv_tokens_capacity(self) -> int:
+        return self.kv_blocks * self.block_size
+
+
+@dataclass(slots=True)
+class Activity:
+    """Sums per client over a window, one value per client; `*_time` are integrals over busy time in ns."""
+
+    sequence_time: FloatColumn
+    kv_block_time: FloatColumn
+    steps: IntColumn
+    busy_ns: IntColumn
+    kv_blocks_peak: IntColumn
+    max_waiting: IntColumn
+    prefill_tokens: IntColumn
+    output_tokens: IntColumn
+    cached_tokens: IntColumn
+    preemptions: IntColumn
+
+
+def activity(steps: Columns, tasks: Columns, output_tokens: IntColumn, num_clients: int, window: Window) -> Activity:
+    """Add up the records of the window; a step that only partly lies in it counts with that part of its time."""
+    sums = {f.name: np.zeros(num_clients, np.int64) for f in fields(Activity) if not f.name.endswith("_time")}
+    start, end = steps["start_ns"], steps["end_ns"]
+    inside = (end > window.start_ns) & (start < window.stop_ns)
+    if not inside.all():
+        steps = {name: column[inside] for name, column in steps.items()}
+        start, end = steps["start_ns"], steps["end_ns"]
+    client = steps["client"]
+    time = np.minimum(end, window.end_ns) - np.maximum(start, window.start_ns)
+    np.add.at(sums["steps"], client, 1)
+    np.add.at(sums["busy_ns"], client, time)
+    np.add.at(sums["prefill_tokens"], client, steps["num_prefill_tokens"])
+    np.maximum.at(sums["kv_blocks_peak"], client, steps["kv_blocks"])
+    np.maximum.at(sums["max_waiting"], client, steps["num_waiting"])
+    admitted = window.holds(tasks["started_ns"])
+    np.add.at(sums["cached_tokens"], tasks["client"][admitted], tasks["cached_tokens"][admitted])
+    preempted = (tasks["how"] == PREEMPTED) & window.holds(tasks["end_ns"])
+    np.add.at(sums["preemptions"], tasks["client"][preempted], 1)
+    sums["output_tokens"] = output_tokens
+    sequences = steps["num_prefills"] + steps["num_decodes"]
+    # in floating point: blocks x ns pass 2**63 within a day
+    return Activity(
+        _per_client(client, time * sequences.astype(np.float64), num_clients),
+        _per_client(client, time * steps["kv_blocks"].astype(np.float64), num_clients),
+        **sums,
+    )
+
+
+def _per_client(client: IntColumn, amounts: FloatColumn, num_clients: int) -> FloatColumn:
+    totals = np.zeros(num_clients)
+    np.add.at(totals, client, amounts)
+    return totals
+
+
+def summarise_clients(clients: Sequence[ClientInfo], sums: Activity, window: Window) -> dict[str, dict[str, Any]]:
+    """Figures of every pool, in the clients' order, with those of its `replicas` below it."""
+    return {
+        pool: {
+            **_figures(clients, members, sums, window),
+            "replicas": [
+                {"name": clients[member].name, **_figures(clients, [member], sums, window)} for member in members
+            ],
+        }
+        for pool, members in pools(clients).items()
+    }
+
+
+def pools(clients: Sequence[ClientInfo]) -> dict[str, list[int]]:
+    """Indices of the clients of each pool."""
+    members: dict[str, list[int]] = {}
+    for index, client in enumerate(clients):
+        members.setdefault(client.pool, []).append(index)
+    return members
+
+
+def _figures(clients: Sequence[ClientInfo], members: list[int], sums: Activity, window: Window) -> dict[str, Any]:
+    """The figures of some clients taken as one; the pool's KV peak is that of its fullest replica."""
+    busy = int(sums.busy_ns[members].sum())
+    prefilled = int(sums.prefill_tokens[members].sum())
+    cached = int(sums.cached_tokens[members].sum())
+    filling = [sums.kv_blocks_peak[m] / clients[m].kv_blocks for m in members if clients[m].kv_blocks]
+    block_time = sum(clients[m].kv_blocks * int(sums.busy_ns[m]) for m in members)
+    return {
+        "utilisation": ratio(busy, window.span_ns * len(members)),
+        "mean_batch": ratio(float(sums.sequence_time[members].sum()), busy),
+        "preemptions": int(sums.preemptions[members].sum()),
+        "kv_peak": float(max(filling)) if filling else None,
+        "kv_mean": ratio(float(sums.kv_block_time[members].sum()), block_time),
+        "kv_tokens_capacity": sum(clients[m].kv_tokens_capacity for m in members),
+        "prefix_hit_rate": ratio(cached, cached + prefilled),
+        "steps": int(sums.steps[members].sum()),
+        "prefill_tokens": prefilled,
+        "output_tokens": int(sums.output_tokens[members].sum()),
+        "max_waiting": int(sums.max_waiting[members].max()),
+    }
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """`part` / `whole`, None where there is no whole."""
+    return part / whole if whole else None

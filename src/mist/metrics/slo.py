@@ -1,0 +1,69 @@
+"""Service-level objectives: a verdict per target, and goodput, the requests per second that met all of them.
+
+Targets and per-request times come in, verdicts go out. It never relaxes a target by its percentile when it judges a
+single request: there each target is a bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mist.metrics.clients import ratio
+from mist.metrics.distribution import Distribution, FloatColumn
+from mist.metrics.window import BoolColumn, Columns, Window
+from mist.records import FINISHED, IntColumn
+from mist.units import NS_PER_S
+
+#: target seconds by percentile ("p99", "mean") by metric ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+Targets = Mapping[str, Mapping[str, float]]
+
+
+def summarise_slo(
+    targets: Targets,
+    times_ns: Mapping[str, IntColumn | FloatColumn],
+    distributions: Mapping[str, Distribution],
+    requests: Columns,
+    chosen: BoolColumn,
+    window: Window,
+) -> dict[str, Any]:
+    """Verdicts and goodput.
+
+    `times_ns[metric]`: per row of `requests`, -1 where the metric doesn't apply (a bound is then met); for `itl_s` the
+    request's longest gap. `distributions` holds the statistics that are judged; those of ITL are over gaps, not
+    requests. `chosen` are the rows that arrived in the window: verdicts and attainment are over them, goodput over what
+    finished in the window.
+    """
+    verdicts = []
+    met_all = requests["status"] == FINISHED
+    for metric, bounds in targets.items():
+        for statistic, target_s in bounds.items():
+            actual_s = distributions[metric][statistic]
+            met = None if actual_s is None else actual_s <= target_s
+            verdicts.append(
+                {"metric": metric, "statistic": statistic, "target_s": target_s, "actual_s": actual_s, "met": met}
+            )
+            met_all &= times_ns[metric] <= target_s * NS_PER_S
+    good = int(np.count_nonzero(met_all & window.holds(requests["end_ns"])))
+    all_met = [verdict["met"] for verdict in verdicts]
+    return {
+        "met": False if False in all_met else None if None in all_met else True,
+        "targets": verdicts,
+        "goodput_requests_per_s": ratio(good * NS_PER_S, window.span_ns),
+        "attainment": ratio(int(np.count_nonzero(met_all & chosen)), int(np.count_nonzero(chosen))),
+    }
+
+
+def percentiles_of(targets: Targets) -> list[float]:
+    """The percentiles (0-100) that the targets name; ValueError for a statistic that isn't "mean" or like "p99"."""
+    named = {statistic for bounds in targets.values() for statistic in bounds}
+    return sorted(_percentile(statistic) for statistic in named - {"mean"})
+
+
+def _percentile(statistic: str) -> float:
+    digits = statistic[1:]
+    if statistic[:1] != "p" or not digits.replace(".", "", 1).isdigit() or not 0 <= float(digits) <= 100:
+        raise ValueError(f"{statistic!r} is neither 'mean' nor a percentile like 'p99'")
+    return float(digits)

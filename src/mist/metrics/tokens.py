@@ -1,0 +1,136 @@
+"""When tokens came out, read off the step table: gaps between a request's tokens and tokens per client, exactly.
+
+Decode segments name a range of their client's decode steps, so one difference array over those steps says how many
+sequences waited through each gap; nothing is ever expanded to one row per token. It never looks at request statuses:
+callers choose the segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from mist.metrics.window import BoolColumn, Columns, Window
+from mist.records import IntColumn
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSteps:
+    """The ends of every client's decode steps, client after client.
+
+    `end_ns`: int64[decode steps]; client c's k-th decode step, k from 1, is at `first[c]` + k - 1; `first` has one
+    entry more than there are clients.
+    """
+
+    end_ns: IntColumn
+    first: IntColumn
+
+    @classmethod
+    def of(cls, steps: Columns, num_clients: int) -> DecodeSteps:
+        decodes = steps["num_decodes"] > 0
+        client = steps["client"][decodes].astype(np.int32)
+        by_client = np.argsort(client, kind="stable")
+        first = np.zeros(num_clients + 1, np.int64)
+        np.cumsum(np.bincount(client, minlength=num_clients), out=first[1:])
+        return cls(steps["end_ns"][decodes][by_client], first)
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """The stretches in which a request generated: one row each, a request's rows together and in order.
+
+    Row i emitted a token at `joined_ns`, then one at the end of each decode step `begin` .. `stop` - 1, which are
+    places in `DecodeSteps.end_ns`; `last_ns` is its last token's time.
+    """
+
+    request: IntColumn
+    client: IntColumn
+    joined_ns: IntColumn
+    begin: IntColumn
+    stop: IntColumn
+    last_ns: IntColumn
+
+    @classmethod
+    def of(cls, tasks: Columns, decode_steps: DecodeSteps) -> Segments:
+        """From task rows in which a request's rows are together and in order."""
+        joined = tasks["joined_ns"] >= 0
+        rows = {name: tasks[name][joined] for name in ("request", "client", "joined_ns", "join_step", "last_step")}
+        offset = decode_steps.first[rows["client"]]
+        begin = offset + rows["join_step"]
+        stop = np.maximum(offset + rows["last_step"], begin)
+        last = rows["joined_ns"].copy()
+        more = stop > begin
+        last[more] = decode_steps.end_ns[stop[more] - 1]
+        return cls(rows["request"], rows["client"], rows["joined_ns"], begin, stop, last)
+
+    @property
+    def follows(self) -> BoolColumn:
+        """Whether the row before is the same request's."""
+        follows = np.zeros(len(self.request), np.bool_)
+        follows[1:] = self.request[1:] == self.request[:-1]
+        return follows
+
+    def since(self, first_token_ns: IntColumn) -> Segments:
+        """The segments from a request's first visible token on; `first_token_ns` by request number, -1: leave out."""
+        first = first_token_ns[self.request]
+        rows = (first >= 0) & (self.joined_ns >= first)
+        return Segments(*(getattr(self, column.name)[rows] for column in fields(self)))
+
+
+def token_gaps(segments: Segments, decode_steps: DecodeSteps) -> tuple[IntColumn, IntColumn]:
+    """Every gap between consecutive output tokens of each request, as (gaps in ns, how often each occurs)."""
+    ends = decode_steps.end_ns
+    entry, resume = _entry_gaps(segments, decode_steps)
+    if not len(ends):
+        return resume, np.ones(len(resume), np.int64)
+    more = segments.stop > segments.begin
+    weights = np.bincount(segments.begin[more] + 1, minlength=len(ends) + 1)
+    weights -= np.bincount(segments.stop[more], minlength=len(ends) + 1)
+    between = np.diff(ends, prepend=ends[:1])
+    single = np.concatenate((entry, resume))
+    return np.concatenate((between, single)), np.concatenate(
+        (np.cumsum(weights)[: len(ends)], np.ones(len(single), np.int64))
+    )
+
+
+def longest_gaps(segments: Segments, decode_steps: DecodeSteps, num_requests: int) -> IntColumn:
+    """Each request's longest gap in ns, int64[num_requests] by request number; -1 where it had none."""
+    longest = np.full(num_requests, -1, np.int64)
+    entry, resume = _entry_gaps(segments, decode_steps)
+    more = segments.stop > segments.begin
+    np.maximum.at(longest, segments.request[more], entry)
+    np.maximum.at(longest, segments.request[segments.follows], resume)
+    between = np.diff(decode_steps.end_ns, prepend=decode_steps.end_ns[:1])
+    rows = np.flatnonzero(segments.stop > segments.begin + 1)
+    if len(rows):
+        # in order of their begin, so that what lies between two ranges is walked once at most
+        rows = rows[np.argsort(segments.begin[rows])]
+        bounds = np.column_stack((segments.begin[rows] + 1, segments.stop[rows])).ravel()
+        # reduceat wants every bound inside the column
+        maxima = np.maximum.reduceat(np.append(between, -1), bounds)[::2]
+        np.maximum.at(longest, segments.request[rows], maxima)
+    return longest
+
+
+def tokens_by_client(segments: Segments, decode_steps: DecodeSteps, window: Window) -> IntColumn:
+    """Output tokens that each client emitted in the window, int64[clients]."""
+    num_clients = len(decode_steps.first) - 1
+    low, high = np.empty(num_clients, np.int64), np.empty(num_clients, np.int64)
+    for client in range(num_clients):
+        first, stop = decode_steps.first[client], decode_steps.first[client + 1]
+        inside = np.searchsorted(decode_steps.end_ns[first:stop], (window.start_ns, window.stop_ns))
+        low[client], high[client] = first + inside
+    begin = np.maximum(segments.begin, low[segments.client])
+    stop_at = np.minimum(segments.stop, high[segments.client])
+    emitted = np.zeros(num_clients, np.int64)
+    np.add.at(emitted, segments.client, np.maximum(stop_at - begin, 0) + window.holds(segments.joined_ns))
+    return emitted
+
+
+def _entry_gaps(segments: Segments, decode_steps: DecodeSteps) -> tuple[IntColumn, IntColumn]:
+    """Gaps that aren't between two steps of one segment: to its first step, and from the segment before."""
+    more = segments.stop > segments.begin
+    entry = decode_steps.end_ns[segments.begin[more]] - segments.joined_ns[more]
+    after = np.flatnonzero(segments.follows)
+    return entry, segments.joined_ns[after] - segments.last_ns[after - 1]

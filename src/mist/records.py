@@ -1,0 +1,77 @@
+"""What a run writes down: append-only tables of requests, task segments, steps and transfers.
+
+They are the only output of a run; every metric is an expression over them. A row is a fixed number of 64-bit
+integers (times in ns, -1 for "never"), kept in one flat array, so a row costs one call and 8 bytes a cell.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+IntColumn = npt.NDArray[np.int64]
+
+#: `status` of a request's row, in this order
+STATUSES = ("finished", "rejected", "cancelled", "timed_out", "unfinished")
+FINISHED, REJECTED, CANCELLED, TIMED_OUT, UNFINISHED = range(5)
+
+#: how a task segment ended, in this order
+SEGMENT_ENDS = ("done", "preempted", "cut")
+DONE, PREEMPTED, CUT = range(3)
+
+
+class Table:
+    """A table of int64 columns; `append(row)` takes one value per column, in order."""
+
+    __slots__ = ("append", "cells", "columns")
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = tuple(columns)
+        self.cells = array("q")
+        self.append = self.cells.extend
+
+    def __len__(self) -> int:
+        return len(self.cells) // len(self.columns)
+
+    def as_columns(self) -> dict[str, IntColumn]:
+        """Every column as a strided view of the table, without copying."""
+        rows = np.frombuffer(self.cells, dtype=np.int64).reshape(-1, len(self.columns))
+        return {name: rows[:, i] for i, name in enumerate(self.columns)}
+
+
+def _table(*columns: str) -> Table:
+    return field(default_factory=lambda: Table(columns))
+
+
+@dataclass(slots=True)
+class Records:
+    """All tables of one run, and the names that their index columns refer to.
+
+    requests: one row per request, written when it leaves the system (or at the end, `unfinished`).
+    tasks: one row per segment of a task: from its queueing to its end or preemption. A decode segment has
+      emitted a token at `joined_ns` (-1: it never joined), then one at the end of each decode step
+      `join_step` + 1 .. `last_step` of its client, counting that client's steps with num_decodes > 0 from 1.
+    steps: one row per step of a client. `kv_blocks` are the blocks referenced while it ran.
+    transfers: one row per hand-over of bytes between clients.
+    """
+
+    client_names: list[str] = field(default_factory=list)
+    stage_kinds: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    requests: Table = _table(
+        "request", "arrival_ns", "first_token_ns", "end_ns", "status", "reason",
+        "input_tokens", "output_tokens", "cached_tokens", "num_preemptions",
+    )  # fmt: skip
+    tasks: Table = _table(
+        "request", "stage_index", "kind", "client", "queued_ns", "started_ns", "joined_ns", "end_ns",
+        "how", "computed_tokens", "cached_tokens", "join_step", "last_step",
+    )  # fmt: skip
+    steps: Table = _table(
+        "client", "start_ns", "end_ns", "num_prefills", "num_prefill_tokens", "num_decodes",
+        "decode_context", "kv_blocks", "num_waiting",
+    )  # fmt: skip
+    transfers: Table = _table("request", "stage_index", "from_client", "to_client", "start_ns", "end_ns", "bytes")

@@ -1,0 +1,153 @@
+"""The values that move: Request -> Stage -> Task -> Step, and what policies and routers may see of them.
+
+A request follows its pipeline stage by stage; a stage placed on a client is a task; a client runs its tasks in
+steps. These objects hold numbers only: they never schedule, route or look at a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+PREFILL = "prefill"
+DECODE = "decode"
+
+
+@dataclass(slots=True)
+class Stage:
+    """One piece of a request's work.
+
+    `input_tokens`: tokens of context that must be in the KV cache when the stage ends (prefill).
+    `oracle_output_tokens`: tokens that a decode generates, the one sampled by its prefill included; only the
+    client that generates may read it. `visible`: whether its tokens are streamed to the user (they make the TTFT).
+    """
+
+    kind: str
+    input_tokens: int = 0
+    oracle_output_tokens: int = 0
+    visible: bool = True
+
+
+@dataclass(slots=True)
+class StageResult:
+    """What a pipeline gets back from a stage: when it began and ended (ns) and the tokens it generated."""
+
+    start_ns: int
+    end_ns: int
+    output_tokens: int = 0
+
+
+Pipeline = Generator[Stage, StageResult, None]
+
+
+@dataclass(slots=True)
+class Request:
+    """One user's request. Times are integer ns, -1 while unknown.
+
+    `block_keys` are the prompt's prefix hashes, each chained through its parent, one per `hash_block_size` tokens
+    of the workload; empty where the content is unknown (nothing is then shared with other requests).
+    `predicted_output_tokens` is what policies may know of the output length; None where nothing is known.
+    """
+
+    index: int
+    arrival_ns: int
+    input_tokens: int
+    oracle_output_tokens: int
+    block_keys: tuple[int, ...] = ()
+    predicted_output_tokens: int | None = None
+    # progress
+    first_token_ns: int = -1
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_stages: int = 0
+    pipeline: Pipeline | None = field(default=None, repr=False)
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """A stage placed on one client: waiting or running there.
+
+    It is computed up to `computed_tokens` of `target_tokens` (vLLM's idea: computed tokens and a target); a prefill
+    ends there, a decode joins the client's cohort there. After a preemption the target grows by what was generated.
+    """
+
+    request: Request
+    stage: Stage
+    stage_index: int
+    target_tokens: int
+    queued_ns: int
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    #: of the computed tokens of this segment: found in the prefix cache, and taken over from the task it follows
+    cached_tokens: int = 0
+    inherited_tokens: int = 0
+    #: place in the client's running order; -1 while waiting
+    admission: int = -1
+    started_ns: int = -1
+    joined_ns: int = -1
+    #: the cohort's step counter when this decode joined, and after the step of its last token; -1 before the join
+    join_step: int = -1
+    finish_step: int = -1
+    #: hashed units at the front of its prompt that it refers to in the prefix cache
+    num_indexed: int = 0
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Tokens still to be computed before the task generates or ends."""
+        return self.target_tokens - self.computed_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        return self.stage.kind == DECODE
+
+
+@dataclass(slots=True)
+class Batch:
+    """A batching policy's decision: prefill chunks as (task, tokens), and whether the decode cohort takes part."""
+
+    chunks: list[tuple[Task, int]]
+    decode: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A batching policy's decision to start no step now; `until_ns` None means until something changes."""
+
+    until_ns: int | None = None
+
+
+@dataclass(slots=True)
+class Step:
+    """The work of one iteration of a client, as performance models see it.
+
+    `num_decodes` sequences each compute one token; `decode_context` is the sum of their attended contexts in tokens,
+    the new token included. `chunks` are prefill chunks as (new tokens c, context s already in the KV cache).
+    `num_sampled` rows go through the classifier: every decode, and each prefill that ends in this step.
+    """
+
+    num_decodes: int = 0
+    decode_context: int = 0
+    chunks: list[tuple[int, int]] = field(default_factory=list)
+    num_prefill_tokens: int = 0
+    num_sampled: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that pass through the dense layers: prefill chunks and one per decode."""
+        return self.num_prefill_tokens + self.num_decodes
+
+
+@dataclass(slots=True)
+class ClientView:
+    """What a router may know of a client: counts of tasks and tokens, never the true output lengths."""
+
+    index: int
+    name: str
+    num_outstanding: int = 0
+    num_waiting: int = 0
+    num_running: int = 0
+    pending_prefill_tokens: int = 0
+    decode_context: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks: int = 0

@@ -1,0 +1,208 @@
+"""Who is on a client: its waiting and running tasks, its decode cohort, and the KV blocks that they hold.
+
+It is the `Queue` and the `Budget` that batching policies see, and the one place where tasks are admitted and preempted.
+It never chooses what runs next and knows no durations.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from mist.cohort import Cohort
+from mist.memory.kv_cache import KVCache
+from mist.request import Task
+
+
+class Residents:
+    """Tasks of one client: `waiting` (first come first, preempted in front), `running` in order of admission.
+
+    A running task is `prefilling` (tokens left to compute) or in the cohort. A running task holds
+    `kv.blocks_for(reserved tokens)` blocks: what it has computed, plus what this step computes for it.
+    """
+
+    __slots__ = (
+        "_admissions", "_grown", "_scheduled", "cohort", "kv", "num_preemptions", "on_preempt", "pending_tokens",
+        "prefilling_tasks", "running", "waiting",
+    )  # fmt: skip
+
+    def __init__(self, kv: KVCache, on_preempt: Callable[[Task], None]) -> None:
+        self.kv = kv
+        self.cohort = Cohort(kv.block_size)
+        self.waiting: deque[Task] = deque()
+        self.running: dict[int, Task] = {}
+        self.prefilling_tasks: dict[int, Task] = {}
+        self.on_preempt = on_preempt
+        #: tokens still to be computed for waiting and prefilling tasks
+        self.pending_tokens = 0
+        self.num_preemptions = 0
+        self._admissions = 0
+        self._grown = False
+        self._scheduled: dict[int, int] = {}
+
+    # --- the queue and the budget, as batching policies see them ---
+
+    def __len__(self) -> int:
+        return len(self.waiting)
+
+    @property
+    def prefilling(self) -> list[Task]:
+        return list(self.prefilling_tasks.values())
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    @property
+    def num_available_blocks(self) -> int:
+        return self.kv.available
+
+    def grow_decodes(self) -> int:
+        """Reserve one more token for every decode; the number of tasks preempted for it."""
+        kv, cohort = self.kv, self.cohort
+        needed = cohort.boundary[-cohort.step % cohort.block_size]
+        if needed <= kv.free:
+            kv.free -= needed
+        elif needed <= kv.available:
+            kv.take(needed)
+        else:
+            return self._grow_one_by_one()
+        self._grown = True
+        return 0
+
+    def grow(self, task: Task, num_tokens: int) -> bool:
+        """Reserve `num_tokens` more for a prefilling task; False if it had to be preempted itself."""
+        kv = self.kv
+        reserved = task.computed_tokens + num_tokens
+        needed = kv.blocks_for(reserved) - kv.blocks_for(task.computed_tokens)
+        if not self._make_room(task, needed):
+            return False
+        kv.take(needed)
+        kv.index(task, reserved)
+        self._scheduled[task.admission] = num_tokens
+        return True
+
+    def admit(self, task: Task, max_tokens: int, *, whole: bool = False) -> int:
+        """Admit a waiting task with its first chunk; the chunk's tokens, or 0 and nothing has changed."""
+        kv = self.kv
+        hit = kv.match(task)
+        remaining = task.target_tokens - hit.num_tokens
+        chunk = min(remaining, max_tokens)
+        if chunk <= 0 or (whole and chunk < remaining):
+            return 0
+        reserved = hit.num_tokens + chunk
+        needed = kv.blocks_for(reserved) - kv.blocks_for(hit.num_tokens)
+        if needed + hit.num_unreferenced + kv.watermark_blocks > kv.available:
+            return 0
+        if task is self.waiting[0]:
+            self.waiting.popleft()
+        else:
+            self.waiting.remove(task)
+        if hit.num_tokens:
+            kv.refer(task, hit)
+            task.computed_tokens = hit.num_tokens
+            task.cached_tokens = hit.num_tokens
+            if not task.request.num_preemptions:
+                task.request.cached_tokens += hit.num_tokens
+            self.pending_tokens -= hit.num_tokens
+        kv.take(needed)
+        kv.index(task, reserved)
+        self._admissions += 1
+        task.admission = self._admissions
+        self.running[task.admission] = task
+        self.prefilling_tasks[task.admission] = task
+        self._scheduled[task.admission] = chunk
+        return chunk
+
+    # --- changes made by the client ---
+
+    def enqueue(self, task: Task) -> None:
+        """A task arrives: it waits behind the others."""
+        self.waiting.append(task)
+        self.pending_tokens += task.target_tokens
+
+    def computed(self, task: Task, num_tokens: int) -> bool:
+        """A chunk of `task` is done; True if that was its last."""
+        task.computed_tokens += num_tokens
+        self.pending_tokens -= num_tokens
+        if task.computed_tokens < task.target_tokens:
+            return False
+        del self.prefilling_tasks[task.admission]
+        return True
+
+    def decode_step_done(self) -> list[Task] | None:
+        """Everybody in the cohort has one token more; the tasks that have generated their last one, or None."""
+        self._grown = False
+        return self.cohort.advance()
+
+    def chunks_done(self) -> None:
+        """This step's chunks are computed."""
+        self._scheduled.clear()
+
+    def follow(self, done: Task, following: Task) -> None:
+        """`following` takes over the place, the KV blocks and the computed tokens of `done`."""
+        following.admission = done.admission
+        following.computed_tokens = following.inherited_tokens = following.target_tokens = done.computed_tokens
+        following.num_indexed = done.num_indexed
+        self.running[done.admission] = following
+
+    def leave(self, task: Task, num_tokens: int, *, resumes: bool = False) -> None:
+        """`task`, which holds `num_tokens` in the KV cache, stops running and releases its blocks."""
+        self.kv.release(task, num_tokens, self.kv.blocks_for(num_tokens), resumes=resumes)
+        del self.running[task.admission]
+
+    def held_blocks(self, task: Task) -> int:
+        """KV blocks that a running task holds now, what this step computes for it included."""
+        if task.admission in self.prefilling_tasks:
+            return self.kv.blocks_for(task.computed_tokens + self._scheduled.get(task.admission, 0))
+        return self.kv.blocks_for(self.cohort.context(task) + self._grown)
+
+    # --- scarcity ---
+
+    def _grow_one_by_one(self) -> int:
+        """The step on which blocks run out: serve decodes in order of admission, preempting from the tail."""
+        before = self.num_preemptions
+        cohort, kv = self.cohort, self.kv
+        for task in list(self.running.values()):
+            if task.admission < 0 or task.admission in self.prefilling_tasks:
+                continue  # preempted meanwhile, or not a decode
+            if cohort.context(task) % kv.block_size == 0:
+                if not self._make_room(task, 1):
+                    continue
+                kv.take(1)
+        self._grown = True
+        return self.num_preemptions - before
+
+    def _make_room(self, task: Task, num_blocks: int) -> bool:
+        """Preempt from the running tail until `num_blocks` are available; False if `task` itself had to go."""
+        while self.kv.available < num_blocks:
+            victim = self.running[next(reversed(self.running))]
+            self.preempt(victim)
+            if victim is task:
+                return False
+        return True
+
+    def preempt(self, task: Task) -> None:
+        """Preemption by recompute: `task` waits again, in front; what it generated becomes part of its target."""
+        self.on_preempt(task)
+        if task.admission in self.prefilling_tasks:
+            del self.prefilling_tasks[task.admission]
+            tokens = task.computed_tokens
+            self.pending_tokens += tokens
+            self._free(task, tokens, tokens + self._scheduled.pop(task.admission, 0))
+        else:
+            tokens = self.cohort.context(task)
+            task.generated_tokens += self.cohort.step - task.join_step
+            self.cohort.leave(task)
+            self._free(task, tokens, tokens + self._grown)
+            task.target_tokens = tokens + 1  # the token sampled last isn't in the cache yet
+            self.pending_tokens += task.target_tokens
+        task.admission = task.join_step = task.finish_step = -1
+        task.computed_tokens = 0
+        self.num_preemptions += 1
+        task.request.num_preemptions += 1
+        self.waiting.appendleft(task)
+
+    def _free(self, task: Task, num_tokens: int, reserved_tokens: int) -> None:
+        self.kv.release(task, num_tokens, self.kv.blocks_for(reserved_tokens), resumes=True)
+        del self.running[task.admission]

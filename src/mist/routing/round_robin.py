@@ -1,0 +1,22 @@
+"""Round robin: each client in turn, whatever its load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mist.registry import register
+from mist.request import ClientView, Task
+
+
+@register("routing", "round_robin")
+@dataclass
+class RoundRobin:
+    """Clients in the order of the scenario, over and over."""
+
+    _turn: int = field(default=0, init=False, repr=False)
+
+    def choose(self, task: Task, views: Sequence[ClientView], now: int) -> ClientView:
+        view = views[self._turn % len(views)]
+        self._turn += 1
+        return view

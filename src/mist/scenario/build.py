@@ -1,0 +1,212 @@
+"""From a scenario to a run: draw the workload, build the clients, let the kernel run, and turn records into a `Result`.
+
+Every run builds fresh policies, models and memories, so a scenario stays a value and two runs give equal bytes. Nothing
+of the simulation itself happens here.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from mist import __version__
+from mist.client import Client
+from mist.coordinator import Coordinator
+from mist.errors import ScenarioError
+from mist.kernel import FOREVER, Kernel
+from mist.ledger import Ledger
+from mist.memory.kv_cache import KVCache
+from mist.metrics import ClientInfo, summarise
+from mist.perf import ORIGINS, Deployment, PerfModel
+from mist.records import Records
+from mist.scenario.clients import Client as Pool
+from mist.scenario.result import Result
+from mist.scenario.value import Scenario
+from mist.units import seconds_to_ns
+from mist.workload import RequestTable
+from mist.workload.synthetic import draw_table
+from mist.workload.trace import limit, rate_scale, read_trace
+
+#: called with the requests that have left and the requests of the workload
+Progress = Callable[[int, int], None]
+
+
+def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = None) -> Result:
+    """Simulate `scenario` to its end; `check` recounts every conservation law on the way.
+
+    Raises ScenarioError where the workload or the memory makes it impossible, InvariantError if MIST itself is wrong.
+    """
+    began = time.perf_counter()
+    workload = build_workload(scenario)
+    kernel, records = Kernel(), Records(stage_kinds=list(scenario.stages))
+    clients, infos, models = _build_clients(scenario, workload, kernel, records)
+    coordinator = Coordinator(
+        kernel=kernel,
+        records=records,
+        clients=clients,
+        pipeline=scenario.pipeline.build(),
+        routers={stage: spec.build() for stage, spec in scenario.routing.items()},
+        workload=workload,
+        rng_of=partial(random_of, scenario.seed, "pipeline"),
+    )
+    ledger = Ledger(kernel, coordinator, clients, records) if check else None
+    started = time.perf_counter()
+    _play(scenario, kernel, coordinator, ledger, progress)
+    metrics = summarise(
+        records,
+        clients=infos,
+        window=_window_ns(scenario, workload),
+        open_loop=workload.concurrency is None and bool(workload.arrival_ns[-1] > workload.arrival_ns[0]),
+        slo={metric: targets for metric, targets in scenario.slo.model_dump().items() if targets},
+        provenance=_provenance(records, models),
+    )
+    metrics["notes"] += workload.notes
+    ended = time.perf_counter()
+    return Result(
+        name=scenario.name,
+        scenario=scenario.resolved(),
+        records=records,
+        metrics=metrics,
+        simulator={"version": __version__, "events": kernel.num_events, "steps": len(records.steps)},
+        timing={"startup_s": started - began, "run_s": ended - started, "wall_s": time.perf_counter() - began},
+    )
+
+
+def build_workload(scenario: Scenario) -> RequestTable:
+    """The scenario's requests: its trace, or arrivals and lengths drawn from the seed tree."""
+    workload = scenario.workload
+    process = workload.arrival_process
+    if workload.trace is None:
+        assert process is not None
+        assert workload.num_requests is not None
+        inputs, outputs = (workload.length_distribution(key).build() for key in ("input_tokens", "output_tokens"))
+        table = draw_table(workload.num_requests, process.build(), inputs, outputs, _seed_of(scenario.seed, "workload"))
+    else:
+        trace_format = workload.trace_format
+        table = read_trace(scenario.trace_path(), trace_format.build() if trace_format else None)
+    if workload.limit is not None:
+        table = limit(table, workload.limit)
+    if workload.trace is not None and process is not None:
+        arrivals = process.build()
+        table.arrival_ns = arrivals.arrival_ns(len(table), random_of(scenario.seed, "arrivals"))
+        table.concurrency = getattr(arrivals, "concurrency", None)
+    return rate_scale(table, workload.rate_scale) if workload.rate_scale != 1 else table
+
+
+def random_of(seed: int, purpose: str, *index: int) -> np.random.Generator:
+    """The generator of one named purpose in the scenario's seed tree; draws of one don't shift those of another."""
+    return np.random.default_rng(_seed_of(seed, purpose, *index))
+
+
+def _seed_of(seed: int, purpose: str, *index: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(seed, spawn_key=(zlib.crc32(purpose.encode()), *index))
+
+
+def _build_clients(
+    scenario: Scenario, workload: RequestTable, kernel: Kernel, records: Records
+) -> tuple[list[Client], list[ClientInfo], list[PerfModel]]:
+    """The replicas of every pool, what summaries need to know of each, and each one's performance model."""
+    clients: list[Client] = []
+    infos: list[ClientInfo] = []
+    models: list[PerfModel] = []
+    for pool_name, pool in scenario.clients.items():
+        num_blocks = pool.kv_cache.num_blocks or pool.kv_capacity().num_blocks
+        perf = _perf_model(scenario, pool_name, pool)
+        for replica in range(pool.count):
+            name = f"{pool_name}-{replica}" if pool.count > 1 else pool_name
+            client = Client(
+                len(clients),
+                name,
+                serves=tuple(pool.serves),
+                batching=pool.batching.build(),
+                perf=perf,
+                kv=_kv_cache(scenario, pool_name, pool, num_blocks, workload.hash_block_size),
+                engine=pool.engine,
+                max_model_len=pool.max_model_len,
+                kernel=kernel,
+                records=records,
+            )
+            records.client_names.append(name)
+            clients.append(client)
+            models.append(perf)
+            max_num_seqs = client.batching.max_num_seqs
+            infos.append(ClientInfo(name, pool_name, num_blocks, pool.kv_cache.block_size, max_num_seqs))
+    return clients, infos, models
+
+
+def _kv_cache(scenario: Scenario, name: str, pool: Pool, num_blocks: int, hash_block_size: int) -> KVCache:
+    settings = pool.kv_cache
+    if hash_block_size % settings.block_size:
+        message = (
+            f"the trace hashes {hash_block_size} tokens at a time, not a multiple of block_size {settings.block_size}"
+        )
+        raise ScenarioError(scenario.problem(("clients", name, "kv_cache", "block_size"), message, "such as 16"))
+    return KVCache(
+        num_blocks,
+        settings.block_size,
+        enable_prefix_caching=settings.enable_prefix_caching,
+        hash_block_size=hash_block_size,
+        watermark_blocks=int(settings.watermark * num_blocks),
+    )
+
+
+def _perf_model(scenario: Scenario, name: str, pool: Pool) -> PerfModel:
+    """The first of the pool's performance models that supports it, prepared."""
+    deployment = Deployment(
+        pool.model,
+        pool.platform,
+        pool.weights_dtype,
+        pool.kv_dtype,
+        pool.batching.params["max_num_batched_tokens"],
+        pool.batching.params["max_num_seqs"],
+    )
+    reasons = []
+    for spec in pool.perf:
+        model: PerfModel = spec.build()
+        reason = model.supports(deployment)
+        if reason is None:
+            model.prepare(deployment)
+            return model
+        reasons.append(f"{spec.name}: {reason}")
+    raise ScenarioError(scenario.problem(("clients", name, "perf"), "; ".join(reasons), "such as perf: roofline"))
+
+
+def _play(
+    scenario: Scenario, kernel: Kernel, coordinator: Coordinator, ledger: Ledger | None, progress: Progress | None
+) -> None:
+    total = len(coordinator.workload)
+    until = FOREVER if scenario.max_time_s is None else seconds_to_ns(scenario.max_time_s)
+    coordinator.start()
+    kernel.run(until, (lambda: progress(coordinator.num_left, total)) if progress is not None else None)
+    end = kernel.now if until == FOREVER else until
+    if coordinator.in_system:
+        coordinator.cut(end)
+    if progress is not None:
+        progress(coordinator.num_left, total)
+    if ledger is not None:
+        ledger.close(end)
+
+
+def _window_ns(scenario: Scenario, workload: RequestTable) -> tuple[int | None, int | None]:
+    """The measured window on the run's clock; it is written from the first arrival on."""
+    first = int(workload.arrival_ns[0]) if len(workload) else 0
+    if scenario.window_s is not None:
+        start, end = scenario.window_s
+        return first + seconds_to_ns(start), first + seconds_to_ns(end)
+    return (first + seconds_to_ns(scenario.warmup_s) if scenario.warmup_s else None), None
+
+
+def _provenance(records: Records, models: Sequence[PerfModel]) -> dict[str, float]:
+    """Share of all device time by where its figure comes from; each client counts by its busy time."""
+    steps = records.steps.as_columns()
+    busy = np.bincount(steps["client"], steps["end_ns"] - steps["start_ns"], minlength=len(models))
+    total = float(busy.sum())
+    shares = dict.fromkeys(ORIGINS, 0.0)
+    for model, time_ns in zip(models, busy.tolist(), strict=True):
+        for origin, share in model.provenance().items():
+            shares[origin] += share * time_ns / total if total else 0.0
+    return shares

@@ -1,0 +1,232 @@
+"""What a user may write of a client: device, model, engine, and the parts that default to the engine's.
+
+A part of the schema. A validated `Client` is complete: what was left out holds the value that a run uses. It never
+looks at other sections; whether the clients together can serve the pipeline is checked elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
+
+from mist.engine import EngineProfile, KVCapacity
+from mist.errors import Problem, ScenarioError, nearest
+from mist.hardware import Device, Platform
+from mist.model import DTYPE_BYTES, ModelSpec
+from mist.request import DECODE, PREFILL
+from mist.scenario import catalogue
+from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
+from mist.scenario.source import KeyPath
+
+DEFAULT_ENGINE = "vllm-0.10"
+MAX_STEP_TOKENS = 2**22
+
+Count = Annotated[int, Field(ge=1, le=2**40)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+Perf = Annotated[Spec, SpecOf("perf")]
+PerfList = Annotated[
+    list[Perf],
+    Field(min_length=1),
+    Short(lambda value: value if isinstance(value, list) else [value]),
+]
+Stages = Annotated[list[Name], Field(min_length=1)]
+
+
+def _left_out() -> Any:
+    """The default of what is filled in once the engine and the model are known."""
+    return Field(default_factory=lambda: None)
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogued:
+    """Marks a field as a value of a catalogue: written as a name, the path of a file, or a mapping."""
+
+    kind: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_plain_validator_function(self._validate)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"enum": catalogue.names(self.kind)}, {"type": "string"}, {"type": "object"}]}
+
+    def _validate(self, given: Any, info: ValidationInfo) -> Any:
+        if not isinstance(given, str | dict):
+            known = f"known: {', '.join(catalogue.names(self.kind))}"
+            raise problem(f"must be a name, the path of a file or a mapping, not {short(given)}", known)
+        folder = (info.context or {}).get("folder", Path())
+        try:
+            return catalogue.read(self.kind, given, folder)[0]
+        except ScenarioError as error:
+            raise problems(_inside(given, p) for p in error.problems) from None
+
+
+def _inside(given: Any, found: Problem) -> tuple[KeyPath, Problem]:
+    path, message = catalogue.key_of(found.message, given)
+    return path, replace(found, message=message.removeprefix(".".join(map(str, path))).lstrip(": "))
+
+
+def _dtype(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto" and value not in DTYPE_BYTES:
+        raise problem(f"there is no dtype {value!r}", nearest(value, DTYPE_BYTES))
+    return value
+
+
+Dtype = Annotated[str, BeforeValidator(_dtype), WithJsonSchema({"enum": sorted(DTYPE_BYTES)})]
+KVDtype = Annotated[str, BeforeValidator(_dtype), WithJsonSchema({"enum": ["auto", *sorted(DTYPE_BYTES)]})]
+
+
+class KVCache(Section):
+    """The KV cache of each replica; what is left out is the engine's."""
+
+    num_blocks: Count | None = None
+    """KV blocks, in place of those that fit into memory"""
+    capacity_tokens: Count | None = None
+    """tokens of KV, in place of those that fit into memory"""
+    block_size: Annotated[int, Field(ge=1, le=65536)] = _left_out()
+    """tokens in a block"""
+    enable_prefix_caching: bool = _left_out()
+    """keep the blocks of prompts for requests that begin alike"""
+    watermark: Annotated[float, Field(ge=0, lt=1)] = _left_out()
+    """share of the blocks that admission leaves free"""
+    gpu_memory_utilization: Fraction = _left_out()
+    """share of device memory that the engine may use"""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> KVCache:
+        if self.num_blocks is not None and self.capacity_tokens is not None:
+            raise problem("num_blocks and capacity_tokens are both given", "keep one of them", ("capacity_tokens",))
+        return self
+
+    def completed(self, engine: EngineProfile) -> KVCache:
+        """With the engine's values for what was left out; an override is in blocks (0 if less than one)."""
+        keys = ("block_size", "enable_prefix_caching", "watermark", "gpu_memory_utilization")
+        fill = {key: getattr(engine, key) for key in keys if getattr(self, key) is None}
+        if self.capacity_tokens is not None:
+            size = self.block_size or engine.block_size
+            fill |= {"num_blocks": self.capacity_tokens // size, "capacity_tokens": None}
+        return self.model_copy(update=fill)
+
+
+class Client(Section):
+    """`count` equal replicas of a model on devices, behind one name."""
+
+    device: Annotated[Device, Catalogued("devices")]
+    """an accelerator: a name of `mist list devices`, the path of a YAML file, or a mapping"""
+    model: Annotated[ModelSpec, Catalogued("models")]
+    """a model: a name of `mist list models`, or the path of a Hugging Face config.json"""
+    count: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """replicas"""
+    tp: Annotated[int, Field(ge=1, le=1024)] = 1
+    """devices of one replica, in tensor parallelism"""
+    weights_dtype: Dtype = "bf16"
+    """dtype of the weights"""
+    kv_dtype: KVDtype = "auto"
+    """dtype of the KV cache; auto is bf16, or the weights' if they are wider"""
+    serves: Stages = [PREFILL, DECODE]  # noqa: RUF012
+    """stages of the pipeline that run here"""
+    engine: Annotated[EngineProfile, Catalogued("engines")] = Field(default=DEFAULT_ENGINE, validate_default=True)
+    """the serving engine, whose defaults and host time apply: a name of `mist list engines`, a path or a mapping"""
+    batching: Annotated[Spec, SpecOf("batching", unchecked=True)] = _left_out()
+    """a batching policy, such as {chunked: {max_num_batched_tokens: 2048}}; left out, the engine's"""
+    kv_cache: KVCache = KVCache()
+    """the KV cache, where it is not to follow from the engine and the memory"""
+    perf: PerfList = _left_out()
+    """performance models, the first that supports the client answers; left out, the scenario's"""
+    max_model_len: Count = _left_out()
+    """longest context in tokens; left out, the model's"""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Client:
+        client = self.model_copy(
+            update={
+                "kv_dtype": self._kv_dtype(),
+                "max_model_len": self.max_model_len or self.model.max_context,
+                "batching": self._batching(),
+                "kv_cache": self.kv_cache.completed(self.engine),
+            }
+        )
+        if found := list(client._misfits()):
+            raise problems(found)
+        return client
+
+    @property
+    def platform(self) -> Platform:
+        """The devices of one replica."""
+        return Platform(self.device, tp=self.tp)
+
+    def kv_capacity(self) -> KVCapacity:
+        """The KV cache that fits into a device's memory, by the engine's rule; overrides aside."""
+        batching = self.batching.build()
+        return self.engine.kv_blocks(
+            self.model,
+            self.platform,
+            self.weights_dtype,
+            self.kv_dtype,
+            batching.max_num_batched_tokens,
+            batching.max_num_seqs,
+            gpu_memory_utilization=self.kv_cache.gpu_memory_utilization,
+            block_size=self.kv_cache.block_size,
+        )
+
+    def _oversized(self) -> Iterator[Located]:
+        """Limits beyond any device's step, whose tables would not fit into memory."""
+        for key in ("max_num_batched_tokens", "max_num_seqs"):
+            if self.batching.params.get(key, 0) > MAX_STEP_TOKENS:
+                message = f"no step holds {self.batching.params[key]:,}"
+                yield ("batching", self.batching.name, key), Problem(message, hint=f"at most {MAX_STEP_TOKENS:,}")
+
+    def _kv_dtype(self) -> str:
+        if self.kv_dtype != "auto":
+            return self.kv_dtype
+        return self.weights_dtype if DTYPE_BYTES[self.weights_dtype] >= DTYPE_BYTES["bf16"] else "bf16"
+
+    def _batching(self) -> Spec:
+        """The policy with the engine's limits where it is the engine's own policy and the user gave none.
+
+        Fewer tokens than the engine's sequences lower these too, as vLLM does.
+        """
+        spec = self.batching or SpecOf("batching", unchecked=True).read(self.engine.batching)
+        if spec.name != self.engine.batching:
+            return spec
+        seqs, tokens = self.engine.limits_for(self.device, self.model)
+        tokens = spec.params["max_num_batched_tokens"] if "max_num_batched_tokens" in spec.given else tokens
+        return spec.with_defaults(max_num_seqs=min(seqs, tokens), max_num_batched_tokens=tokens)
+
+    def _misfits(self) -> Iterator[Located]:
+        """Parts of this client that don't go together."""
+        refused = [*self.batching.refused(("batching", self.batching.name)), *self._oversized()]
+        yield from refused
+        if reason := self.model.tp_problem(self.tp):
+            yield ("tp",), Problem(reason, hint="take a tp that divides the heads, such as 1, 2, 4 or 8")
+        elif self.tp > self.device.scale_up_domain:
+            hint = "tensor parallelism beyond one scale-up domain is not available yet: lower tp, or raise count"
+            domain = f"{self.device.name} joins {self.device.scale_up_domain} devices at full speed"
+            yield ("tp",), Problem(f"tp {self.tp} is too many: {domain}", hint=hint)
+        elif not refused and self.kv_cache.num_blocks is None and self.kv_capacity().missing_bytes:
+            message = f"{self.model.name} does not fit on {self.tp} x {self.device.name}: {self.kv_capacity()}"
+            hint = "raise tp, narrow weights_dtype, lower the limits of batching, or take a device with more memory"
+            yield ("device",), Problem(message, hint=hint)
+        if self.max_model_len > self.model.max_context:
+            message = (
+                f"{self.model.name} has a context of {self.model.max_context:,} tokens, not {self.max_model_len:,}"
+            )
+            yield ("max_model_len",), Problem(message, hint="lower it, or leave it out")
+        if self.kv_cache.num_blocks == 0:
+            message = f"less than one block of {self.kv_cache.block_size} tokens"
+            yield ("kv_cache", "capacity_tokens"), Problem(message, hint="give more tokens, or a smaller block_size")
+        if len(set(self.serves)) < len(self.serves):
+            yield ("serves",), Problem("a stage is here twice", hint="name each stage once")

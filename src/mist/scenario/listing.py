@@ -1,0 +1,92 @@
+"""What a scenario can name, as rows of plain data: devices, models, engines, policies, workloads and pipelines.
+
+Behind `mist list`, beside the schema: it reads the catalogues and the registry. It never prints.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from mist import registry
+from mist.scenario import catalogue
+from mist.scenario.named import parameters
+from mist.units import GB, GIB
+
+#: the kinds of policies, in the order in which a scenario names them
+POLICIES = ("trace", "arrivals", "lengths", "batching", "routing", "perf")
+
+Row = dict[str, Any]
+
+
+def rows(what: str) -> list[Row]:
+    """One row per name of devices, models, engines, policies, workloads or pipelines; all rows have the same keys."""
+    if what == "policies":
+        return [row for kind in POLICIES for row in _registered(kind)]
+    if what == "pipelines":
+        return _registered("pipeline")
+    describe = {"devices": _device, "models": _model, "engines": _engine, "workloads": _workload}[what]
+    return [
+        {
+            "name": entry.name,
+            **describe(catalogue.read(what, entry.name, Path())[0]),
+            "aliases": ", ".join(entry.aliases),
+        }
+        for entry in catalogue.entries(what)
+    ]
+
+
+def _registered(kind: str) -> list[Row]:
+    found = []
+    for name in registry.names(kind):
+        model = parameters(kind, name)
+        doc = inspect.getdoc(registry.lookup(kind, name)) or ""
+        fields = ", ".join(
+            key if field.is_required() or field.default is None else f"{key}={_written(field.default)}"
+            for key, field in model.model_fields.items()
+        )
+        found.append({"kind": kind, "name": name, "parameters": fields, "description": doc.partition("\n")[0]})
+    return found
+
+
+def _written(default: Any) -> str:
+    return f"[{', '.join(map(str, default))}]" if isinstance(default, tuple) else str(default)
+
+
+def _device(device: Any) -> Row:
+    peak = device.peak_flop_per_s
+    return {
+        "memory_gib": round(device.memory_bytes / GIB, 1),
+        "memory_gb_per_s": round(device.memory_bytes_per_s / GB),
+        "bf16_tflops": round(peak["bf16"] / 1e12),
+        "fp8_tflops": round(peak["fp8"] / 1e12) if "fp8" in peak else None,
+        "link_gb_per_s": round(device.link_bytes_per_s / GB),
+    }
+
+
+def _model(model: Any) -> Row:
+    return {
+        "parameters_billions": round(model.num_parameters / 1e9, 2),
+        "num_layers": model.num_layers,
+        "max_context": model.max_context,
+        "kv_bytes_per_token_bf16": model.kv_bytes_per_token("bf16"),
+    }
+
+
+def _engine(engine: Any) -> Row:
+    return {
+        "batching": engine.batching,
+        "max_num_seqs": engine.max_num_seqs,
+        "max_num_batched_tokens": engine.max_num_batched_tokens,
+        "step_overhead_us": round(engine.step_overhead_ns / 1e3, 1),
+    }
+
+
+def _workload(table: Any) -> Row:
+    return {
+        "num_requests": table["num_requests"],
+        "mean_input_tokens": table["input_tokens"]["mean"],
+        "mean_output_tokens": table["output_tokens"]["mean"],
+        "description": table["description"],
+    }

@@ -1,0 +1,230 @@
+"""What a run gives back: `Result`, with its summary, its tables as columns, a printed form and files.
+
+It stands at the end of `run(scenario)`: the records and the summary made from them come in, nothing is computed anew
+but unit conversions. It never runs anything, and what it writes is the same bytes for the same seed, wall times apart.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console, RenderableType
+
+from mist.errors import Problem, ScenarioError
+from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
+from mist.metrics.stages import PARTS, stage_times
+from mist.records import FINISHED, SEGMENT_ENDS, STATUSES, IntColumn, Records
+from mist.scenario.result_table import render
+from mist.scenario.value import to_yaml
+from mist.units import NS_PER_S
+
+Columns = dict[str, npt.NDArray[Any]]
+
+#: width of the printed form where there is no terminal to fill
+PLAIN_WIDTH = 100
+
+
+@dataclass(eq=False)
+class Result:
+    """One run's outcome.
+
+    `scenario` is the resolved scenario as plain YAML values, `metrics` the document of `mist.metrics.summarise`,
+    `simulator` its version and counts (`version`, `events`, `steps`), `timing` the wall times (`startup_s`, `run_s`,
+    `wall_s`), the only values that differ between two runs of one seed.
+    """
+
+    name: str
+    scenario: dict[str, Any]
+    records: Records
+    metrics: dict[str, Any]
+    simulator: dict[str, Any] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """The summary document: JSON values, SI units, fractions 0-1, None for what has no value."""
+        return {**self.metrics, "simulator": {**self.simulator, "timing": dict(self.timing)}}
+
+    def to_json(self) -> str:
+        """The summary as one JSON document, ended by a newline."""
+        return json.dumps(self.summary(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @cached_property
+    def requests(self) -> Columns:
+        """One row per request, by number: times in seconds on the run's clock, NaN where they don't apply."""
+        return request_columns(self.records)
+
+    @cached_property
+    def steps(self) -> Columns:
+        """One row per step of a client, by start; what ran together, on how many KV blocks, with how many waiting."""
+        return step_columns(self.records)
+
+    @cached_property
+    def tasks(self) -> Columns:
+        """One row per segment of a task (queueing to end or preemption), by request and in order."""
+        return task_columns(self.records)
+
+    def __str__(self) -> str:
+        console = Console(width=PLAIN_WIDTH, file=io.StringIO(), color_system=None, legacy_windows=False)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+    def __repr__(self) -> str:
+        finished = self.metrics.get("requests", {}).get("finished")
+        return f"<Result of {self.name!r}: {finished} requests finished>"
+
+    def __rich__(self) -> RenderableType:
+        return render(self.name, self.summary())
+
+    def write(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write summary.json, requests.parquet, steps.parquet and scenario.yaml into `folder`; return it.
+
+        The files are made in a new folder beside it, which takes its place in the end: whatever goes wrong, earlier
+        results stay whole. Other files of an overwritten folder are kept. Raises ScenarioError where `folder` can't be
+        used (`check_output_folder`).
+        """
+        target = Path(folder).resolve()
+        check_output_folder(target, overwrite=overwrite)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        try:
+            self._write_files(made)
+            _take_place(made, target)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        return target
+
+    def _write_files(self, folder: Path) -> None:
+        (folder / "summary.json").write_text(self.to_json(), encoding="utf-8")
+        (folder / "scenario.yaml").write_text(to_yaml(self.scenario), encoding="utf-8")
+        _write_parquet(self.requests, folder / "requests.parquet")
+        _write_parquet(self.steps, folder / "steps.parquet")
+
+
+def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
+    """ScenarioError unless results can be written to `folder`: new, or empty, or `overwrite` (but not where one is)."""
+    path = Path(folder).resolve()
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ScenarioError(Problem(f"{folder} is a file, and results go into a folder"))
+    if path == Path.cwd() or path in Path.cwd().parents:
+        raise ScenarioError(Problem(f"{folder} is the folder we are in", hint="name one below it, like out/first"))
+    if any(path.iterdir()) and not overwrite:
+        hint = "name another folder, or give --overwrite to replace the results in it"
+        raise ScenarioError(Problem(f"{folder} isn't empty", hint=hint))
+
+
+def request_columns(records: Records) -> Columns:
+    """The request table in seconds, with the latencies of those that finished and where their time went."""
+    rows = records.requests.as_columns()
+    order = np.argsort(rows["request"], kind="stable")
+    rows = {name: column[order] for name, column in rows.items()}
+    return {
+        "request": rows["request"],
+        "arrival_s": _seconds(rows["arrival_ns"]),
+        "first_token_s": _seconds(rows["first_token_ns"]),
+        "end_s": _seconds(rows["end_ns"]),
+        "status": _names(STATUSES, rows["status"]),
+        "reason": _names(records.reasons, rows["reason"]),
+        **{name: rows[name] for name in ("input_tokens", "output_tokens", "cached_tokens", "num_preemptions")},
+        "ttft_s": _seconds(ttft_ns(rows)),
+        "tpot_s": _seconds(tpot_ns(rows)),
+        "e2e_s": _seconds(e2e_ns(rows)),
+        **_time_spent(rows, records),
+    }
+
+
+def step_columns(records: Records) -> Columns:
+    """The step table in seconds, by start and then client."""
+    rows = records.steps.as_columns()
+    order = np.lexsort((rows["client"], rows["start_ns"]))
+    rows = {name: column[order] for name, column in rows.items()}
+    counts = ("num_prefills", "num_prefill_tokens", "num_decodes", "decode_context", "kv_blocks", "num_waiting")
+    return {
+        "client": _names(records.client_names, rows["client"]),
+        "start_s": _seconds(rows["start_ns"]),
+        "end_s": _seconds(rows["end_ns"]),
+        "duration_s": _seconds(rows["end_ns"] - rows["start_ns"]),
+        **{name: rows[name] for name in counts},
+    }
+
+
+def task_columns(records: Records) -> Columns:
+    """The table of task segments in seconds, by request and in order."""
+    rows = records.tasks.as_columns()
+    order = np.argsort(rows["request"], kind="stable")
+    rows = {name: column[order] for name, column in rows.items()}
+    return {
+        "request": rows["request"],
+        "stage_index": rows["stage_index"],
+        "stage": _names(records.stage_kinds, rows["kind"]),
+        "client": _names(records.client_names, rows["client"]),
+        **{f"{event}_s": _seconds(rows[f"{event}_ns"]) for event in ("queued", "started", "joined", "end")},
+        "how": _names(SEGMENT_ENDS, rows["how"]),
+        **{name: rows[name] for name in ("computed_tokens", "cached_tokens", "join_step", "last_step")},
+    }
+
+
+def _time_spent(requests: Mapping[str, IntColumn], records: Records) -> Columns:
+    """Seconds that each finished request waited, was served and was handed over, all stages together."""
+    finished = requests["status"] == FINISHED
+    tasks = records.tasks.as_columns()
+    order = np.argsort(tasks["request"], kind="stable")
+    times = stage_times(
+        {name: column[finished] for name, column in requests.items()},
+        {name: column[order] for name, column in tasks.items()},
+        len(records.stage_kinds),
+    ).sum(axis=1)
+    spent = np.full((len(finished), len(PARTS)), np.nan)
+    spent[finished] = times / NS_PER_S
+    return {part: spent[:, i] for i, part in enumerate(PARTS)}
+
+
+def _seconds(times_ns: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    return np.where(times_ns >= 0, times_ns / NS_PER_S, np.nan)
+
+
+def _names(names: Sequence[str], codes: IntColumn) -> npt.NDArray[Any]:
+    """Category names by code, as shared strings; None for -1."""
+    return np.array([*names, None], dtype=object)[codes]
+
+
+def _write_parquet(columns: Columns, path: Path) -> None:
+    """Categories as dictionaries, and null where a time doesn't apply."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrays = {
+        name: pa.array(column, pa.string()).dictionary_encode()
+        if column.dtype == object
+        else pa.array(np.ascontiguousarray(column), from_pandas=True)
+        for name, column in columns.items()
+    }
+    pq.write_table(pa.table(arrays), path, compression="zstd")
+
+
+def _take_place(made: Path, target: Path) -> None:
+    """Put the finished folder `made` where `target` is; what `target` held besides results moves along."""
+    if not target.exists():
+        made.rename(target)
+        return
+    earlier = target.with_name(f".{target.name}.{os.getpid()}.earlier")
+    target.rename(earlier)
+    made.rename(target)
+    for entry in sorted(earlier.iterdir()):
+        if not (target / entry.name).exists():
+            entry.rename(target / entry.name)
+    shutil.rmtree(earlier)

@@ -1,0 +1,239 @@
+"""What a user may write: the sections of a scenario with their types, defaults, help and checks.
+
+Between the plain data of a `Source` and the `Scenario` that runs; `mist schema` is generated from here. Checks that
+need more than one section are elsewhere, and nothing here builds a policy to run it or reads a trace.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+
+from mist import registry
+from mist.errors import Problem, ScenarioError
+from mist.request import DECODE, PREFILL
+from mist.scenario import catalogue
+from mist.scenario.clients import Client, Count, Name, PerfList
+from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
+
+Arrivals = Annotated[Spec, SpecOf("arrivals")]
+Lengths = Annotated[Spec, SpecOf("lengths", bare="fixed")]
+Routing = Annotated[Spec, SpecOf("routing")]
+
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=1e9)]
+
+
+def _window(value: Any) -> tuple[float | None, float]:
+    """START:END, [START, END] or a duration, as (start, end) or (None, duration)."""
+    pair: Any = value.split(":") if isinstance(value, str) else value
+    if isinstance(pair, int | float) and not isinstance(pair, bool):
+        pair = [None, pair]
+    try:
+        first, second = pair
+        start, end = None if first is None else float(first), float(second)
+    except (TypeError, ValueError):
+        start, end = None, math.nan
+    if not 0 <= (start or 0) < end < math.inf:
+        raise problem(f"{short(value)} is not a window of time", "write 60:600 (start:end, in s) or 540 (its length)")
+    return start, end
+
+
+def _client_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", value):
+        raise problem(f"{short(value)} can't name a client", "use letters, digits, - and _")
+    return value
+
+
+def _percentile(value: str) -> str:
+    if not re.fullmatch(r"mean|p[1-9]?[0-9](\.[0-9]+)?", value):
+        raise problem(f"{short(value)} is not a percentile", "such as p50, p99, p99.9, or mean")
+    return value
+
+
+def _routing(value: Any) -> Any:
+    """A policy for all stages, in any of its forms, as {"": policy}; {stage: policy} as it is."""
+    known = registry.names("routing")
+    if isinstance(value, dict) and value and not any(key in known for key in value):
+        return value
+    return {"": value}
+
+
+_SECONDS = {"type": "number", "minimum": 0}
+Window = Annotated[
+    tuple[float | None, float],
+    BeforeValidator(_window),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": "^[^:]+:[^:]+$"},
+                {"type": "array", "items": {"anyOf": [_SECONDS, {"type": "null"}]}, "minItems": 2, "maxItems": 2},
+                _SECONDS,
+            ]
+        }
+    ),
+]
+ClientName = Annotated[str, AfterValidator(_client_name)]
+Percentile = Annotated[str, AfterValidator(_percentile)]
+Targets = dict[Percentile, PositiveSeconds]
+#: a policy by stage; "" is all stages that are not named
+Routings = Annotated[dict[str, Routing], Short(_routing)]
+
+
+class Workload(Section):
+    """Where requests come from: a trace, or drawn arrivals and lengths."""
+
+    trace: Name | None = None
+    """a trace file, looked up beside the scenario, then in the folders of MIST_DATA"""
+    format: Annotated[Spec, SpecOf("trace")] | None = None
+    """the trace's format; left out, its first line tells"""
+    columns: Annotated[Spec, SpecOf("trace", only="columns")] | None = None
+    """which columns of any CSV, JSON-lines or Parquet file are the arrival, input_tokens and output_tokens"""
+    arrivals: Arrivals | None = None
+    """when requests arrive, such as {poisson: {rate_per_s: 4}}; with a trace, in place of its own times"""
+    concurrency: Count | None = None
+    """short for arrivals: {closed_loop: {concurrency: N}}, N requests in the system at all times"""
+    num_requests: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    """requests to draw"""
+    lengths: Name | None = None
+    """a length catalogue for inputs and outputs (`mist list workloads`)"""
+    input_tokens: Lengths | None = None
+    """tokens of a prompt: a number, or a distribution such as {lognormal: {mean: 1155, cv: 0.9}}"""
+    output_tokens: Lengths | None = None
+    """tokens of an answer: a number or a distribution"""
+    rate_scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """arrivals this many times as fast"""
+    limit: Count | None = None
+    """only the first requests"""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Workload:
+        found = list(self._trace_problems() if self.trace else self._drawn_problems())
+        if self.arrivals and self.concurrency:
+            found.append(
+                (("concurrency",), Problem("arrivals and concurrency are both given", hint="keep one of them"))
+            )
+        if self.lengths is not None:
+            try:
+                catalogue.read("workloads", self.lengths, Path())
+            except ScenarioError as error:
+                found.extend((("lengths",), each) for each in error.problems)
+        if self.concurrency and self.rate_scale != 1:
+            found.append((("rate_scale",), Problem("a closed loop has no rate to scale", hint="change concurrency")))
+        if found:
+            raise problems(found)
+        return self
+
+    def _trace_problems(self) -> Iterator[Located]:
+        for key in ("num_requests", "lengths", "input_tokens", "output_tokens"):
+            if getattr(self, key) is not None:
+                hint = "`limit` takes the first requests" if key == "num_requests" else f"remove trace or {key}"
+                yield (key,), Problem(f"a trace brings its own {key}", hint=hint)
+        if self.format and self.columns:
+            yield (
+                ("format",),
+                Problem("format and columns are both given", hint="`columns` is a format: keep one of them"),
+            )
+
+    def _drawn_problems(self) -> Iterator[Located]:
+        drawn = [
+            key for key in ("arrivals", "concurrency", "num_requests", "lengths") if getattr(self, key) is not None
+        ]
+        if not drawn and not self.input_tokens and not self.output_tokens:
+            hint = (
+                "trace: FILE; or arrivals: {poisson: {rate_per_s: 4}}, num_requests: 1000, lengths: azure-conversation"
+            )
+            yield (), Problem("the workload is empty", hint=hint)
+            return
+        for key in ("format", "columns"):
+            if getattr(self, key) is not None:
+                yield (key,), Problem(f"{key} is for a trace, and there is none", hint="give trace: FILE")
+        if not self.arrivals and not self.concurrency:
+            yield (), Problem("arrivals are missing", hint="such as arrivals: {poisson: {rate_per_s: 4}}")
+        if self.num_requests is None:
+            yield (), Problem("num_requests is missing", hint="such as num_requests: 1000")
+        for key in ("input_tokens", "output_tokens"):
+            if getattr(self, key) is None and self.lengths is None:
+                yield (
+                    (),
+                    Problem(f"{key} is missing", hint=f"such as {key}: 256, or lengths: azure-conversation for both"),
+                )
+
+    @property
+    def trace_format(self) -> Spec | None:
+        """The format that the user gave; None leaves it to the file."""
+        return self.format or self.columns
+
+    @property
+    def arrival_process(self) -> Spec | None:
+        """The arrival process; None keeps a trace's own times."""
+        if self.concurrency is not None:
+            return Spec("arrivals", "closed_loop", {"concurrency": self.concurrency})
+        return self.arrivals
+
+    def length_distribution(self, key: str) -> Spec:
+        """The distribution of "input_tokens" or "output_tokens": the user's own, else the length catalogue's."""
+        own: Spec | None = getattr(self, key)
+        if own is not None:
+            return own
+        table = catalogue.read("workloads", str(self.lengths), Path())[0]
+        return Spec("lengths", "quantiles", {"points": table[key]["quantiles"]})
+
+
+class Slo(Section):
+    """Targets by metric and percentile, in seconds, such as ttft_s: {p99: 1.5}."""
+
+    ttft_s: Targets = {}  # noqa: RUF012
+    """time to first token"""
+    tpot_s: Targets = {}  # noqa: RUF012
+    """time per output token after the first"""
+    itl_s: Targets = {}  # noqa: RUF012
+    """inter-token latency"""
+    e2e_s: Targets = {}  # noqa: RUF012
+    """time from arrival to last token"""
+
+
+class ScenarioFile(Section):
+    """A scenario: a workload, a pipeline, and the clients that serve it."""
+
+    name: Name | None = None
+    """what the result is called; left out, the file's name"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """all that is drawn comes from here; the same seed gives the same bytes"""
+    workload: Workload
+    """where requests come from"""
+    pipeline: Annotated[Spec, SpecOf("pipeline", bare="stages", bare_type="array")] = Field(
+        default=[PREFILL, DECODE], validate_default=True
+    )
+    """the stages of a request: a list of stages, or a pipeline by name"""
+    clients: Annotated[dict[ClientName, Client], Field(min_length=1)]
+    """who serves the stages, by name"""
+    routing: Routings = Field(default="least_outstanding", validate_default=True)
+    """which replica takes a task: a policy for all stages, or {stage: policy}"""
+    slo: Slo = Slo()
+    """service levels that the result is held against"""
+    warmup_s: Seconds = 0.0
+    """leave requests that arrive in the first seconds out of the metrics"""
+    window_s: Window | None = None
+    """measure only requests that arrive in this window: start:end in seconds, or its length after the warm-up"""
+    max_time_s: PositiveSeconds | None = None
+    """stop the simulation at this time; requests still in the system count as unfinished"""
+    perf: PerfList = Field(default="roofline", validate_default=True)
+    """performance models of clients that name none, the first that supports the client answers"""
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a scenario, with every registered policy's parameters and every catalogue's names."""
+    schema = ScenarioFile.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "MIST scenario", **schema}

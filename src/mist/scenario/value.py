@@ -1,0 +1,274 @@
+"""The scenario as a value: validated, complete, with every default in it, and able to point at its own source.
+
+What `build` turns into a run. It is made from a file, a mapping or keywords; all problems are raised at once as a
+`ScenarioError`. It never changes, holds no policy instance, and writes itself as a YAML that gives the same run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mist.errors import Problem, ScenarioError, nearest
+from mist.request import DECODE, PREFILL
+from mist.scenario import catalogue
+from mist.scenario.clients import Client
+from mist.scenario.named import Located, Section, Spec
+from mist.scenario.nodes import is_text
+from mist.scenario.schema import ScenarioFile, Slo, Workload
+from mist.scenario.source import KeyPath, Source, key_path, override, read_file, read_mapping
+from mist.workload.trace import find_trace
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class Scenario:
+    """A validated scenario; made by `load`, `from_mapping`, or from its sections as keywords.
+
+    `stages` are the kinds that the pipeline may yield; `routing` has a policy for each. `window_s` is (start, end).
+    Two scenarios are equal when their resolved forms are.
+    """
+
+    name: str
+    seed: int
+    workload: Workload
+    pipeline: Spec
+    stages: tuple[str, ...]
+    clients: Mapping[str, Client]
+    routing: Mapping[str, Spec]
+    slo: Slo
+    warmup_s: float
+    window_s: tuple[float, float] | None
+    max_time_s: float | None
+    source: Source
+
+    def __init__(self, **sections: Any) -> None:
+        self._complete(read_mapping(sections))
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], *, folder: Path | None = None) -> Scenario:
+        """The scenario in a mapping; relative paths start at `folder`, by default the current one."""
+        return cls.from_source(read_mapping(mapping, folder=folder))
+
+    @classmethod
+    def from_source(cls, source: Source) -> Scenario:
+        """The scenario that was written; ScenarioError with all of its problems."""
+        scenario = cls.__new__(cls)
+        scenario._complete(source)
+        return scenario
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths start."""
+        return self.source.folder
+
+    def problem(self, path: KeyPath, message: str, hint: str = "") -> Problem:
+        """A problem with what was written at `path`, such as ("clients", "gpu", "tp"), for a ScenarioError."""
+        return self.source.problem(path, message, hint)
+
+    def trace_path(self) -> Path:
+        """The trace file; ScenarioError where it isn't, or where the workload has none."""
+        try:
+            return find_trace(self.workload.trace or "", self.folder, os.environ)
+        except ScenarioError as error:
+            raise ScenarioError(
+                self.problem(("workload", "trace"), p.message, p.hint) for p in error.problems
+            ) from None
+
+    def resolved(self) -> dict[str, Any]:
+        """Every value of the scenario, defaults included, as plain data that reads back as this scenario anywhere.
+
+        Names of catalogues stay names, files of devices, models and engines are written in place, and a trace found
+        beside the scenario gets its whole path.
+        """
+        return _without_none(
+            {
+                "name": self.name,
+                "seed": self.seed,
+                "workload": self._resolved_workload(),
+                "pipeline": self.pipeline.plain(),
+                "clients": {name: self._resolved_client(name) for name in self.clients},
+                "routing": {stage: spec.plain() for stage, spec in self.routing.items()},
+                "slo": {metric: targets for metric, targets in self.slo.model_dump().items() if targets},
+                "warmup_s": self.warmup_s,
+                "window_s": self.window_s and list(self.window_s),
+                "max_time_s": self.max_time_s,
+            }
+        )
+
+    def to_yaml(self) -> str:
+        """The resolved scenario as YAML."""
+        return to_yaml(self.resolved())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scenario) and self.resolved() == other.resolved()
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.seed, tuple(self.clients)))
+
+    def _complete(self, source: Source) -> None:
+        """Fill the fields of this still empty instance from what was written."""
+        data = source.data()
+        if not isinstance(data, dict):
+            hint = "the keys are " + ", ".join(ScenarioFile.model_fields)
+            raise ScenarioError(source.problem((), "a scenario is a mapping of sections", hint))
+        try:
+            file = ScenarioFile.model_validate(data, context={"folder": source.folder})
+        except ValidationError as error:
+            raise ScenarioError(_problems(error, source)) from None
+        stages = tuple(dict.fromkeys(file.pipeline.build().kinds))
+        named = file.routing
+        every = named.get("") or Spec("routing", "least_outstanding")
+        fields: dict[str, Any] = {key: getattr(file, key) for key in ScenarioFile.model_fields if key != "perf"}
+        fields |= {
+            "name": file.name or source.name,
+            "source": source,
+            "stages": stages,
+            "clients": {name: _with_perf(client, file.perf) for name, client in file.clients.items()},
+            "routing": {stage: named.get(stage, every) for stage in stages},
+            "window_s": _window(file),
+        }
+        for key, value in fields.items():
+            object.__setattr__(self, key, value)
+        found = [_placed(source, loc, p.message, p.hint) for loc, p in self._conflicts(file)]
+        if file.workload.trace is not None:
+            try:
+                self.trace_path()
+            except ScenarioError as error:
+                found.extend(error.problems)
+        if found:
+            raise ScenarioError(found)
+
+    def _conflicts(self, file: ScenarioFile) -> Iterator[Located]:
+        """What doesn't go together between sections."""
+        served = {stage for client in self.clients.values() for stage in client.serves}
+        for stage in self.stages:
+            if stage not in served:
+                hint = f"add it to `serves` of a client; they serve {', '.join(sorted(served))}"
+                yield ("pipeline",), Problem(f"no client serves the stage {stage!r}", hint=hint)
+        if DECODE in self.stages and PREFILL not in self.stages:
+            yield ("pipeline",), Problem("decode needs a prefill before it", hint="such as [prefill, decode]")
+        for stage in file.routing:
+            if stage and stage not in self.stages:
+                message = f"the pipeline has no stage {stage!r}"
+                yield ("routing", stage), Problem(message, hint=nearest(stage, self.stages))
+        for name, client in self.clients.items():
+            yield from self._client_conflicts(name, client)
+        if self.window_s is not None and self.warmup_s > self.window_s[0]:
+            message = f"the warm-up of {self.warmup_s:g} s ends after the window begins"
+            yield ("window_s",), Problem(message, hint="let the window begin later, or leave warmup_s out")
+
+    def _client_conflicts(self, name: str, client: Client) -> Iterator[Located]:
+        known = {PREFILL, DECODE, *self.stages}
+        for index, stage in enumerate(client.serves):
+            if stage not in known:
+                message = f"there is no stage {stage!r}"
+                yield ("clients", name, "serves", index), Problem(message, hint=nearest(stage, known))
+        if {PREFILL, DECODE} <= set(self.stages) and (PREFILL in client.serves) != (DECODE in client.serves):
+            message = "prefill and decode on different clients is not available yet"
+            yield ("clients", name, "serves"), Problem(message, hint="serve both: [prefill, decode]")
+
+    def _resolved_workload(self) -> dict[str, Any]:
+        plain = {"format" if key == "columns" else key: value for key, value in _plain(self.workload).items()}
+        trace = self.workload.trace
+        if trace is not None and (self.folder / trace).is_file():
+            plain["trace"] = str((self.folder / trace).resolve())
+        return plain
+
+    def _resolved_client(self, name: str) -> dict[str, Any]:
+        plain: dict[str, Any] = _plain(self.clients[name])
+        for key in ("device", "model", "engine"):
+            try:
+                given = self.source.at(("clients", name, key))
+            except KeyError:
+                given = Client.model_fields[key].default
+            plain[key] = catalogue.read(f"{key}s", given, self.folder)[1]
+        return plain
+
+
+def load(scenario: str | Path | Mapping[str, Any] | Scenario, sets: Iterable[str] = (), **overrides: Any) -> Scenario:
+    """The scenario in a YAML file (or a mapping) with `sets` ("path=value") and then `overrides` applied.
+
+    An override's name is a dotted path, such as seed=3 or **{"clients.gpu.tp": 2}. Raises ScenarioError with all
+    problems found.
+    """
+    if isinstance(scenario, Scenario):
+        source = scenario.source
+    elif isinstance(scenario, Mapping):
+        source = read_mapping(scenario)
+    else:
+        source = read_file(scenario)
+    source = override(source, sets)
+    for dotted, value in overrides.items():
+        source = source.with_value(key_path(dotted), value, f"{dotted}={value}")
+    return Scenario.from_source(source)
+
+
+def to_yaml(resolved: Mapping[str, Any]) -> str:
+    """A resolved scenario as YAML that reads back as the same values."""
+    text: str = yaml.dump(
+        dict(resolved), Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100
+    )
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that would read back as something else."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, None if is_text(text) else "'")
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _problems(error: ValidationError, source: Source) -> list[Problem]:
+    """The problems of a validation at their places; those found in other files have one already."""
+    found = []
+    for each in error.errors():
+        context = each["ctx"]
+        if context["place"]:
+            file, line, column = context["place"]
+            found.append(Problem(context["message"], file, line, column, context["hint"]))
+            continue
+        found.append(_placed(source, each["loc"], context["message"], context["hint"], key=context["key"]))
+    return sorted(dict.fromkeys(found), key=lambda p: (p.file, p.line, p.column))
+
+
+def _placed(source: Source, loc: KeyPath, message: str, hint: str, *, key: bool = False) -> Problem:
+    """A problem at what was written at `loc`; its message begins with the path."""
+    path = tuple(part for part in loc if part not in ("", "[key]"))
+    where = ".".join(map(str, path))
+    return source.problem(path, f"{where}: {message}" if where else message, hint, key=key or "[key]" in loc)
+
+
+def _with_perf(client: Client, perf: list[Spec]) -> Client:
+    return client if client.perf else client.model_copy(update={"perf": perf})
+
+
+def _window(file: ScenarioFile) -> tuple[float, float] | None:
+    if file.window_s is None:
+        return None
+    start, end = file.window_s
+    return (file.warmup_s, file.warmup_s + end) if start is None else (start, end)
+
+
+def _plain(value: Any) -> Any:
+    """A section as plain data, without what was left out and without values of catalogues."""
+    if isinstance(value, Spec):
+        return value.plain()
+    if isinstance(value, Section):
+        return _without_none({key: _plain(getattr(value, key)) for key in type(value).model_fields})
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _without_none(mapping: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if value is not None}

@@ -1,0 +1,38 @@
+"""For tests, of MIST and of what plugs into it: contract suites to inherit, and a small cluster to play workloads on.
+
+The one package that may import all others; nothing imports it, and it never imports a test framework.
+"""
+
+from mist.testing.cluster import (
+    LinearSteps,
+    Run,
+    SmallScenario,
+    engine,
+    play,
+    random_scenario,
+    record_bytes,
+    table,
+)
+from mist.testing.contracts import (
+    BatchingContract,
+    PerfModelContract,
+    PipelineContract,
+    RoutingContract,
+    small_deployment,
+)
+
+__all__ = [
+    "BatchingContract",
+    "LinearSteps",
+    "PerfModelContract",
+    "PipelineContract",
+    "RoutingContract",
+    "Run",
+    "SmallScenario",
+    "engine",
+    "play",
+    "random_scenario",
+    "record_bytes",
+    "small_deployment",
+    "table",
+]

@@ -1,0 +1,231 @@
+"""A cluster from parts for tests: `play` runs a workload on clients with made-up step times, under the ledger.
+
+It stands where the scenario loader stands in a real run, and makes random small scenarios. It asserts nothing itself.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mist.batching import BatchingPolicy
+from mist.batching.chunked import Chunked
+from mist.client import Client
+from mist.coordinator import Coordinator
+from mist.engine import EngineProfile
+from mist.kernel import FOREVER, Kernel
+from mist.ledger import Ledger
+from mist.memory.kv_cache import KVCache
+from mist.perf import Deployment, PerfModel
+from mist.pipeline import PipelineFactory, StageList
+from mist.records import Records
+from mist.request import Step
+from mist.routing import RoutingPolicy
+from mist.routing.round_robin import RoundRobin
+from mist.workload import RequestTable
+
+
+@dataclass
+class LinearSteps:
+    """A made-up performance model: base + a·prefill tokens + b·decodes + c·decode context + d·prefills, in ns."""
+
+    base: int = 1000
+    per_prefill_token: int = 10
+    per_decode: int = 3
+    per_context: int = 1
+    per_prefill: int = 7
+
+    def step_time(self, step: Step) -> int:
+        return self.of(step.num_prefill_tokens, step.num_decodes, step.decode_context, len(step.chunks))
+
+    def of(self, prefill_tokens: int, decodes: int, context: int, prefills: int) -> int:
+        return (
+            self.base
+            + self.per_prefill_token * prefill_tokens
+            + self.per_decode * decodes
+            + self.per_context * context
+            + self.per_prefill * prefills
+        )
+
+    def floor_time(self, step: Step) -> int:
+        return 1
+
+    def supports(self, deployment: Deployment) -> str | None:
+        return None
+
+    def prepare(self, deployment: Deployment) -> None: ...
+
+    def provenance(self) -> dict[str, float]:
+        return {"roofline": 1.0}
+
+
+def engine(*, step_ns: int = 0, token_ns: int = 0, request_ns: int = 0, overlapped: bool = False) -> EngineProfile:
+    """An engine profile with these host overheads, in ns."""
+    return EngineProfile(
+        "test",
+        step_overhead_ns=step_ns,
+        token_overhead_ns=token_ns,
+        request_overhead_ns=request_ns,
+        overlapped=overlapped,
+    )
+
+
+def table(
+    arrival_ns: Any,
+    input_tokens: Any,
+    output_tokens: Any,
+    keys: list[tuple[int, ...]] | None = None,
+    concurrency: int | None = None,
+) -> RequestTable:
+    """A workload from three sequences of ints."""
+    arrivals, inputs, outputs = (np.asarray(c, dtype=np.int64) for c in (arrival_ns, input_tokens, output_tokens))
+    return RequestTable(arrivals, inputs, outputs, block_keys=keys, concurrency=concurrency)
+
+
+@dataclass
+class Run:
+    """A run that is over (at `end_ns`, where it was cut), with everything that took part."""
+
+    records: Records
+    clients: list[Client]
+    coordinator: Coordinator
+    kernel: Kernel
+    end_ns: int
+
+
+def play(
+    workload: RequestTable,
+    *,
+    policy: Callable[[], BatchingPolicy] = Chunked,
+    perf: PerfModel | None = None,
+    num_clients: int = 1,
+    num_blocks: int = 1 << 40,
+    block_size: int = 16,
+    caching: bool = False,
+    unit_tokens: int = 0,
+    watermark: int = 0,
+    engine_profile: EngineProfile | None = None,
+    router: RoutingPolicy | None = None,
+    pipeline: PipelineFactory | None = None,
+    max_model_len: int = 1 << 40,
+    until_ns: int = FOREVER,
+    ledger: bool = True,
+    serves: Sequence[tuple[str, ...]] | None = None,
+    prepare: Callable[[Kernel, list[Client]], None] | None = None,
+) -> Run:
+    """Run `workload` to the end (or `until_ns`) on equal clients and check every law on the way.
+
+    `serves`: stage kinds per client. `prepare` is called with the built parts before the first event.
+    Raises InvariantError where a law breaks.
+    """
+    pipeline = pipeline or StageList()
+    records = Records(stage_kinds=list(dict.fromkeys(pipeline.kinds)))
+    kernel = Kernel()
+    clients = [
+        Client(
+            i,
+            f"gpu-{i}",
+            serves=serves[i] if serves else ("prefill", "decode"),
+            batching=policy(),
+            perf=perf or LinearSteps(),
+            kv=KVCache(
+                num_blocks,
+                block_size,
+                enable_prefix_caching=caching,
+                hash_block_size=unit_tokens,
+                watermark_blocks=watermark,
+            ),
+            engine=engine_profile or engine(),
+            max_model_len=max_model_len,
+            kernel=kernel,
+            records=records,
+        )
+        for i in range(num_clients)
+    ]
+    records.client_names = [c.name for c in clients]
+    coordinator = Coordinator(
+        kernel=kernel,
+        records=records,
+        clients=clients,
+        pipeline=pipeline,
+        routers=dict.fromkeys(pipeline.kinds, router or RoundRobin()),
+        workload=workload,
+        rng_of=lambda i: np.random.default_rng((7, i)),
+    )
+    watch = Ledger(kernel, coordinator, clients, records) if ledger else None
+    if prepare is not None:
+        prepare(kernel, clients)
+    coordinator.start()
+    kernel.run(until_ns)
+    end = kernel.now if until_ns == FOREVER else until_ns
+    if coordinator.in_system:
+        coordinator.cut(end)
+    if watch is not None:
+        watch.close(end)
+    return Run(records, clients, coordinator, kernel, end)
+
+
+# --- small scenarios ---
+
+
+@dataclass(frozen=True)
+class SmallScenario:
+    """A handful of requests, as (arrival ns, prompt, output, block keys), for clients with tiny pools and budgets."""
+
+    requests: tuple[tuple[int, int, int, tuple[int, ...]], ...]
+    max_num_seqs: int = 4
+    max_num_batched_tokens: int = 16
+    num_blocks: int = 1000
+    block_size: int = 4
+    unit_tokens: int = 0
+    caching: bool = False
+    watermark: int = 0
+    concurrency: int | None = None
+
+    def workload(self) -> RequestTable:
+        arrivals, prompts, outputs, keys = (list(column) for column in zip(*self.requests, strict=True))
+        return table(arrivals, prompts, outputs, keys, self.concurrency)
+
+    def play(self, policy: Callable[..., BatchingPolicy] = Chunked, **arguments: Any) -> Run:
+        """Run it with `policy(max_num_seqs=..., max_num_batched_tokens=...)` on each client; see `play`."""
+        limits = {"max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": self.max_num_batched_tokens}
+        for name in ("num_blocks", "block_size", "unit_tokens", "caching", "watermark"):
+            arguments.setdefault(name, getattr(self, name))
+        return play(self.workload(), policy=lambda: policy(**limits), **arguments)
+
+    def with_longer_output(self, index: int, by: int) -> SmallScenario:
+        """The same but for request `index`, which generates `by` tokens more."""
+        requests = list(self.requests)
+        arrival, prompt, output, keys = requests[index]
+        requests[index] = (arrival, prompt, output + by, keys)
+        return replace(self, requests=tuple(requests))
+
+
+def random_scenario(seed: int, *, roomy: bool = False) -> SmallScenario:
+    """Lengths 0, 1, block ± 1 and others; ties and bursts; shared prefixes; preemptions, unless `roomy`."""
+    rng = random.Random(seed)
+    block = rng.choice([1, 2, 4, 8])
+    unit = block * rng.choice([1, 2]) if rng.random() < 0.5 else 0
+    edges = [1, max(1, block - 1), block, block + 1]
+    requests: list[tuple[int, int, int, tuple[int, ...]]] = []
+    now = 0
+    for i in range(rng.randint(1, 12)):
+        now += rng.choice([0, rng.randint(0, 400), 1000 * rng.randint(1, 4), rng.randint(0, 5000)])
+        prompt = rng.choice([*edges, rng.randint(1, 40)])
+        output = rng.choice([0, 1, 2, block + 1, rng.randint(1, 40)])
+        prefix, own = 100 * rng.randint(0, 1), 1000 * (i + 1)
+        keys = tuple((prefix if k < 2 else own) + k for k in range(-(-prompt // unit))) if unit else ()
+        requests.append((now, prompt, output, keys))
+    seqs = rng.randint(1, 6)
+    blocks = 1000 if roomy else rng.randint(max(1, 40 // block), 200 // block)
+    tokens = seqs + rng.randint(0, 30)
+    return SmallScenario(tuple(requests), seqs, tokens, blocks, block, unit, bool(unit), rng.choice([0, 0, 1]))
+
+
+def record_bytes(records: Records) -> tuple[bytes, ...]:
+    """All tables of a run, to compare two runs with."""
+    return tuple(t.cells.tobytes() for t in (records.requests, records.tasks, records.steps, records.transfers))

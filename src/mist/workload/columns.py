@@ -1,0 +1,112 @@
+"""Any CSV, JSON-lines or Parquet file of requests, by a map of its columns; also the format that MIST writes.
+
+One trace format, read into a `RequestTable` before the run, and the writer whose files it reads back to the
+nanosecond. It never guesses which column is what: without a map the names are those of the writer.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mist.errors import Problem, ScenarioError
+from mist.registry import register
+from mist.workload import RequestTable
+from mist.workload.column_map import HASH_BLOCK_SIZE, TIME_UNITS, TIMESTAMP, ColumnMap
+from mist.workload.rows import csv_names, json_names
+
+_HASH_IDS = "hash_ids"
+
+
+@register("trace", "columns")
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """A file's columns by name.
+
+    `time_unit` is s, ms, us, ns or timestamp (UTC); left out, it is the ending of the arrival column's name.
+    `hash_ids` is the column of the prompt's block ids (lists; in CSV separated by spaces), one id per
+    `hash_block_size` tokens. Left out, they are read from the columns `hash_ids` and `hash_block_size` if there.
+    """
+
+    arrival: str = "arrival_ns"
+    input_tokens: str = "input_tokens"
+    output_tokens: str = "output_tokens"
+    hash_ids: str | None = None
+    hash_block_size: int = 0
+    time_unit: str | None = None
+
+    def __post_init__(self) -> None:
+        units = (*TIME_UNITS, TIMESTAMP)
+        if self._unit() not in units:
+            given = f"time_unit {self.time_unit!r}" if self.time_unit else f"the unit of {self.arrival!r}"
+            raise ValueError(f"{given} is not known: set time_unit to one of {', '.join(units)}")
+        if self.hash_block_size < 0:
+            raise ValueError(f"hash_block_size is {self.hash_block_size}: give the tokens per block, at least 1")
+
+    def matches(self, path: Path, first_line: bytes) -> bool:
+        """Whether the header or first object has the default columns; a Parquet file may always have them."""
+        return not first_line or bool(
+            {"arrival_ns", "input_tokens", "output_tokens"} <= csv_names(first_line) | json_names(first_line)
+        )
+
+    def read(self, path: Path) -> RequestTable:
+        """The whole trace; ScenarioError tells every record that can't be used."""
+        return ColumnMap(
+            arrival=self.arrival,
+            input_tokens=self.input_tokens,
+            output_tokens=self.output_tokens,
+            time_unit=self._unit(),
+            hash_ids=self.hash_ids or _HASH_IDS,
+            hash_block_size=self.hash_block_size,
+            optional=frozenset() if self.hash_ids else frozenset({_HASH_IDS, HASH_BLOCK_SIZE}),
+        ).read(path)
+
+    def _unit(self) -> str:
+        return self.time_unit or self.arrival.rpartition("_")[2]
+
+
+def write_trace(table: RequestTable, path: Path) -> None:
+    """Write `table` to `path` (.csv or .jsonl, with .gz zipped) so that `Columns` reads the same requests back.
+
+    Prefix keys become `hash_ids`. ScenarioError for another ending, and for a closed loop, whose arrivals are not
+    known before it runs.
+    """
+    if table.concurrency is not None:
+        raise ScenarioError(Problem("a closed loop has no arrival times", str(path), hint="export a run of it"))
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    writers = {"csv": _csv_text, "jsonl": _jsonl_text}
+    if kind not in writers:
+        raise ScenarioError(Problem(f"can't write a trace as {path.suffix!r}", str(path), hint="end it .csv or .jsonl"))
+    data = writers[kind](table).encode()
+    # no time of writing in the file: the same trace gives the same bytes
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+def _csv_text(table: RequestTable) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = ["arrival_ns", "input_tokens", "output_tokens"]
+    columns = [table.arrival_ns.tolist(), table.input_tokens.tolist(), table.output_tokens.tolist()]
+    if table.block_keys is not None:
+        names += [_HASH_IDS, HASH_BLOCK_SIZE]
+        columns += [[" ".join(map(str, keys)) for keys in table.block_keys], [table.hash_block_size] * len(table)]
+    writer.writerow(names)
+    writer.writerows(zip(*columns, strict=True))
+    return text.getvalue()
+
+
+def _jsonl_text(table: RequestTable) -> str:
+    rows = [
+        {"arrival_ns": arrival, "input_tokens": inputs, "output_tokens": outputs}
+        for arrival, inputs, outputs in zip(
+            table.arrival_ns.tolist(), table.input_tokens.tolist(), table.output_tokens.tolist(), strict=True
+        )
+    ]
+    if table.block_keys is not None:
+        for row, keys in zip(rows, table.block_keys, strict=True):
+            row |= {_HASH_IDS: list(keys), HASH_BLOCK_SIZE: table.hash_block_size}
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,0 +1,84 @@
+"""Traces: find the file, tell its format, read it, and change its rate or length.
+
+The front door of the trace formats, used when a scenario is built. It never looks inside a format: each says by
+itself whether a file is its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from mist.errors import Problem, ScenarioError
+from mist.registry import lookup, names
+from mist.workload import RequestTable, TraceFormat
+from mist.workload.rows import first_line
+
+_PUBLIC_COPIES = (
+    "public traces: the GitHub repositories Azure/AzurePublicDataset (azure) and kvcache-ai/Mooncake (mooncake); "
+    "put them in a folder and name it in MIST_DATA"
+)
+
+
+def find_trace(path: str | Path, beside: Path, environ: Mapping[str, str]) -> Path:
+    """The file that a scenario's trace path means.
+
+    A relative path is looked up in the folder `beside`, then in each folder of MIST_DATA and in its `traces`.
+    ScenarioError says where it was looked for and where public copies come from.
+    """
+    path = Path(path).expanduser()
+    folders = [beside]
+    for folder in filter(None, environ.get("MIST_DATA", "").split(os.pathsep)):
+        folders += [Path(folder), Path(folder) / "traces"]
+    places = list(dict.fromkeys(folder / path for folder in folders))
+    for place in places:
+        if place.is_file():
+            return place
+    looked = ", ".join(map(str, places))
+    raise ScenarioError(Problem(f"trace {str(path)!r} is not there; looked for {looked}", hint=_PUBLIC_COPIES))
+
+
+def detect(path: Path) -> TraceFormat:
+    """The format of a trace, by its first line; ScenarioError lists the formats where none knows it."""
+    line = first_line(path)
+    formats = names("trace")
+    for name in formats:
+        candidate: TraceFormat = lookup("trace", name)()
+        if candidate.matches(path, line):
+            return candidate
+    shown = repr(line[:80].decode("utf-8", "replace").strip())
+    hint = f"formats known: {', '.join(formats)}; for another file map its columns with `columns`"
+    raise ScenarioError(Problem(f"no trace format knows this first line: {shown}", str(path), 1, hint=hint))
+
+
+def read_trace(path: Path, trace_format: TraceFormat | None = None) -> RequestTable:
+    """The requests of a trace, in the given format or the one that its first line tells."""
+    return (trace_format or detect(path)).read(path)
+
+
+def rate_scale(table: RequestTable, scale: float) -> RequestTable:
+    """The same requests at `scale` times their rate: arrivals divided by it, rounded to the nanosecond.
+
+    ScenarioError unless the scale is a positive number that leaves the times below 2**62 ns.
+    """
+    latest = float(table.arrival_ns.max(initial=0))
+    if not (0 < scale < float("inf")) or latest / scale >= 2**62:
+        raise ScenarioError(Problem(f"rate_scale is {scale}", hint="give a number > 0; 2 halves all arrival times"))
+    return replace(table, arrival_ns=np.rint(table.arrival_ns / scale).astype(np.int64))
+
+
+def limit(table: RequestTable, num_requests: int) -> RequestTable:
+    """The first `num_requests` requests (all of them if there are fewer); ScenarioError if that is below 1."""
+    if num_requests < 1:
+        raise ScenarioError(Problem(f"limit is {num_requests}", hint="give the number of requests to keep, at least 1"))
+    return replace(
+        table,
+        arrival_ns=table.arrival_ns[:num_requests],
+        input_tokens=table.input_tokens[:num_requests],
+        output_tokens=table.output_tokens[:num_requests],
+        block_keys=None if table.block_keys is None else table.block_keys[:num_requests],
+    )

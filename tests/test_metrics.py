@@ -1,0 +1,482 @@
+"""Metrics against runs whose every token and every second is known."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handmade import Story, random_story
+from mist.metrics import ClientInfo, summarise
+from mist.metrics.distribution import distribution, weighted_distribution, weighted_percentiles
+from mist.metrics.latency import e2e_ns
+from mist.metrics.load import littles_identity, mean_number
+from mist.metrics.stages import PARTS, stage_times
+from mist.metrics.tokens import DecodeSteps, Segments, longest_gaps, token_gaps
+from mist.metrics.window import Window
+from mist.records import FINISHED, REJECTED, UNFINISHED, Records
+from mist.testing import play, random_scenario, table
+
+STORIES = [
+    {"disaggregated": disaggregated, "num_clients": clients, "preempt": preempt, "cut": cut}
+    for disaggregated, clients in ((False, 1), (False, 3), (True, 3))
+    for preempt in (0.0, 0.5)
+    for cut in (None, 90_000_000)
+]
+
+
+@pytest.fixture(params=range(3 * len(STORIES)), ids=lambda i: f"story{i}")
+def story(request) -> Story:
+    return random_story(request.param, **STORIES[request.param % len(STORIES)])
+
+
+def in_order(records: Records) -> dict[str, np.ndarray]:
+    tasks = records.tasks.as_columns()
+    order = np.argsort(tasks["request"], kind="stable")
+    return {name: column[order] for name, column in tasks.items()}
+
+
+def expected(values_ns: list[float]) -> dict[str, float | None]:
+    """What a summary must say of these values, computed the plain way."""
+    if not values_ns:
+        return {"mean": None, "p50": None, "p90": None, "p99": None}
+    points = {f"p{p}": float(np.percentile(values_ns, p)) / 1e9 for p in (50, 90, 99)}
+    return {"mean": pytest.approx(sum(values_ns) / len(values_ns) / 1e9, rel=1e-12), **points}
+
+
+# --- distributions ---
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6)), min_size=1, max_size=30))
+def test_weighted_percentiles_are_those_of_the_expanded_multiset(pairs):
+    values, weights = (np.array(column, np.int64) for column in zip(*pairs, strict=True))
+    expanded = np.repeat(values, weights)
+    assert weighted_distribution(values, weights) == distribution(expanded)
+    if len(expanded):
+        percentiles = [0, 0.1, 25, 50, 66.6, 90, 99, 99.9, 100]
+        kept = weights > 0
+        assert weighted_percentiles(values[kept], weights[kept], percentiles) == list(
+            np.percentile(expanded, percentiles)
+        )
+
+
+def test_weighted_percentiles_of_billions_need_no_billions():
+    values, weights = np.array([3, 1, 2]), np.array([10**9, 10**9, 1])
+    assert weighted_percentiles(values, weights, [0, 50, 100]) == [1, 2, 3]
+
+
+def test_an_empty_column_has_no_percentiles():
+    nothing = {"mean": None, "p50": None, "p90": None, "p99": None}
+    none = np.zeros(0, np.int64)
+    assert distribution(none) == nothing
+    assert weighted_distribution(none, none) == nothing
+    with pytest.raises(ValueError, match="no values"):
+        weighted_percentiles(none, none, [50])
+
+
+# --- against the token-by-token truth ---
+
+
+def test_counts_add_up(story):
+    counts = summarise(story.records, clients=story.clients)["requests"]
+    assert counts["arrived"] == sum(number for name, number in counts.items() if name != "arrived")
+    assert counts["finished"] == len(story.finished)
+
+
+def test_latencies_are_those_of_the_tokens_seen(story):
+    done = [job for job in story.jobs if job.index in story.finished]
+    summary = summarise(story.records, clients=story.clients)
+    end = {job.index: job.since for job in done}
+    spoken = [job for job in done if job.tokens]
+    assert summary["ttft_s"] == expected([job.tokens[0] - job.arrival for job in spoken])
+    assert summary["e2e_s"] == expected([end[job.index] - job.arrival for job in done])
+    per_token = [(end[j.index] - j.tokens[0]) / (len(j.tokens) - 1) for j in spoken if len(j.tokens) > 1]
+    assert summary["tpot_s"] == expected(per_token)
+    assert summary["itl_s"] == expected([b - a for job in spoken for a, b in pairwise(job.tokens)])
+
+
+def test_longest_gaps_are_those_of_the_tokens_seen(story):
+    decode_steps = DecodeSteps.of(story.records.steps.as_columns(), len(story.clients))
+    segments = Segments.of(in_order(story.records), decode_steps)
+    longest = longest_gaps(segments, decode_steps, len(story.jobs))
+    assert longest.tolist() == [max((b - a for a, b in pairwise(job.tokens)), default=-1) for job in story.jobs]
+
+
+def test_stage_parts_are_what_each_request_lived_through_and_tile_it(story):
+    requests = story.records.requests.as_columns()
+    finished = {name: column[requests["status"] == FINISHED] for name, column in requests.items()}
+    times = stage_times(finished, in_order(story.records), 2)
+    assert times.sum(axis=(1, 2)).tolist() == e2e_ns(finished).tolist()
+    for row, request in zip(times, finished["request"].tolist(), strict=True):
+        spent = story.jobs[request].spent
+        assert row.tolist() == [[spent.get((kind, part[:-2]), 0) for part in PARTS] for kind in (0, 1)]
+
+
+def test_stage_means_sum_to_the_mean_e2e(story):
+    summary = summarise(story.records, clients=story.clients)
+    means = [parts[part]["mean"] for parts in summary["stages"].values() for part in PARTS]
+    assert sum(means) == pytest.approx(summary["e2e_s"]["mean"], rel=1e-12)
+
+
+def test_littles_identity(story):
+    integral, sojourns = littles_identity(story.records.requests.as_columns(), story.end)
+    assert integral == sojourns > 0
+
+
+@pytest.mark.parametrize("bounds", [(None, None), (40_000_000, None), (None, 60_000_000), (30_000_000, 80_000_000)])
+def test_client_figures_are_sums_over_the_window(story, bounds):
+    window = Window.of(story.records, bounds)
+    summary = summarise(story.records, clients=story.clients, window=bounds)
+    replicas = {r["name"]: r for pool in summary["clients"].values() for r in pool["replicas"]}
+    steps = list(zip(*(c.tolist() for c in story.records.steps.as_columns().values()), strict=True))
+    for index, client in enumerate(story.clients):
+        inside = [
+            (min(stop, window.end_ns) - max(start, window.start_ns), prefills + decodes, tokens, blocks)
+            for who, start, stop, prefills, tokens, decodes, _, blocks, _ in steps
+            if who == index and stop > window.start_ns and start < window.stop_ns
+        ]
+        busy = sum(step[0] for step in inside)
+        figures = replicas[client.name]
+        assert figures["steps"] == len(inside)
+        assert figures["utilisation"] == pytest.approx(busy / window.span_ns)
+        assert figures["prefill_tokens"] == sum(step[2] for step in inside)
+        assert figures["kv_peak"] == max((step[3] for step in inside), default=0) / 100
+        if busy:
+            assert figures["mean_batch"] == pytest.approx(sum(step[0] * step[1] for step in inside) / busy)
+            assert figures["kv_mean"] == pytest.approx(sum(step[0] * step[3] for step in inside) / busy / 100)
+        emitted = [at for at, who in story.tokens if who == index and window.start_ns <= at < window.stop_ns]
+        assert figures["output_tokens"] == len(emitted)
+
+
+def test_a_pool_sums_its_replicas(story):
+    for pool in summarise(story.records, clients=story.clients)["clients"].values():
+        replicas = pool["replicas"]
+        for total in ("preemptions", "steps", "prefill_tokens", "output_tokens", "kv_tokens_capacity"):
+            assert pool[total] == sum(replica[total] for replica in replicas)
+        assert pool["utilisation"] == pytest.approx(np.mean([replica["utilisation"] for replica in replicas]))
+        assert pool["kv_peak"] == max(replica["kv_peak"] for replica in replicas)
+
+
+def test_preemptions_are_those_that_happened(story):
+    pools = summarise(story.records, clients=story.clients)["clients"].values()
+    assert sum(pool["preemptions"] for pool in pools) == sum(job.preemptions for job in story.jobs)
+
+
+def test_throughput_counts_what_happened_in_the_span(story):
+    window = Window.of(story.records, (20_000_000, 80_000_000))
+    rates = summarise(story.records, clients=story.clients, window=(20_000_000, 80_000_000))["throughput"]
+    tokens = [at for at, _ in story.tokens if window.start_ns <= at < window.stop_ns]
+    ends = [j.since for j in story.jobs if j.index in story.finished and window.start_ns <= j.since < window.stop_ns]
+    prompts = [
+        16 * job.prompt
+        for job in story.jobs
+        if (job.tokens or job.index in story.finished)
+        and window.start_ns <= (job.tokens or [job.since])[0] < window.stop_ns
+    ]
+    span_s = window.span_ns / 1e9
+    assert rates["requests_per_s"] == pytest.approx(len(ends) / span_s)
+    assert rates["output_tokens_per_s"] == pytest.approx(len(tokens) / span_s)
+    assert rates["total_tokens_per_s"] == pytest.approx((len(tokens) + sum(prompts)) / span_s)
+
+
+def test_a_window_measures_the_requests_that_arrive_in_it(story):
+    bounds = (30_000_000, 70_000_000)
+    summary = summarise(story.records, clients=story.clients, window=bounds)
+    arrived = {job.index for job in story.jobs if bounds[0] <= job.arrival < bounds[1]}
+    assert summary["requests"]["arrived"] == len(arrived)
+    done = [job for job in story.jobs if job.index in arrived & story.finished]
+    assert summary["e2e_s"] == expected([job.since - job.arrival for job in done])
+    assert summary["itl_s"] == expected([b - a for job in done for a, b in pairwise(job.tokens)])
+    assert "requests that arrived from" in summary["notes"][0]
+
+
+def test_the_document_is_json_without_nan(story):
+    targets = {"ttft_s": {"p99": 0.01}, "itl_s": {"p99.9": 0.01}}
+    summary = summarise(story.records, clients=story.clients, slo=targets)
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert list(summary)[:6] == ["schema_version", "requests", "ttft_s", "tpot_s", "itl_s", "e2e_s"]
+
+
+def test_nothing_happened():
+    records = Records(client_names=["gpu"], stage_kinds=["prefill", "decode"])
+    summary = summarise(records, clients=[ClientInfo("gpu", "gpu", 10, 16, 4)], slo={"itl_s": {"mean": 1}})
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert summary["duration_s"] == 0
+    assert summary["clients"]["gpu"]["utilisation"] is None
+    assert summary["slo"]["met"] is None
+    assert not summary["saturated"]
+
+
+def test_a_window_that_nothing_arrives_in():
+    story = random_story(1)
+    summary = summarise(story.records, clients=story.clients, window=(10**15, None))
+    assert summary["requests"]["arrived"] == 0
+    assert summary["e2e_s"]["p50"] is None
+    json.dumps(summary, allow_nan=False)
+
+
+def test_censoring_is_said_in_words():
+    story = random_story(3, cut=60_000_000, num_clients=1)
+    summary = summarise(story.records, clients=story.clients)
+    assert summary["requests"]["unfinished"] > 0
+    assert any(f"{summary['requests']['unfinished']} unfinished" in note for note in summary["notes"])
+    assert any("true percentiles are higher" in note for note in summary["notes"])
+
+
+def test_hidden_tokens_before_the_first_visible_one_make_no_gaps():
+    records = Records(client_names=["gpu"], stage_kinds=["decode"])
+    for end in (20, 30, 40, 90, 110):
+        records.steps.append((0, end - 5, end, 0, 0, 1, 50, 1, 0))
+    # a hidden decode (tokens at 10, 20, 30), then the visible one (tokens at 50, 90, 110)
+    records.tasks.append((0, 0, 0, 0, 0, 0, 10, 30, 0, 0, 0, 0, 2))
+    records.tasks.append((0, 1, 0, 0, 30, 40, 50, 110, 0, 0, 0, 3, 5))
+    records.requests.append((0, 0, 50, 110, FINISHED, -1, 8, 3, 0, 0))
+    summary = summarise(records, clients=[ClientInfo("gpu", "gpu")], slo={"itl_s": {"p50": 3.5e-8}})
+    assert summary["itl_s"]["p50"] == 3e-8
+    assert summary["slo"]["attainment"] == 0
+    assert summary["clients"]["gpu"]["output_tokens"] == 6
+
+
+def test_a_way_back_to_the_user_belongs_to_the_last_stage():
+    records = Records(client_names=["gpu"], stage_kinds=["prefill", "decode"])
+    records.tasks.append((0, 0, 0, 0, 5, 8, -1, 20, 0, 8, 0, -1, -1))
+    records.tasks.append((0, 1, 1, 0, 23, 23, 23, 40, 0, 0, 0, 0, 0))
+    records.requests.append((0, 1, 23, 47, FINISHED, -1, 8, 1, 0, 0))
+    times = stage_times(records.requests.as_columns(), in_order(records), 2)
+    assert times.tolist() == [[[3, 12, 4], [0, 17, 3 + 7]]]
+
+
+def test_a_segment_that_never_started_only_waited():
+    records = Records(client_names=["gpu"], stage_kinds=["prefill"])
+    records.tasks.append((0, 0, 0, 0, 5, -1, -1, 15, 2, 0, 0, -1, -1))
+    records.tasks.append((0, 0, 0, 0, 15, 20, -1, 30, 0, 8, 0, -1, -1))
+    records.requests.append((0, 5, -1, 30, FINISHED, -1, 8, 0, 0, 0))
+    assert stage_times(records.requests.as_columns(), in_order(records), 1).tolist() == [[[15, 10, 0]]]
+
+
+def test_prefix_hits_are_a_share_of_the_tokens_needed():
+    records = Records(client_names=["gpu"], stage_kinds=["prefill"])
+    for i, cached in enumerate((0, 48)):
+        records.tasks.append((i, 0, 0, 0, 10 * i, 10 * i, -1, 10 * i + 10, 0, 64 - cached, cached, -1, -1))
+        records.steps.append((0, 10 * i, 10 * i + 10, 1, 64 - cached, 0, 0, 4, 0))
+        records.requests.append((i, 10 * i, -1, 10 * i + 10, FINISHED, -1, 64, 0, cached, 0))
+    clients = [ClientInfo("gpu", "gpu", 8, 16)]
+    assert summarise(records, clients=clients)["clients"]["gpu"]["prefix_hit_rate"] == 48 / 128
+    late = summarise(records, clients=clients, window=(10, None))["clients"]["gpu"]
+    assert late["prefix_hit_rate"] == 48 / 64
+
+
+def test_a_window_holds_its_start_and_not_its_end():
+    records = Records(client_names=["gpu"], stage_kinds=["prefill"])
+    for i in range(5):
+        records.requests.append((i, 10 * i, -1, 10 * i + 5, FINISHED, -1, 8, 0, 0, 0))
+    clients = [ClientInfo("gpu", "gpu")]
+    assert summarise(records, clients=clients, window=(10, 30))["requests"]["arrived"] == 2
+    assert summarise(records, clients=clients, window=(10, None))["requests"]["arrived"] == 4
+    assert summarise(records, clients=clients)["requests"]["arrived"] == 5
+
+
+# --- SLOs ---
+
+
+def test_verdicts_and_goodput():
+    records = Records(client_names=["gpu"], stage_kinds=["decode"])
+    for i in range(10):
+        status = UNFINISHED if i == 9 else FINISHED
+        start = i * 10**9
+        records.requests.append((i, start, start + (i + 1) * 10**8, start + 10**9, status, -1, 8, 2, 0, 0))
+    targets = {"ttft_s": {"p50": 0.55, "mean": 0.4}, "tpot_s": {"p99": 0.8}}
+    slo = summarise(records, clients=[ClientInfo("gpu", "gpu")], slo=targets)["slo"]
+    assert [target["met"] for target in slo["targets"]] == [True, False, False]
+    assert slo["met"] is False
+    # of ten requests, those with TTFT 0.2, 0.3 and 0.4 s meet all three bounds
+    assert slo["attainment"] == pytest.approx(0.3)
+    assert slo["goodput_requests_per_s"] == pytest.approx(3 / 10)
+
+
+def test_a_single_token_cannot_miss_a_bound_between_tokens():
+    records = Records(client_names=["gpu"], stage_kinds=["decode"])
+    records.requests.append((0, 0, 10**8, 10**9, FINISHED, -1, 8, 1, 0, 0))
+    slo = summarise(records, clients=[ClientInfo("gpu", "gpu")], slo={"tpot_s": {"p99": 1e-6}})["slo"]
+    assert slo["attainment"] == 1
+    assert slo["targets"][0]["met"] is None
+
+
+def test_further_percentiles_join_the_figures():
+    story = random_story(5)
+    summary = summarise(story.records, clients=story.clients, slo={"itl_s": {"p99.9": 1}})
+    assert list(summary["e2e_s"]) == ["mean", "p50", "p90", "p99", "p99.9"]
+    assert summary["slo"]["targets"][0]["actual_s"] == summary["itl_s"]["p99.9"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [({"ttft": {"p99": 1}}, "known: ttft_s"), ({"ttft_s": {"99": 1}}, "'99'"), ({"ttft_s": {"p101": 1}}, "'p101'")],
+)
+def test_unknown_targets_are_named(targets, message):
+    with pytest.raises(ValueError, match=message):
+        summarise(Records(), clients=[], slo=targets)
+
+
+# --- saturation ---
+
+
+def queue_records(arrivals_s: np.ndarray, service_s: np.ndarray, servers: int = 1, cut: bool = False) -> Records:
+    """First come, first served by `servers`; `cut` stops the clock at the last arrival."""
+    arrivals, services = ((column * 1e9).astype(np.int64).tolist() for column in (np.sort(arrivals_s), service_s))
+    free, stop = [0] * servers, arrivals[-1] if cut else None
+    records = Records(client_names=["gpu-0"], stage_kinds=["serve"])
+    for i, (arrival, service) in enumerate(zip(arrivals, services, strict=True)):
+        start = max(heapq.heappop(free), arrival)
+        end = start + service
+        heapq.heappush(free, end)
+        status = UNFINISHED if stop is not None and end > stop else FINISHED
+        seen = -1 if stop is not None and start > stop else start
+        end = end if stop is None else min(end, stop)
+        records.tasks.append((i, 0, 0, 0, arrival, seen, -1, end, 0, 0, 0, -1, -1))
+        records.requests.append((i, arrival, -1, end, status, -1, 8, 0, 0, 0))
+        if seen >= 0:
+            records.steps.append((0, start, end, 1, 8, 0, 0, 50, 0))
+    return records
+
+
+def verdict(records: Records, **options) -> dict:
+    return summarise(records, clients=[ClientInfo("gpu-0", "gpu", 100, 16, 1)], **options)
+
+
+def poisson(seed: int, num: int, load: float) -> tuple[np.ndarray, np.ndarray]:
+    """Arrivals at `load` per second, services of one second on average."""
+    rng = np.random.default_rng(seed)
+    return rng.exponential(1 / load, num).cumsum(), rng.exponential(1.0, num)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("load", [0.5, 0.8, 0.95])
+def test_a_stable_queue_is_not_saturated_however_busy(load, seed):
+    assert verdict(queue_records(*poisson(seed, 3000, load)))["saturation_reason"] is None
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("load", [1.2, 1.5, 5])
+def test_an_overloaded_queue_is_saturated(load, seed, cut):
+    summary = verdict(queue_records(*poisson(seed, 3000, load), cut=cut))
+    assert summary["saturated"]
+    reason = summary["saturation_reason"]
+    assert reason.startswith("the queue of gpu grew from about ")
+    assert "KV cache 50% full" in reason
+    piled_up = float(reason.split("%")[0].rsplit(maxsplit=1)[-1]) / 100
+    assert piled_up == pytest.approx(1 - 1 / load, abs=0.08)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_servers_at_ninety_percent_are_not_saturated(seed):
+    arrivals, services = poisson(seed, 3000, 0.9 * 16)
+    assert not verdict(queue_records(arrivals, services, servers=16))["saturated"]
+
+
+def test_bursts_that_drain_are_not_saturation():
+    rng = np.random.default_rng(1)
+    bursts = (np.repeat(np.arange(20) * 100.0, 60) + rng.random(1200), np.ones(1200))
+    first = (np.concatenate((rng.random(500), rng.random(1000) * 3000)), np.ones(1500))
+    last = (np.concatenate((2900 + rng.random(300), rng.random(1000) * 3000)), np.ones(1300))
+    large = (np.concatenate((2900 + rng.random(2000), rng.random(1000) * 3000)), np.ones(3000))
+    for arrivals, services in (bursts, first, last, large):
+        assert not verdict(queue_records(arrivals, services))["saturated"]
+
+
+def test_what_chance_piles_up_in_a_short_run_is_not_saturation():
+    runs = [verdict(queue_records(*poisson(seed, 150, 0.9)))["saturated"] for seed in range(40)]
+    assert sum(runs) <= 1
+
+
+def test_overload_that_begins_once_the_cache_is_full_is_saturation():
+    arrivals = np.arange(4000.0)
+    records = queue_records(arrivals, np.where(arrivals < 1500, 0.5, 1.3))
+    assert verdict(records)["saturated"]
+
+
+def crowd(sojourn_s: np.ndarray, num: int = 3000) -> Records:
+    """Requests a second apart that are served at once and take `sojourn_s`."""
+    records = Records(client_names=["gpu-0"], stage_kinds=["serve"])
+    for i, sojourn in enumerate((sojourn_s * 1e9).astype(np.int64).tolist()):
+        arrival = i * 10**9
+        records.tasks.append((i, 0, 0, 0, arrival, arrival, -1, arrival + sojourn, 0, 0, 0, -1, -1))
+        records.requests.append((i, arrival, -1, arrival + sojourn, FINISHED, -1, 8, 0, 0, 0))
+    assert len(records.requests) == num
+    return records
+
+
+def test_a_batch_that_grows_without_end_is_saturation():
+    summary = verdict(crowd(5 + 0.3 * np.arange(3000)))
+    assert summary["saturation_reason"].startswith("requests in the system grew from about")
+
+
+@pytest.mark.parametrize("sojourn_s", [5.0, 500.0, 2900.0, 10_000.0])
+def test_long_service_is_not_saturation(sojourn_s):
+    assert not verdict(crowd(np.full(3000, sojourn_s)))["saturated"]
+
+
+def test_saturation_does_not_apply_where_the_load_waits_for_the_system():
+    summary = verdict(queue_records(*poisson(0, 3000, 2.0)), open_loop=False)
+    assert not summary["saturated"]
+    assert summary["saturation_reason"] is None
+    assert any("saturation doesn't apply" in note for note in summary["notes"])
+
+
+def test_all_at_once_is_never_saturated():
+    assert not verdict(queue_records(np.zeros(500), np.ones(500)))["saturated"]
+
+
+def test_mean_number_is_exact_for_intervals_it_can_see():
+    mean = mean_number(np.array([0, 5, 30]), np.array([10, 25, 40]), np.array([0.0, 10.0, 20.0, 40.0]))
+    assert mean.tolist() == [1.5, 1.0, 0.75]
+
+
+# --- the simulator's own records ---
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_laws_over_the_records_of_the_engine(seed):
+    run = random_scenario(seed).play()
+    records = run.records
+    requests = records.requests.as_columns()
+    finished = {name: column[requests["status"] == FINISHED] for name, column in requests.items()}
+    times = stage_times(finished, in_order(records), len(records.stage_kinds))
+    assert times.min(initial=0) >= 0
+    assert times.sum(axis=(1, 2)).tolist() == e2e_ns(finished).tolist()
+    decode_steps = DecodeSteps.of(records.steps.as_columns(), len(records.client_names))
+    gaps, weights = token_gaps(Segments.of(in_order(records), decode_steps), decode_steps)
+    several = finished["output_tokens"] > 1
+    assert weights.min(initial=0) >= 0
+    assert gaps[weights > 0].min(initial=0) >= 0
+    assert weights.sum() == (finished["output_tokens"][several] - 1).sum()
+    assert (gaps * weights).sum() == (finished["end_ns"] - finished["first_token_ns"])[several].sum()
+    assert len(set(littles_identity(requests, run.end_ns))) == 1
+    summary = summarise(records, clients=[ClientInfo(name, "gpu") for name in records.client_names])
+    rejected = np.count_nonzero(requests["status"] == REJECTED)
+    assert summary["requests"]["finished"] + rejected == summary["requests"]["arrived"]
+    emitted = summary["throughput"]["output_tokens_per_s"] or 0
+    assert emitted * summary["duration_s"] == pytest.approx(finished["output_tokens"].sum())
+
+
+def test_play_of_several_replicas_has_figures_per_replica():
+    run = play(table([0] * 8, [20] * 8, [10] * 8), num_clients=2)
+    clients = [ClientInfo(name, "gpu") for name in run.records.client_names]
+    pool = summarise(run.records, clients=clients, open_loop=False)["clients"]["gpu"]
+    assert len(pool["replicas"]) == 2
+    assert pool["output_tokens"] == 80
+    assert pool["prefill_tokens"] == 160
+
+
+def test_it_is_quick():
+    story = random_story(0, num_requests=2000, mean_gap=10_000_000)
+    start = time.perf_counter()
+    summarise(story.records, clients=story.clients)
+    assert time.perf_counter() - start < 0.5

@@ -1,0 +1,100 @@
+"""The lazy client against the naive per-token scheduler, bit for bit, on thousands of random small scenarios."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from kit import LinearSteps, play, table
+from mist.batching.chunked import Chunked
+from mist.batching.continuous import Continuous
+from mist.batching.static import Static
+from reference import Job, Reference
+
+POLICIES = {"chunked": Chunked, "continuous": Continuous, "static": Static}
+SCENARIOS_PER_CASE = 250
+COUNTS = {"hits": 0}
+
+
+def scenario(seed: int, policy: str, caching: bool) -> tuple[list[Job], dict[str, int]]:
+    """Tiny pools and budgets; lengths 0, 1, block - 1, block, block + 1 and random; shared prefixes."""
+    rng = random.Random(f"{policy} {caching} {seed}")
+    block = rng.choice([1, 2, 4, 8])
+    unit = block * rng.choice([1, 2, 4]) if caching and rng.random() < 0.8 else 0
+    edges = [1, block, block + 1, max(1, block - 1), 2 * block]
+    jobs = []
+    now = 0
+    prefixes = [tuple(100 * p + i for i in range(12)) for p in range(3)]
+    for i in range(rng.randint(1, 14)):
+        now += rng.choice([0, 0, rng.randint(0, 4000), rng.randint(0, 400)])
+        prompt = rng.choice(edges) if rng.random() < 0.3 else rng.randint(1, 40)
+        output = rng.choice([0, 1, 2, block, block + 1]) if rng.random() < 0.3 else rng.randint(1, 40)
+        keys: tuple[int, ...] = ()
+        if unit:
+            shared = rng.randint(0, 6)
+            count = -(-prompt // unit)
+            own = [10_000 * (i + 1) + k for k in range(count)]
+            keys = (rng.choice(prefixes)[:shared] + tuple(own))[:count]
+        jobs.append(Job(i, now, prompt, output, keys))
+    seqs = rng.randint(1, 8)
+    limits = {
+        "max_num_seqs": seqs,
+        "max_num_batched_tokens": seqs + rng.randint(0, 30),
+        "num_blocks": rng.randint(max(1, 30 // block), max(2, 160 // block)),
+        "block_size": block,
+        "unit_tokens": unit,
+        "watermark": rng.choice([0, 0, 1, 2]),
+    }
+    return jobs, limits
+
+
+def compare(seed: int, policy: str, caching: bool) -> int:
+    jobs, limits = scenario(seed, policy, caching)
+    perf = LinearSteps()
+    sizes = {"max_num_seqs": limits["max_num_seqs"], "max_num_batched_tokens": limits["max_num_batched_tokens"]}
+    reference = Reference(
+        policy,
+        limits["max_num_batched_tokens"],
+        limits["max_num_seqs"],
+        limits["num_blocks"],
+        limits["block_size"],
+        perf.of,
+        unit_tokens=limits["unit_tokens"],
+        caching=caching,
+        watermark=limits["watermark"],
+    )
+    reference.run(jobs)
+    run = play(
+        table(*([getattr(j, name) for j in jobs] for name in ("arrival", "prompt", "output")), [j.keys for j in jobs]),
+        policy=lambda: POLICIES[policy](**sizes),
+        perf=perf,
+        num_blocks=limits["num_blocks"],
+        block_size=limits["block_size"],
+        caching=caching,
+        unit_tokens=limits["unit_tokens"],
+        watermark=limits["watermark"],
+    )
+    steps = run.records.steps.as_columns()
+    got = [tuple(int(steps[name][i]) for name in run.records.steps.columns[1:]) for i in range(len(run.records.steps))]
+    assert got == reference.steps
+    rows = run.records.requests.as_columns()
+    COUNTS["hits"] += int((run.records.tasks.as_columns()["cached_tokens"] > 0).sum())
+    names = ("first_token_ns", "end_ns", "output_tokens", "num_preemptions")
+    for i in range(len(run.records.requests)):
+        assert tuple(int(rows[n][i]) for n in names) == reference.done[int(rows["request"][i])]
+    return sum(preemptions for *_, preemptions in reference.done.values())
+
+
+@pytest.mark.parametrize("caching", [False, True], ids=["plain", "prefix-caching"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("part", range(2))
+def test_equals_the_naive_scheduler(policy: str, caching: bool, part: int) -> None:
+    preemptions = 0
+    for seed in range(part * SCENARIOS_PER_CASE, (part + 1) * SCENARIOS_PER_CASE):
+        try:
+            preemptions += compare(seed, policy, caching)
+        except BaseException:
+            print(f"reproduce: compare({seed}, {policy!r}, {caching})")
+            raise
+    assert preemptions > SCENARIOS_PER_CASE // (25 if policy == "static" else 4), "hardly any preemption: proves little"

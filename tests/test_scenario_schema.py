@@ -1,0 +1,601 @@
+"""What a scenario may say: validation with places and remedies, cross-checks, defaults, round trips and JSON Schema."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mist import registry
+from mist.errors import ScenarioError
+from mist.scenario import Scenario, load
+from mist.scenario.named import parameters
+from mist.scenario.schema import json_schema
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
+
+SMALL = """\
+name: small
+seed: 3
+workload:
+  arrivals: {poisson: {rate_per_s: 4}}
+  num_requests: 100
+  lengths: azure-conversation
+clients:
+  gpu: {device: h100-sxm, model: llama-3.1-8b}
+"""
+
+LARGE = """\
+name: large
+seed: 11
+workload:
+  concurrency: 16
+  num_requests: 50
+  input_tokens: {lognormal: {mean: 900, cv: 1.5, max: 8000}}
+  output_tokens: 128
+pipeline: [prefill, decode]
+clients:
+  big:
+    device: h100-sxm
+    count: 2
+    tp: 4
+    model: meta-llama/Llama-3.1-70B-Instruct
+    weights_dtype: fp8
+    kv_dtype: fp8
+    serves: [prefill, decode]
+    engine: vllm-0.10
+    batching: {chunked: {max_num_batched_tokens: 512, max_num_seqs: 64}}
+    kv_cache: {num_blocks: 4000, block_size: 32, watermark: 0.01, enable_prefix_caching: false}
+    perf: [roofline]
+    max_model_len: 16384
+  own:
+    device:
+      name: card
+      peak_tflops: {bf16: 400, fp8: 800}
+      memory_bytes: 96 GiB
+      memory_bytes_per_s: 3 TB/s
+    model: llama-3.1-8b
+    engine: {name: mine, step_overhead_ns: 1 ms, max_num_seqs: 32}
+    kv_cache: {capacity_tokens: 100000}
+routing: {prefill: least_outstanding, decode: {round_robin: {}}}
+slo: {ttft_s: {p50: 0.5, p99: 1.5}, e2e_s: {mean: 20}}
+warmup_s: 5
+window_s: 10:60
+max_time_s: 3600
+perf: {roofline: {}}
+"""
+
+TRACED = """\
+workload:
+  trace: trace.csv
+  columns: {arrival: at_s, input_tokens: prompt, output_tokens: answer}
+  rate_scale: 0.5
+  limit: 2
+clients:
+  a100:
+    device: a100-sxm-80gb
+    model: ./config.json
+    batching: static
+routing: round_robin
+window_s: 30
+warmup_s: 1
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "trace.csv").write_text("at_s,prompt,answer\n0,10,5\n1.5,20,6\n3,30,7\n")
+    config = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 512, "num_attention_heads": 8,
+              "num_key_value_heads": 4, "intermediate_size": 1024, "vocab_size": 32000,
+              "max_position_embeddings": 4096}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def read(folder: Path, text: str, *sets: str) -> Scenario:
+    path = folder / "case.yaml"
+    path.write_text(text)
+    return load(path, sets)
+
+
+def problems(folder: Path, text: str, *sets: str) -> list[Any]:
+    with pytest.raises(ScenarioError) as caught:
+        read(folder, text, *sets)
+    return list(caught.value.problems)
+
+
+def places(found: list[Any]) -> list[tuple[int, int]]:
+    return [(p.line, p.column) for p in found]
+
+
+# what a valid scenario becomes
+
+
+def test_defaults_are_filled_in(folder: Path) -> None:
+    scenario = read(folder, SMALL)
+    client = scenario.clients["gpu"]
+    assert scenario.stages == ("prefill", "decode")
+    assert {stage: spec.name for stage, spec in scenario.routing.items()} == dict.fromkeys(
+        ("prefill", "decode"), "least_outstanding"
+    )
+    assert client.model.name == "meta-llama/Llama-3.1-8B"
+    assert client.max_model_len == client.model.max_context
+    assert client.kv_dtype == "bf16"
+    assert client.batching.name == client.engine.batching
+    assert client.kv_cache.block_size == client.engine.block_size
+    assert [spec.name for spec in client.perf] == ["roofline"]
+    assert client.kv_capacity().num_tokens > 100_000
+
+
+def test_short_and_long_forms_mean_the_same(folder: Path) -> None:
+    short = read(folder, SMALL + "routing: round_robin\nperf: roofline\n")
+    long = read(
+        folder,
+        SMALL.replace("lengths:", "rate_scale: 1\n  lengths:")
+        + "pipeline: {stages: {kinds: [prefill, decode]}}\nperf: [{roofline: {}}]\n"
+        + "routing: {prefill: {round_robin: }, decode: round_robin}\n",
+    )
+    assert short == long
+    loop = "{closed_loop: {concurrency: 16}}"
+    assert read(folder, LARGE).workload.arrival_process.build() == (  # type: ignore[union-attr]
+        read(folder, LARGE.replace("concurrency: 16", f"arrivals: {loop}")).workload.arrival_process.build()  # type: ignore[union-attr]
+    )
+    assert (
+        read(folder, LARGE).workload.output_tokens
+        == read(folder, LARGE.replace("output_tokens: 128", "output_tokens: {fixed: 128}")).workload.output_tokens
+    )
+
+
+def test_engine_limits_hold_for_its_own_policy_only(folder: Path) -> None:
+    engine = "kv_cache: {num_blocks: 10}, engine: {name: e, max_num_seqs: 100, max_num_batched_tokens: 1000}"
+    base = SMALL.replace("model: llama", f"{engine}, BATCHING model: llama")
+
+    def limits(batching: str) -> tuple[int, int]:
+        params = read(folder, base.replace("BATCHING", batching)).clients["gpu"].batching.params
+        return params["max_num_seqs"], params["max_num_batched_tokens"]
+
+    assert limits("") == (100, 1000)
+    assert limits("batching: chunked,") == (100, 1000)
+    assert limits("batching: {chunked: {max_num_seqs: 7}},") == (7, 1000)
+    assert limits("batching: {chunked: {max_num_batched_tokens: 64}},") == (64, 64)
+    static = parameters("batching", "static")()
+    assert limits("batching: static,") == (static.max_num_seqs, static.max_num_batched_tokens)  # type: ignore[attr-defined]
+
+
+def test_window_forms(folder: Path) -> None:
+    for written, meant in (("10:60", (10, 60)), ("[10, 60]", (10, 60)), ("45", (5, 50)), ("null", None)):
+        assert read(folder, LARGE.replace("window_s: 10:60", f"window_s: {written}")).window_s == meant
+
+
+def test_a_spec_builds_fresh_instances(folder: Path) -> None:
+    spec = read(folder, SMALL + "routing: round_robin\n").routing["prefill"]
+    assert spec.build() is not spec.build()
+
+
+@pytest.mark.parametrize("text", [SMALL, LARGE, TRACED], ids=["small", "large", "traced"])
+def test_resolved_scenarios_read_back_anywhere(folder: Path, text: str) -> None:
+    scenario = read(folder, text)
+    other = folder / "out" / "deep"
+    other.mkdir(parents=True)
+    path = other / "scenario.yaml"
+    path.write_text(scenario.to_yaml())
+    again = load(path)
+    assert again == scenario
+    assert again.to_yaml() == scenario.to_yaml()
+    assert yaml.safe_load(scenario.to_yaml()) == json.loads(json.dumps(scenario.resolved()))
+    assert Scenario.from_mapping(scenario.resolved()) == scenario
+
+
+def test_resolved_text_stays_text(folder: Path) -> None:
+    scenario = read(folder, SMALL.replace("name: small", "name: '1e9'"))
+    (folder / "again.yaml").write_text(scenario.to_yaml())
+    assert load(folder / "again.yaml").name == "1e9"
+
+
+def test_names_come_from_the_file_where_there_is_none(folder: Path) -> None:
+    assert read(folder, TRACED).name == "case"
+
+
+def test_from_python() -> None:
+    sections = yaml.safe_load(SMALL)
+    scenario = Scenario(**sections)
+    assert scenario == load(sections) == Scenario.from_mapping(sections)
+    changed = load(scenario, **{"clients.gpu.tp": 2, "seed": 9})
+    assert (changed.clients["gpu"].tp, changed.seed, scenario.clients["gpu"].tp) == (2, 9, 1)
+    assert changed != scenario
+    with pytest.raises(ScenarioError, match=r"clients\.gpu\.tp=0"):
+        load(scenario, **{"clients.gpu.tp": 0})
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_examples_are_valid(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections = yaml.safe_load(path.read_text())
+    if trace := sections["workload"].get("trace"):
+        monkeypatch.setenv("MIST_DATA", str(tmp_path))
+        (tmp_path / trace).parent.mkdir(parents=True)
+        (tmp_path / trace).touch()
+    load(path)
+    assert not list(schema_errors(json_schema(), sections))
+
+
+# what is wrong is told, all of it, where it is, with a remedy
+
+
+def test_all_problems_at_once_at_their_places(folder: Path) -> None:
+    text = """\
+sede: 1
+workload:
+  arrivals: {poisson: {rate_per_s: -4}}
+  num_requests: 1.5
+  lengths: azure-conversatoin
+  input_tokens: {lognorml: {mean: 3}}
+clients:
+  gpu:
+    device: h100-smx
+    model: llama-3.1-8b
+    tp: two
+    batching: {chunked: {max_num_seq: 3}}
+  cpu: {device: {name: x, peak_tflops: {bf16: 3}, memory_bytes: 3 PB, memory_bytes_per_s: 1 TB/s}, model: phi-4}
+routing: {prefill: round_robbin}
+slo: {ttft_s: {p999: 1}}
+window_s: 30:10
+"""
+    found = problems(folder, text)
+    assert places(found) == [
+        (1, 1), (3, 36), (4, 17), (6, 18), (9, 13), (11, 9), (12, 26), (13, 65), (14, 20), (15, 16), (16, 11),
+    ]  # fmt: skip
+    hints = "\n".join(p.hint for p in found)
+    for nearest in ("'seed'", "'lognormal'", "'h100-sxm'", "'max_num_seqs'", "'round_robin'"):
+        assert nearest in hints
+    assert all(p.file == str(folder / "case.yaml") and p.hint for p in found)
+
+
+CLIENT = "  gpu: {device: h100-sxm, model: llama-3.1-8b}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "says"),
+    [
+        ("num_requests: 100", "limit: 5", (3, 1), "num_requests is missing"),
+        ("  arrivals: {poisson: {rate_per_s: 4}}\n", "", (3, 1), "arrivals are missing"),
+        ("  lengths: azure-conversation\n", "  input_tokens: 5\n", (3, 1), "output_tokens is missing"),
+        ("lengths: azure-conversation", "lengths: azure-conv", (6, 12), "no workload 'azure-conv'"),
+        ("num_requests: 100", "num_requests: 100\n  concurrency: 4", (6, 16), "arrivals and concurrency"),
+        ("num_requests: 100", "num_requests: 100\n  columns: {arrival: at_s}", (6, 3), "for a trace"),
+        ("num_requests: 100", "trace: none.csv", (6, 12), "brings its own lengths"),
+        ("rate_per_s: 4", "rate_per_s: 0", (4, 36), "rate_per_s"),
+        ("device: h100-sxm", "device: ./nothing.yaml", (8, 17), "no device file"),
+        ("device: h100-sxm", "device: 7", (8, 17), "must be a name"),
+        ("model: llama-3.1-8b", "model: case.yaml", (1, 1), "is missing"),
+        ("model: llama-3.1-8b", "model: llama-3.1-70b", (8, 17), "does not fit on 1 x h100-sxm"),
+        ("model: llama-3.1-8b", "model: llama-3.1-8b, tp: 3", (8, 52), "32 attention heads"),
+        ("model: llama-3.1-8b", "model: llama-3.1-8b, tp: 16", (8, 52), "16"),
+        ("model: llama-3.1-8b", "model: llama-3.1-8b, weights_dtype: fp9", (8, 63), "no dtype 'fp9'"),
+        ("model: llama-3.1-8b", "model: llama-3.1-8b, serves: [prefill]", (8, 48), "different clients"),
+        ("model: llama-3.1-8b", "model: llama-3.1-8b, serves: [prefill, decod]", (8, 66), "no stage 'decod'"),
+        ("model: llama-3.1-8b", "model: llama-3.1-8b, serves: []", (8, 48), "something in it"),
+        ("model: llama-3.1-8b", "model: llama-3.1-8b, max_model_len: 1e6", (8, 63), "131,072"),
+        ("model: llama-3.1-8b", "model: llama-3.1-8b, kv_cache: {capacity_tokens: 3}", (8, 76), "one block"),
+        ("model: llama-3.1-8b", "model: llama-3.1-8b, engine: vlm", (8, 56), "no engine 'vlm'"),
+        (
+            "model: llama-3.1-8b",
+            "model: llama-3.1-8b, batching: {chunked: {max_num_batched_tokens: 8, max_num_seqs: 16}}",
+            (8, 93),
+            "max_num_batched_tokens 8 is below max_num_seqs 16",
+        ),
+        (
+            "model: llama-3.1-8b",
+            "model: llama-3.1-8b, batching: {chunked: {max_num_seqs: 1e8}}",
+            (8, 83),
+            "no step holds",
+        ),
+        ("  gpu:", "  'g p':", (8, 3), "can't name a client"),
+        (CLIENT, "  gpu:", (8, 3), "must be a mapping"),
+        ("seed: 3", "pipeline: [prefill, embed, decode]", (2, 1), "no client serves the stage 'embed'"),
+        ("seed: 3", "pipeline: [decode]", (2, 1), "needs a prefill"),
+        ("seed: 3", "pipeline: rag", (2, 11), "no pipeline 'rag'"),
+        ("seed: 3", "routing: {prefil: round_robin}", (2, 19), "no stage 'prefil'"),
+        ("seed: 3", "seed: true", (2, 7), "whole number, not true"),
+        ("seed: 3", "warmup_s: 10\nwindow_s: 5:20", (3, 11), "ends after the window begins"),
+        ("seed: 3", "perf: []", (2, 1), "something in it"),
+        ("seed: 3", "network: {preset: h100}", (2, 1), "no key 'network'"),
+    ],
+)
+def test_each_mistake_is_told(folder: Path, old: str, new: str, place: tuple[int, int], says: str) -> None:
+    assert old in SMALL
+    found = problems(folder, SMALL.replace(old, new))
+    matching = [p for p in found if says in p.message]
+    assert matching, "\n".join(map(str, found))
+    assert (matching[0].line, matching[0].column) == place, str(matching[0])
+    assert matching[0].hint
+
+
+def test_mistakes_in_own_files_are_placed_there(folder: Path) -> None:
+    (folder / "card.yaml").write_text("name: card\npeak_tflops: {bf16: 400}\nmemory_byte: 3\nmemory_bytes_per_s: x\n")
+    found = problems(folder, SMALL.replace("h100-sxm", "card.yaml").replace("seed: 3", "seed: x"))
+    assert ("case.yaml", 2, 7) in {(Path(p.file).name, p.line, p.column) for p in found}
+    assert {("card.yaml", 3, 14), ("card.yaml", 4, 21)} <= {(Path(p.file).name, p.line, p.column) for p in found}
+    (folder / "config.json").write_text('{"hidden_size": 512,\n "num_local_experts": 8}')
+    found = problems(folder, TRACED)
+    assert [(Path(p.file).name, p.line) for p in found] == [("config.json", 2)]
+
+
+def test_a_missing_trace_says_where_copies_are(folder: Path) -> None:
+    (folder / "trace.csv").unlink()
+    (found,) = problems(folder, TRACED)
+    assert (found.line, found.column) == (2, 10)
+    assert "AzurePublicDataset" in found.hint
+
+
+def test_mistakes_in_sets_are_placed_at_them(folder: Path) -> None:
+    found = problems(folder, SMALL, "clients.gpu.tp=0", "seed=x", "clients.gpu.tpp=1")
+    assert [p.file for p in found] == ["--set clients.gpu.tp=0", "--set clients.gpu.tpp=1", "--set seed=x"]
+
+
+def test_a_plugin_is_validated_by_its_fields(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.names("routing")
+    monkeypatch.setitem(registry._registered, "routing", dict(registry._registered["routing"]))
+    (folder / "mine.py").write_text(
+        "from dataclasses import dataclass, field\n"
+        "from mist.registry import register\n"
+        "@register('routing', 'mine_for_test')\n"
+        "@dataclass\n"
+        "class Mine:\n"
+        "    spill: int\n"
+        "    shares: tuple[float, ...] = (0.5, 0.5)\n"
+        "    turn: int = field(default=0, init=False)\n"
+        "    def __post_init__(self):\n"
+        "        if self.spill < 1:\n"
+        "            raise ValueError(f'spill is {self.spill}: give at least 1')\n"
+        "    def choose(self, task, views, now):\n"
+        "        return views[0]\n"
+    )
+    registry.load_plugin_file(folder / "mine.py")
+    scenario = read(folder, SMALL + "routing: {mine_for_test: {spill: 3, shares: [1, 2]}}\n")
+    assert scenario.routing["prefill"].build().shares == (1, 2)
+    assert read(folder, SMALL + "routing: {mine_for_test: 4}\n").routing["prefill"].params["spill"] == 4
+    assert places(problems(folder, SMALL + "routing: {mine_for_test: {spill: 0}}\n")) == [(9, 34)]
+    assert places(problems(folder, SMALL + "routing: {mine_for_test: {spill: 1, turn: 2}}\n")) == [(9, 37)]
+    assert places(problems(folder, SMALL + "routing: mine_for_test\n")) == [(9, 10)]
+    assert "mine_for_test" in json.dumps(json_schema())
+
+
+# mutations: valid, or a ScenarioError with place and remedy; never anything else
+
+VALUES: list[Any] = [
+    None, True, False, 0, 1, -1, 3, 2.5, -0.5, 1e9, 10**30, 1e300, "", " ", "x", "1", "h100-sxm", "llama-3.1-8b",
+    "chunked", "round_robin", "prefill", "10:20", "../", "/", "~", "~nobody/x", "\x7f", "é" * 300, [], [1],
+    ["prefill"], [[]], {}, {"x": 1}, {"chunked": {}}, {"poisson": {"rate_per_s": "x"}}, {"": {}}, {"roofline": 3},
+    {"a": {"b": {"c": []}}},
+]  # fmt: skip
+RAW = [".nan", "-.inf", "1e999", "!!python/none x", "*gone", "&a [*a]", "{", "'", "%", "@x", "`x", "\tx", "a: b: c"]
+
+
+def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from nodes(inner, (*path, key))
+
+
+def parent(tree: Any, path: tuple[Any, ...]) -> Any:
+    for key in path[:-1]:
+        tree = tree[key]
+    return tree
+
+
+def drop(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
+    del parent(tree, path)[path[-1]]
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def replace(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
+    parent(tree, path)[path[-1]] = rng.choice(VALUES)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def misspell(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
+    holder = parent(tree, path)
+    if isinstance(holder, dict):
+        name = str(path[-1])
+        at = rng.randrange(len(name))
+        holder[name[:at] + name[at + 1 :]] = holder.pop(name)
+    elif isinstance(holder[path[-1]], str):
+        holder[path[-1]] += "x"
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def misname(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
+    holder = parent(tree, path)
+    value = holder[path[-1]]
+    if isinstance(value, str):
+        at = rng.randrange(len(value))
+        holder[path[-1]] = value[:at] + rng.choice("xyz-./") + value[at + 1 :]
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        holder[path[-1]] = rng.choice([-value, 0, value * 10**6, value + 0.5, str(value)])
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def negate(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
+    for leaf in nodes(tree):
+        holder = parent(tree, leaf)
+        if isinstance(holder[leaf[-1]], int | float):
+            holder[leaf[-1]] = -1 - holder[leaf[-1]]
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def unreadable(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
+    parent(tree, path)[path[-1]] = "MARK"
+    return yaml.safe_dump(tree, sort_keys=False).replace("MARK", rng.choice(RAW))
+
+
+def double(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
+    rows = yaml.safe_dump(tree, sort_keys=False).splitlines(keepends=True)
+    at = rng.randrange(len(rows))
+    return "".join([*rows[: at + 1], *rows[at:]])
+
+
+def truncate(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
+    text = yaml.safe_dump(tree, sort_keys=False)
+    return text[: rng.randrange(len(text))]
+
+
+def scramble(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
+    text = list(yaml.safe_dump(tree, sort_keys=False))
+    for _ in range(rng.randrange(1, 6)):
+        text[rng.randrange(len(text))] = rng.choice("\t\n :{}[]&*'\"#-,x9\x00\x85\u2028é")
+    return "".join(text)
+
+
+def bomb(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
+    levels = "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]\n" for i in range(1, 9))
+    return f"b0: &b0 [1, 2]\n{levels}" + yaml.safe_dump(tree, sort_keys=False)
+
+
+MUTATIONS: list[tuple[Callable[[Any, tuple[Any, ...], random.Random], str], int]] = [
+    (drop, 60), (replace, 250), (misspell, 60), (misname, 100), (negate, 3), (unreadable, 40), (double, 40),
+    (truncate, 40), (scramble, 100), (bomb, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mutate", "count"), MUTATIONS, ids=lambda value: getattr(value, "__name__", ""))
+def test_mutations(folder: Path, mutate: Any, count: int) -> None:
+    bases = [yaml.safe_load(text) for text in (SMALL, LARGE, TRACED)]
+    refused = 0
+    for index in range(count):
+        rng = random.Random(f"{mutate.__name__} {index}")
+        tree = copy.deepcopy(bases[index % len(bases)])
+        refused += settle(folder, mutate(tree, rng.choice(list(nodes(tree))), rng).encode("utf-8"))
+    assert refused >= count // 3
+
+
+def test_mutated_bytes(folder: Path) -> None:
+    for index in range(60):
+        rng = random.Random(index)
+        raw = bytearray([SMALL, LARGE, TRACED][index % 3].encode())
+        for _ in range(3):
+            raw[rng.randrange(len(raw))] = rng.randrange(128, 256)
+        assert settle(folder, bytes(raw))
+
+
+def settle(folder: Path, raw: bytes) -> bool:
+    """Whether the scenario is refused, as it must be if it isn't valid; the resolved form of a valid one reads back."""
+    path = folder / "case.yaml"
+    path.write_bytes(raw)
+    try:
+        scenario = load(path)
+    except ScenarioError as error:
+        found = error.problems
+    else:
+        found = ()
+    if found:
+        for problem in found:
+            assert problem.file, str(problem)
+            assert problem.hint, str(problem)
+            assert problem.line or "empty" in problem.message or "no such file" in problem.message, str(problem)
+            assert not re.search(r"Traceback|pydantic|Error\(|<class|object at", str(problem)), str(problem)
+        return True
+    (folder / "again.yaml").write_text(scenario.to_yaml(), encoding="utf-8")
+    assert load(folder / "again.yaml").resolved() == scenario.resolved()
+    return False
+
+
+# JSON Schema
+
+
+def schema_errors(schema: dict[str, Any], value: Any, root: dict[str, Any] | None = None) -> Iterator[str]:
+    """What JSON Schema (the keywords that the scenario's schema uses) finds wrong with `value`."""
+    root = schema if root is None else root
+    unknown = set(schema) - KEYWORDS
+    assert not unknown, unknown
+    if "$ref" in schema:
+        target: Any = root
+        for part in schema["$ref"].removeprefix("#/").split("/"):
+            target = target[part]
+        yield from schema_errors(target, value, root)
+    if "anyOf" in schema and all(any(schema_errors(s, value, root)) for s in schema["anyOf"]):
+        yield f"{value!r} is none of {schema['anyOf']}"
+    if "not" in schema and not any(schema_errors(schema["not"], value, root)):
+        yield f"{value!r} is not to be {schema['not']}"
+    if "enum" in schema and value not in schema["enum"]:
+        yield f"{value!r} is not in {schema['enum']}"
+    if "type" in schema and not isinstance(value, TYPES[schema["type"]]):
+        yield f"{value!r} is no {schema['type']}"
+    if isinstance(value, int | float):
+        low, above = schema.get("minimum", -math.inf), schema.get("exclusiveMinimum", -math.inf)
+        if value < low or value <= above or value > schema.get("maximum", math.inf):
+            yield f"{value} is out of range"
+    if isinstance(value, str) and "pattern" in schema and not re.search(schema["pattern"], value):
+        yield f"{value!r} is not like {schema['pattern']}"
+    if isinstance(value, list):
+        if len(value) < schema.get("minItems", 0):
+            yield "too few items"
+        for item in value:
+            yield from schema_errors(schema.get("items", {}), item, root)
+    if isinstance(value, dict):
+        yield from object_errors(schema, value, root)
+
+
+def object_errors(schema: dict[str, Any], value: dict[str, Any], root: dict[str, Any]) -> Iterator[str]:
+    yield from (f"{key!r} is missing" for key in schema.get("required", ()) if key not in value)
+    rest = schema.get("additionalProperties", True)
+    for key, inner in value.items():
+        if key in schema.get("properties", {}):
+            yield from schema_errors(schema["properties"][key], inner, root)
+        elif rest is False:
+            yield f"{key!r} is unknown"
+        elif isinstance(rest, dict):
+            yield from schema_errors(rest, inner, root)
+
+
+TYPES: dict[str, Any] = {"object": dict, "array": list, "string": str, "number": int | float, "integer": int,
+                         "boolean": bool, "null": type(None)}  # fmt: skip
+KEYWORDS = {"$schema", "$defs", "$ref", "title", "description", "default", "anyOf", "not", "enum", "type", "minimum",
+            "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength", "pattern", "items",
+            "minItems", "maxItems", "prefixItems", "properties", "propertyNames", "minProperties", "required",
+            "additionalProperties"}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [SMALL, LARGE, TRACED], ids=["small", "large", "traced"])
+def test_schema_takes_what_is_valid_and_its_resolved_form(folder: Path, text: str) -> None:
+    schema = json_schema()
+    assert list(schema_errors(schema, yaml.safe_load(text))) == []
+    assert list(schema_errors(schema, read(folder, text).resolved())) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sede": 1},
+        {"seed": -1},
+        {"seed": "x"},
+        {"workload": {"arrivals": "poison"}},
+        {"workload": {"arrivals": {"poisson": {"rate": 1}}}},
+        {"clients": {"gpu": {"device": "h100-sxm"}}},
+        {"clients": {"gpu": {"device": "h100-sxm", "model": "m", "batching": {"chunked": {"max_num_seqs": "x"}}}}},
+        {"routing": {"prefill": "robin"}},
+        {"slo": {"ttft": {"p99": 1}}},
+    ],
+)
+def test_schema_refuses_what_is_wrong(change: dict[str, Any]) -> None:
+    assert list(schema_errors(json_schema(), {**yaml.safe_load(SMALL), **change}))
+
+
+def test_schema_describes_every_key_and_names_every_policy() -> None:
+    schema = json_schema()
+    text = json.dumps(schema)
+    for kind in registry.HOMES:
+        for name in registry.names(kind):
+            assert f'"{name}"' in text, name
+    for section in ("Workload", "Client", "KVCache", "Slo"):
+        for key, entry in schema["$defs"][section]["properties"].items():
+            assert entry.get("description"), f"{section}.{key}"

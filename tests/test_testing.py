@@ -1,0 +1,241 @@
+"""The contract suites, over everything that ships and over deliberately broken policies, pipelines and models."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+import pytest
+
+from kit import LinearSteps
+from mist.batching.chunked import Chunked
+from mist.batching.continuous import Continuous
+from mist.errors import InvariantError
+from mist.perf.roofline import Roofline
+from mist.pipeline import StageList
+from mist.registry import lookup, names
+from mist.request import Batch, Stage, Wait
+from mist.routing.least_outstanding import LeastOutstanding
+from mist.testing import BatchingContract, PerfModelContract, PipelineContract, RoutingContract, small_deployment
+
+CONTRACTS = {
+    "batching": (BatchingContract, "policy"),
+    "routing": (RoutingContract, "router"),
+    "pipeline": (PipelineContract, "pipeline"),
+    "perf": (PerfModelContract, "model"),
+}
+
+
+def suite(kind: str, make: Any) -> Any:
+    """The contract of `kind` for what `make` returns."""
+    contract, method = CONTRACTS[kind]
+    return type("Suite", (contract,), {method: staticmethod(make)})()
+
+
+def checks(kind: str) -> list[str]:
+    return [name for name in dir(CONTRACTS[kind][0]) if name.startswith("test_")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "check"),
+    [(kind, name, check) for kind in CONTRACTS for name in names(kind) for check in checks(kind)],
+)
+def test_what_ships_keeps_its_contract(kind: str, name: str, check: str) -> None:
+    implementation = lookup(kind, name)
+    if kind == "perf" and (problem := implementation().supports(small_deployment())):
+        pytest.skip(problem)  # needs data or a fallback; its own tests bring them
+    getattr(suite(kind, implementation), check)()
+
+
+def test_the_made_up_performance_model_keeps_the_contract() -> None:
+    for check in checks("perf"):
+        getattr(suite("perf", LinearSteps), check)()
+
+
+# --- broken on purpose ---
+
+
+class Lazy(Chunked):
+    """Stops admitting once three have run."""
+
+    def next_batch(self, queue: Any, cohort: Any, budget: Any, now: int) -> Batch | Wait:
+        self.served = getattr(self, "served", 0)
+        if self.served >= 3 and not cohort.count and not queue.prefilling:
+            return Wait()
+        batch = super().next_batch(queue, cohort, budget, now)
+        self.served += len(batch.chunks) if isinstance(batch, Batch) else 0
+        return batch
+
+
+class Greedy(Chunked):
+    """Takes twice the tokens that it may."""
+
+    def next_batch(self, queue: Any, cohort: Any, budget: Any, now: int) -> Batch | Wait:
+        double = Chunked(2 * self.max_num_batched_tokens, self.max_num_seqs)
+        return double.next_batch(queue, cohort, budget, now)
+
+
+class Clairvoyant(Continuous):
+    """Serves the shortest true output first."""
+
+    def next_batch(self, queue: Any, cohort: Any, budget: Any, now: int) -> Batch | Wait:
+        queue.waiting = type(queue.waiting)(sorted(queue.waiting, key=lambda t: t.request.oracle_output_tokens))
+        return super().next_batch(queue, cohort, budget, now)
+
+
+class Sharing(Chunked):
+    """Remembers across runs."""
+
+    steps: ClassVar[list[int]] = []
+
+    def next_batch(self, queue: Any, cohort: Any, budget: Any, now: int) -> Batch | Wait:
+        self.steps.append(now)
+        half = Chunked(self.max_num_batched_tokens, max(1, self.max_num_seqs // (1 + len(self.steps) % 2)))
+        return half.next_batch(queue, cohort, budget, now)
+
+
+class Unreserved(Chunked):
+    """Decodes without reserving blocks for it."""
+
+    def next_batch(self, queue: Any, cohort: Any, budget: Any, now: int) -> Batch | Wait:
+        return Batch([], decode=True) if cohort.count else super().next_batch(queue, cohort, budget, now)
+
+
+@pytest.mark.parametrize(
+    ("policy", "check", "says"),
+    [
+        (Lazy, "test_it_serves_every_request_within_its_limits", "idles with 0 running tasks"),
+        (Greedy, "test_it_serves_every_request_within_its_limits", "tokens of"),
+        (Unreserved, "test_it_serves_every_request_within_its_limits", "KV blocks"),
+        (Clairvoyant, "test_it_does_not_know_true_output_lengths", "name it oracle_"),
+        (Sharing, "test_the_same_scenario_gives_the_same_records", "share state"),
+    ],
+)
+def test_broken_batching_policies_are_caught(policy: Any, check: str, says: str) -> None:
+    with pytest.raises((AssertionError, InvariantError), match=says):
+        getattr(suite("batching", policy), check)()
+
+
+def test_a_batch_that_the_client_cannot_run_is_caught() -> None:
+    class Empty(Chunked):
+        def next_batch(self, *_: Any) -> Batch | Wait:
+            return Batch([], decode=True)
+
+    class Overdone(Chunked):
+        def next_batch(self, queue: Any, cohort: Any, budget: Any, now: int) -> Batch | Wait:
+            batch = super().next_batch(queue, cohort, budget, now)
+            if isinstance(batch, Batch):
+                batch.chunks = [(task, n + 1) for task, n in batch.chunks]
+            return batch
+
+    class Impatient(Chunked):
+        def next_batch(self, queue: Any, cohort: Any, budget: Any, now: int) -> Batch | Wait:
+            return Wait(now)
+
+    for policy, says in ((Empty, "empty batch"), (Overdone, "a chunk of"), (Impatient, "Wait")):
+        with pytest.raises((AssertionError, InvariantError), match=says):
+            suite("batching", policy).test_it_serves_every_request_within_its_limits()
+
+
+class Elsewhere:
+    """Makes up a view, once in a while."""
+
+    def choose(self, task: Any, views: Any, now: int) -> Any:
+        return type(views[0])(7, "nowhere") if now % 7 == 3 else views[0]
+
+
+class Scribbler(LeastOutstanding):
+    def choose(self, task: Any, views: Any, now: int) -> Any:
+        views[0].num_outstanding += 1
+        return views[0]
+
+
+class PeekingRouter(LeastOutstanding):
+    def choose(self, task: Any, views: Any, now: int) -> Any:
+        return views[task.request.oracle_output_tokens % 2]
+
+
+class ForgetfulRouter:
+    """Its counter belongs to the class."""
+
+    turns: ClassVar[list[int]] = []
+
+    def choose(self, task: Any, views: Any, now: int) -> Any:
+        self.turns.append(now)
+        return views[len(self.turns) // 2 % len(views)]
+
+
+@pytest.mark.parametrize(
+    ("router", "check", "says"),
+    [
+        (Elsewhere, "test_it_chooses_one_of_the_views_and_changes_none", "not among"),
+        (Scribbler, "test_it_chooses_one_of_the_views_and_changes_none", "changed the views"),
+        (PeekingRouter, "test_it_does_not_know_true_output_lengths", "name it oracle_"),
+        (ForgetfulRouter, "test_the_same_scenario_gives_the_same_records", "share state"),
+    ],
+)
+def test_broken_routers_are_caught(router: Any, check: str, says: str) -> None:
+    with pytest.raises(AssertionError, match=says):
+        getattr(suite("routing", router), check)()
+
+
+def stages(*made: Stage, kinds: tuple[str, ...] = ("prefill", "decode"), fixed: bool = False) -> Any:
+    """A pipeline that yields `made` whatever the request."""
+
+    class Made(StageList):
+        def __call__(self, request: Any, rng: Any) -> Any:
+            for stage in made:
+                result = yield stage
+                assert result.end_ns > result.start_ns
+
+    factory = Made(kinds)
+    factory.is_fixed = fixed
+    return factory
+
+
+@pytest.mark.parametrize(
+    ("factory", "says"),
+    [
+        (stages(Stage("embed", 1)), "announced were"),
+        (stages(Stage("prefill", 1), kinds=("prefill", "rerank"), fixed=True), "a fixed pipeline"),
+        (stages(Stage("decode", oracle_output_tokens=1)), "a decode comes first"),
+        (stages(Stage("prefill", 0)), "of no tokens"),
+        (stages(Stage("prefill", 1), Stage("decode")), "a decode of no tokens"),
+        (stages(*[Stage("prefill", 1)] * 1001), "isn't over"),
+    ],
+)
+def test_broken_pipelines_are_caught(factory: Any, says: str) -> None:
+    with pytest.raises(AssertionError, match=says):
+        suite("pipeline", lambda: factory).test_it_yields_the_stages_that_it_announces()
+
+
+class Fractional(LinearSteps):
+    def step_time(self, step: Any) -> int:
+        return super().step_time(step) / 2  # type: ignore[return-value]
+
+
+class BelowFloor(LinearSteps):
+    def floor_time(self, step: Any) -> int:
+        return 5000
+
+
+class Warming(Roofline):
+    """Gets faster with every answer."""
+
+    def step_time(self, step: Any) -> int:
+        self._ramp_tokens *= 0.99
+        return super().step_time(step)
+
+
+@pytest.mark.parametrize(
+    ("model", "check", "says"),
+    [
+        (Fractional, "test_times_are_whole_nanoseconds_and_never_beat_the_floor", "not an int"),
+        (BelowFloor, "test_times_are_whole_nanoseconds_and_never_beat_the_floor", "beat the floor"),
+        (partial(LinearSteps, per_context=-1), "test_more_work_never_takes_less_time", "ns for Step"),
+        (Warming, "test_an_answer_depends_on_the_step_alone", "answered before"),
+    ],
+)
+def test_broken_performance_models_are_caught(model: Any, check: str, says: str) -> None:
+    with pytest.raises(AssertionError, match=says):
+        getattr(suite("perf", model), check)()
