@@ -119,6 +119,9 @@ def test_step_time_is_the_sum_of_its_operators() -> None:
         if o.kind == "allreduce":
             total += o.repeats * deployment.platform.all_reduce_ns(31 * 512)
             continue
+        if o.kind == "allgather":
+            total += deployment.platform.all_gather_ns(7 * 1000 * 2, 2)
+            continue
         memory_class = "gemm_memory" if o.kind == "gemm" else o.kind
         flop, kind = o.flop_of(sums), o.kind
         if o.kind == "attention_prefill":
@@ -200,7 +203,8 @@ def test_more_work_never_takes_less(
 
 
 @pytest.mark.parametrize(
-    ("pp", "tp", "reason"), [(2, 1, "pp = 2"), (1, 16, "links"), (1, 3, "attention heads"), (1, 8, None)]
+    ("pp", "tp", "reason"),
+    [(2, 1, None), (81, 1, "too few"), (1, 16, None), (1, 12, "links"), (1, 3, "attention heads"), (1, 8, None)],
 )
 def test_what_cannot_be_priced_has_a_reason(pp: int, tp: int, reason: str | None) -> None:
     deployment = Deployment(model("llama-3.1-70b"), Platform(device("h100-sxm"), tp, pp), "bf16", "bf16", 2048, 256)

@@ -323,7 +323,7 @@ def test_mistakes_in_own_files_are_placed_there(folder: Path) -> None:
     found = problems(folder, SMALL.replace("h100-sxm", "card.yaml").replace("seed: 3", "seed: x"))
     assert ("case.yaml", 2, 7) in {(Path(p.file).name, p.line, p.column) for p in found}
     assert {("card.yaml", 3, 14), ("card.yaml", 4, 21)} <= {(Path(p.file).name, p.line, p.column) for p in found}
-    (folder / "config.json").write_text('{"hidden_size": 512,\n "num_local_experts": 8}')
+    (folder / "config.json").write_text('{"hidden_size": 512,\n "hybrid_override_pattern": "M*"}')
     found = problems(folder, TRACED)
     assert [(Path(p.file).name, p.line) for p in found] == [("config.json", 2)]
 

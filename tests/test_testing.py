@@ -223,7 +223,7 @@ class Warming(Roofline):
     """Gets faster with every answer."""
 
     def step_time(self, step: Any) -> int:
-        self._ramp_tokens *= 0.99
+        self._dense = [0.99 * ns for ns in self._dense]
         return super().step_time(step)
 
 

@@ -1,4 +1,4 @@
-"""The command `mist`: run, check, schema and list, each a few lines around the library.
+"""The command `mist`: run, check, explain-step, schema and list, each a few lines around the library.
 
 The outermost layer: options become overrides of the scenario, errors become exit codes (2 the user's files, 3 a broken
 law, 130 interrupted). It computes nothing, prints results to stdout only, and imports the simulator only to use it.
@@ -152,6 +152,52 @@ def check(resolved: bool, **options: Any) -> None:
         blocks = client.kv_cache.num_blocks
         given = f"{blocks:,} blocks of {client.kv_cache.block_size} as given" if blocks else client.kv_capacity()
         click.echo(f"    KV in {client.kv_dtype}: {given}")
+
+
+@main.command("explain-step")
+@click.argument("model")
+@click.argument("device")
+@click.option("--prefill", metavar="TOKENS[@CONTEXT]", help="A prefill, such as 2048 or 512@1024; +512 for another.")
+@click.option("--decode", metavar="NxCONTEXT", help="Decodes, such as 32x2048.")
+@click.option("--mixed", metavar="STEP", help="Both, such as 512@0+64x2048.")
+@click.option("--tp", type=click.IntRange(1, 1024), default=1, help="Ranks of tensor parallelism.")
+@click.option("--pp", type=click.IntRange(1, 1024), default=1, help="Pipeline stages.")
+@click.option("--ep", type=click.IntRange(1, 4096), default=1, help="Ways to spread experts over ranks.")
+@click.option("--attn-dp", type=click.IntRange(1, 4096), default=1, help="Attention groups; sizes are those of one.")
+@click.option("--engine", help="The serving engine, for its host time and limits.")
+@click.option("--weights-dtype", default="auto", help="Dtype of the weights; auto is the checkpoint's.")
+@click.option("--kv-dtype", default="auto", help="Dtype of the KV cache; auto is 16 bits.")
+@click.option("--perf", default="", help="A performance model, such as kernels or roofline.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")
+def explain_step(
+    model: str, device: str, prefill: str | None, decode: str | None, mixed: str | None, engine: str | None,
+    as_json: bool, plugins: tuple[str, ...], **options: Any,
+) -> None:  # fmt: skip
+    """Say which operators one step of MODEL on DEVICE runs, how long each takes, and what bounds it.
+
+    \b
+    Examples:
+        mist explain-step llama-3.1-70b h100-sxm --tp 4 --prefill 2048
+        mist explain-step llama-3.1-70b h100-sxm --tp 4 --decode 32x2048 --json
+        mist explain-step deepseek-v3 h200-sxm --tp 8 --mixed 512@0+64x2048
+    """
+    _load_plugins(plugins)
+    from mist.scenario.explain import explain_step as explain
+    from mist.scenario.explain import parse_step
+
+    given = [text for text in (prefill, decode, mixed) if text is not None]
+    if not given:
+        raise click.UsageError("give a step: --prefill 2048, --decode 32x2048 or --mixed 512@0+64x2048")
+    if engine is not None:
+        options["engine"] = engine
+    found = explain(model, device, parse_step("+".join(given)), **options)
+    if as_json:
+        _print_json(found.as_json())
+        return
+    click.echo(f"{found}\n\n{_table(found.rows())}")
+    for remark in found.remarks:
+        click.echo(remark, err=True)
 
 
 @main.command()

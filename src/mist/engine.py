@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mist.hardware import Device, MappingReader, Platform
-from mist.model import ACTIVATION_BYTES, ModelSpec
+from mist.model import ACTIVATION_BYTES, LayerGroup, ModelSpec
 from mist.units import GIB
 
 
@@ -67,6 +67,7 @@ class EngineProfile:
     Limits: `large_device_*` replace the defaults on devices of `large_device_bytes` and more, but not on
     `small_devices`; with `fit_whole_prompts` a step may always hold a prompt of the model's longest context.
     Memory: `overhead_bytes` for what is neither weights nor activations (context, communicators, graphs).
+    `cuda_graph`: steps replay captured graphs; without, the host launches every kernel of a step.
     """
 
     name: str
@@ -89,6 +90,7 @@ class EngineProfile:
     block_size: int = 16
     watermark: float = 0.0
     overhead_bytes: int = 0
+    cuda_graph: bool = True
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def limits_for(self, device: Device, model: ModelSpec) -> tuple[int, int]:
@@ -111,21 +113,30 @@ class EngineProfile:
         gpu_memory_utilization: float | None = None,
         block_size: int | None = None,
     ) -> KVCapacity:
-        """The KV cache that vLLM's rule leaves per device; every rank holds as many blocks.
+        """The KV cache that vLLM's rule leaves per device; every rank of every stage holds as many blocks.
 
         utilization x memory - weights of the shard - activations of the largest step - overhead, in blocks of
-        `block_size` tokens. A result with `num_blocks` 0 says by how much it doesn't fit.
+        `block_size` tokens, at the pipeline stage that has room for the fewest; sequences of one attention group. A
+        result with `num_blocks` 0 says by how much it doesn't fit. The tokens of an encoder, which caches nothing,
+        hold their hidden state while they are in flight. Raises ValueError for more stages than layers.
         """
         size = block_size or self.block_size
-        return KVCapacity(
-            memory_bytes=platform.device.memory_bytes,
-            gpu_memory_utilization=gpu_memory_utilization or self.gpu_memory_utilization,
-            weight_bytes=model.weight_bytes(weights_dtype, platform.tp),
-            activation_bytes=activation_bytes(model, platform.tp, max_num_batched_tokens, max_num_seqs),
-            overhead_bytes=self.overhead_bytes,
-            block_bytes=size * model.kv_bytes_per_token_per_device(kv_dtype, platform.tp),
-            block_size=size,
-        )
+        p = platform
+        weights = model.stage_weight_bytes(weights_dtype, p.tp, pp=p.pp, ep=p.ep, attn_dp=p.attn_dp)
+        token_bytes = model.stage_kv_bytes_per_token(kv_dtype, p.tp, p.pp)
+        stages = [
+            KVCapacity(
+                memory_bytes=p.device.memory_bytes,
+                gpu_memory_utilization=gpu_memory_utilization or self.gpu_memory_utilization,
+                weight_bytes=stage_weights,
+                activation_bytes=activation_bytes(model, p, max_num_batched_tokens, max_num_seqs),
+                overhead_bytes=self.overhead_bytes,
+                block_bytes=size * (kv_bytes or round(ACTIVATION_BYTES * model.hidden_size)),
+                block_size=size,
+            )
+            for stage_weights, kv_bytes in zip(weights, token_bytes, strict=True)
+        ]
+        return min(stages, key=lambda stage: (stage.num_blocks, -stage.missing_bytes))
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> EngineProfile:
@@ -155,14 +166,25 @@ class EngineProfile:
         return cls(**values)
 
 
-def activation_bytes(model: ModelSpec, tp: int, max_num_batched_tokens: int, max_num_seqs: int) -> int:
-    """Peak memory of a step's activations on one of `tp` ranks: an estimate, not a measurement.
+def activation_bytes(model: ModelSpec, platform: Platform, max_num_batched_tokens: int, max_num_seqs: int) -> int:
+    """Peak memory of a step's activations on one device: an estimate, not a measurement.
 
-    The larger of a layer at its widest (residual, hidden and the FFN's inputs and output, 16 bits) and the classifier
-    (a row of 16-bit logits and its 32-bit copy for each sequence).
+    The larger of a layer at its widest (residual, hidden and the network's inputs and output, 16 bits; of experts, the
+    rows of all attention groups that come to a device) and the classifier (a row of 16-bit logits and its 32-bit copy
+    for each sequence).
     """
     hidden = model.hidden_size
-    widest = max((g.num_up_matrices + 1) * g.ffn_size // tp for g in model.layers)
+    widest = max(_widest(g, platform) for g in model.layers)
     layer = max_num_batched_tokens * (2 * hidden + widest) * ACTIVATION_BYTES
     classifier = max_num_seqs * model.vocab_size * (ACTIVATION_BYTES + 4) + max_num_batched_tokens * 2 * hidden
-    return round(max(layer, classifier))
+    return round(max(layer, classifier if model.has_classifier else 0))
+
+
+def _widest(g: LayerGroup, platform: Platform) -> float:
+    """Elements that a token occupies in the network of a layer."""
+    dense = (g.num_up_matrices + 1) * (g.ffn_size or (g.experts.shared_ffn_size if g.experts else 0)) // platform.tp
+    if g.experts is None:
+        return dense
+    rows = g.experts.top_k * platform.attn_dp / platform.ep
+    ffn = g.experts.ffn_size * platform.ep / platform.num_stage_devices
+    return max(dense, rows * ((g.num_up_matrices + 1) * ffn + g.hidden_size))

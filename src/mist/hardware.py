@@ -29,6 +29,9 @@ GENERIC_LAUNCH_NS = {
 GENERIC_RAMP_TOKENS = 360.0
 GENERIC_LINK_LATENCY_NS = 2_000
 GENERIC_LINK_BYTES_PER_S = 32.0 * GB  # PCIe 4.0 x16, one direction
+#: Between nodes, where nothing is given: a 400 Gbit/s NIC per device and a message's time through it (unverified).
+GENERIC_INTER_NODE_BYTES_PER_S = 50.0 * GB
+GENERIC_INTER_NODE_LATENCY_NS = 8_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class Device:
     `peak_flop_per_s`: dense FLOP/s by dtype (`bf16` always there; it stands for `fp16` too).
     `link_bytes_per_s`: scale-up link in total, per direction; `scale_up_domain`: devices that it joins; `switched`:
     every pair talks at full rate (NVSwitch, full mesh), so that small all-reduces need no ring.
+    `inter_node_bytes_per_s`, `inter_node_latency_ns`: a device's share of the network between such domains.
     `efficiency`: fraction of peak by operator class; a key with a suffix (`gemm_fp8`, `attention_decode_fp8`,
     `allreduce_8` for eight ranks) overrides its class there. `kernel_launch_ns`: fixed time of a kernel, same keys.
     `attention_ramp_tokens`: context tokens that every new token costs in prefill attention on top of its true context
@@ -54,6 +58,8 @@ class Device:
     link_latency_ns: int = GENERIC_LINK_LATENCY_NS
     scale_up_domain: int = 8
     switched: bool = False
+    inter_node_bytes_per_s: float = GENERIC_INTER_NODE_BYTES_PER_S
+    inter_node_latency_ns: int = GENERIC_INTER_NODE_LATENCY_NS
     tdp_w: float | None = None
     efficiency: Mapping[str, float] = field(default_factory=dict)
     kernel_launch_ns: Mapping[str, float] = field(default_factory=dict)
@@ -61,7 +67,12 @@ class Device:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def compute_dtype(self, weights_dtype: str) -> str:
-        """The dtype in which GEMMs with such weights run: their own where the device has it, else bf16."""
+        """The dtype in which GEMMs with such weights run: their own where the device has it, else bf16.
+
+        Beside `mxfp4` weights activations have 8 bits on devices that take such operands, which have units for fp4.
+        """
+        if weights_dtype == "mxfp4" and {"fp4", "fp8"} <= self.peak_flop_per_s.keys():
+            return "fp8"
         return weights_dtype if weights_dtype in self.peak_flop_per_s else "bf16"
 
     def peak(self, dtype: str) -> float:
@@ -110,15 +121,41 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """The devices of one client: `tp` ranks of tensor parallelism in each of `pp` pipeline stages."""
+    """The devices of one client, and what it costs them to talk.
+
+    `pp` pipeline stages of `attn_dp` attention groups of `tp` ranks; the attention groups hold copies of the attention
+    and take their own sequences. `ep`: ways in which a stage's tp x attn_dp ranks split the experts of a layer by
+    expert (1: each expert is split like a dense layer). Ranks are numbered tp first and fill one node after the other.
+    Every collective runs at the efficiency that was measured for all-reduces.
+    """
 
     device: Device
     tp: int = 1
     pp: int = 1
+    ep: int = 1
+    attn_dp: int = 1
+
+    @property
+    def num_stage_devices(self) -> int:
+        """Devices of one pipeline stage; routed experts are spread over all of them."""
+        return self.tp * self.attn_dp
 
     @property
     def num_devices(self) -> int:
-        return self.tp * self.pp
+        return self.num_stage_devices * self.pp
+
+    @property
+    def num_domains(self) -> int:
+        """Scale-up domains (nodes, unless a rack is one) that the devices span."""
+        return -(-self.num_devices // self.device.scale_up_domain)
+
+    def problem(self) -> str | None:
+        """Why the devices can't be arranged like this, or None: a group must fill whole domains or fit into one."""
+        domain, name = self.device.scale_up_domain, self.device.name
+        for degree, ranks in (("tp", self.tp), ("tp x attn_dp", self.num_stage_devices)):
+            if ranks > domain and ranks % domain:
+                return f"{degree} = {ranks} doesn't fill whole groups of the {domain} devices that {name} links"
+        return None
 
     def all_reduce_ns(self, message_bytes: float) -> float:
         """Time of an all-reduce of `message_bytes` (the full tensor) over the `tp` ranks, ns; 0 for one rank.
@@ -126,16 +163,72 @@ class Platform:
         A ring takes 2(N-1)·l + 2(N-1)/N·M/B (Patarasuk and Yuan, JPDC 2009). Where all pairs are joined directly the
         better of one shot (every rank reads all others: l + (N-1)·M/B) and two shots (reduce-scatter, all-gather:
         2·l + 2(N-1)/N·M/B). B is the link's peak times the efficiency measured for N ranks; a launch comes on top.
+        Over several domains: two shots within each, and between them a ring of each device's share.
         """
-        n = self.tp
+        n, device = self.tp, self.device
         if n == 1:
             return 0.0
-        device = self.device
+        local = min(n, device.scale_up_domain)
         hop = device.link_latency_ns
-        wire = message_bytes * 1e9 / (device.link_bytes_per_s * device.efficiency_of("allreduce", n))
-        two_shots = 2 * (n - 1) / n * wire + 2 * hop * (1 if device.switched else n - 1)
+        wire = message_bytes * 1e9 / (device.link_bytes_per_s * device.efficiency_of("allreduce", local))
+        two_shots = 2 * (local - 1) / local * wire + 2 * hop * (1 if device.switched else local - 1)
+        if n > local:
+            between = self._between_ns(n // local, message_bytes / local)
+            return device.launch_ns("allreduce", local) + two_shots + 2 * between
         best = min(two_shots, (n - 1) * wire + hop) if device.switched else two_shots
         return device.launch_ns("allreduce", n) + best
+
+    def all_gather_ns(self, message_bytes: float, ranks: int) -> float:
+        """Time of an all-gather or a reduce-scatter of `message_bytes` (the full tensor) over `ranks`, ns.
+
+        (N-1)·l + (N-1)/N·M/B, l once where all pairs are joined directly; over several domains each gathers what its
+        devices brought in from the others.
+        """
+        if ranks == 1:
+            return 0.0
+        device, local = self.device, min(ranks, self.device.scale_up_domain)
+        wire = message_bytes * 1e9 / (device.link_bytes_per_s * device.efficiency_of("allreduce", local))
+        within = (local - 1) / local * wire + device.link_latency_ns * (1 if device.switched else local - 1)
+        between = self._between_ns(ranks // local, message_bytes / local) if ranks > local else 0.0
+        return device.launch_ns("allreduce", local) + (within if local > 1 else 0.0) + between
+
+    def all_to_all_ns(self, sent_bytes: float, ranks: int) -> float:
+        """Time of an all-to-all in which each of `ranks` sends `sent_bytes`, spread evenly over all ranks, ns.
+
+        (N-1)·l + (N-1)/N·M/B, l once where all pairs are joined directly. Traffic within and between domains overlaps:
+        the slower counts.
+        """
+        if ranks == 1:
+            return 0.0
+        device, local = self.device, min(ranks, self.device.scale_up_domain)
+        efficiency = device.efficiency_of("allreduce", local)
+        hops = 1 if device.switched else local - 1
+        within = (local - 1) / ranks * sent_bytes * 1e9 / (device.link_bytes_per_s * efficiency)
+        times = [within + hops * device.link_latency_ns if local > 1 else 0.0]
+        if ranks > local:
+            far = (ranks - local) / ranks * sent_bytes * 1e9 / (device.inter_node_bytes_per_s * efficiency)
+            times.append(far + (ranks // local - 1) * device.inter_node_latency_ns)
+        return device.launch_ns("allreduce", local) + max(times)
+
+    def crosses_domains(self, boundary: int) -> bool:
+        """Whether messages from stage `boundary` (0 is the first) to the next leave a scale-up domain."""
+        size, domain = self.num_stage_devices, self.device.scale_up_domain
+        first, last = boundary * size, (boundary + 1) * size - 1
+        return any(rank // domain != (rank + size) // domain for rank in (first, last))
+
+    def message_ns(self, message_bytes: float, *, crosses_domains: bool) -> float:
+        """Time of a message between two devices, ns: l + M/B of the link that joins them."""
+        device = self.device
+        latency, peak = device.link_latency_ns, device.link_bytes_per_s
+        if crosses_domains:
+            latency, peak = device.inter_node_latency_ns, device.inter_node_bytes_per_s
+        return latency + message_bytes * 1e9 / (peak * device.efficiency_of("allreduce", 2))
+
+    def _between_ns(self, domains: int, share_bytes: float) -> float:
+        """Ring of `domains` that each device joins with its share, one way round: (N-1)·l + (N-1)/N·M/B."""
+        device = self.device
+        wire = share_bytes * 1e9 / (device.inter_node_bytes_per_s * device.efficiency_of("allreduce"))
+        return (domains - 1) * device.inter_node_latency_ns + (domains - 1) / domains * wire
 
 
 class MappingReader:
@@ -197,7 +290,7 @@ class MappingReader:
 
 _QUANTITIES = {
     "memory_bytes": 1, "memory_bytes_per_s": 1, "link_bytes_per_s": 1, "link_latency_ns": 0, "scale_up_domain": 1,
-    "tdp_w": 1, "attention_ramp_tokens": 0,
+    "inter_node_bytes_per_s": 1, "inter_node_latency_ns": 0, "tdp_w": 1, "attention_ramp_tokens": 0,
 }  # fmt: skip
 
 

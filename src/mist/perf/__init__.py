@@ -17,9 +17,16 @@ from mist.request import Step
 ORIGINS = ("measured", "interpolated", "extrapolated", "roofline", "clamped")
 
 
+#: what an operator's time may follow from
+BOUNDS = ("compute", "memory", "network", "launch")
+
+
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """What a performance model is prepared for: a model in given dtypes on a platform, with the engine's limits."""
+    """What a performance model is prepared for: a model in given dtypes on a platform, with the engine's limits.
+
+    With `cuda_graph` the device replays a captured step; without, the host launches every kernel of it.
+    """
 
     model: ModelSpec
     platform: Platform
@@ -27,10 +34,41 @@ class Deployment:
     kv_dtype: str
     max_num_batched_tokens: int
     max_num_seqs: int
+    cuda_graph: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorTime:
+    """One operator's share of a step: all `count` launches of it together.
+
+    `flop` and `bytes`: its work on one device (of a collective, the message); `time_ns` and what it is `bound_by` (one
+    of `BOUNDS`); `origin` of the time (one of `ORIGINS`); `floor_ns`: FLOP over peak, compulsory bytes over bandwidth
+    or received bytes over the link, whichever is more.
+    """
+
+    name: str
+    count: int
+    flop: float
+    bytes: float
+    time_ns: float
+    bound_by: str
+    origin: str
+    floor_ns: float
+
+    @property
+    def efficiency(self) -> float | None:
+        """Floor over time; None where it took none."""
+        return self.floor_ns / self.time_ns if self.time_ns else None
 
 
 class PerfModel(Protocol):
-    """Registered under the kind `perf`; a dataclass whose fields are its parameters."""
+    """Registered under the kind `perf`; a dataclass whose fields are its parameters.
+
+    A step is what one lane of one attention group runs. With pipeline stages its time is that of the batch through all
+    of them, stage after stage, with the messages between: a client with `pp` lanes, one step in flight in each, keeps
+    all stages busy, and a lane's next step follows its last. With attention data parallelism it is the step of one
+    group while the others have as many tokens: a client with uneven groups takes the longest of theirs.
+    """
 
     def supports(self, deployment: Deployment) -> str | None:
         """None if it can price this deployment's steps, else the reason why not."""
@@ -46,6 +84,10 @@ class PerfModel(Protocol):
 
     def floor_time(self, step: Step) -> int:
         """max(FLOP / peak, bytes / bandwidth) of the step's work in ns, from data-sheet peaks: nothing can beat it."""
+        ...
+
+    def explain(self, step: Step) -> list[OperatorTime]:
+        """The operators of `step` in order; their times sum to `step_time` within its rounding to 1 ns."""
         ...
 
     def provenance(self) -> dict[str, float]:

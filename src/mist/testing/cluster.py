@@ -20,7 +20,7 @@ from mist.engine import EngineProfile
 from mist.kernel import FOREVER, Kernel
 from mist.ledger import Ledger
 from mist.memory.kv_cache import KVCache
-from mist.perf import Deployment, PerfModel
+from mist.perf import Deployment, OperatorTime, PerfModel
 from mist.pipeline import PipelineFactory, StageList
 from mist.records import Records
 from mist.request import Step
@@ -53,6 +53,9 @@ class LinearSteps:
 
     def floor_time(self, step: Step) -> int:
         return 1
+
+    def explain(self, step: Step) -> list[OperatorTime]:
+        return [OperatorTime("step", 1, 0.0, 0.0, self.step_time(step), "launch", "roofline", self.floor_time(step))]
 
     def supports(self, deployment: Deployment) -> str | None:
         return None

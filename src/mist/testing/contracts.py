@@ -16,7 +16,7 @@ import numpy as np
 from mist.batching import BatchingPolicy, Budget, CohortView, Queue
 from mist.hardware import Device, Platform
 from mist.model import LayerGroup, ModelSpec
-from mist.perf import Deployment, PerfModel
+from mist.perf import BOUNDS, ORIGINS, Deployment, PerfModel
 from mist.pipeline import PipelineFactory
 from mist.records import FINISHED, REJECTED, UNFINISHED, Records
 from mist.request import DECODE, Batch, ClientView, Request, Stage, StageResult, Step, Task, Wait
@@ -276,12 +276,26 @@ class PerfModelContract:
             backwards = [other.step_time(step) for step in reversed(steps)]
             assert forwards == backwards[::-1], "times depend on the steps answered before"
 
+    def test_the_operators_of_a_step_explain_its_time(self) -> None:
+        rng = random.Random(5)
+        for deployment in self.deployments():
+            model = self._prepared(deployment)
+            for _ in range(self.num_steps):
+                step = self._step(rng, deployment)
+                time, operators = model.step_time(step), model.explain(step)
+                total = sum(o.time_ns for o in operators)
+                assert abs(total - time) <= 1.01, f"operators sum to {total} ns, the step takes {time} ns: {step}"
+                for o in operators:
+                    assert o.bound_by in BOUNDS, o
+                    assert o.origin in ORIGINS, o
+                    assert o.time_ns >= 0, o
+
     def test_provenance_is_made_of_shares(self) -> None:
         for deployment in self.deployments():
             model = self._prepared(deployment)
             model.step_time(self._step(random.Random(4), deployment))
             shares = model.provenance()
-            assert shares.keys() <= {"measured", "interpolated", "extrapolated", "roofline", "clamped"}, shares
+            assert shares.keys() <= set(ORIGINS), shares
             assert all(0 <= share <= 1 for share in shares.values()), shares
             assert abs(sum(shares.values()) - 1) < 1e-9, f"{shares} don't sum to 1"
 

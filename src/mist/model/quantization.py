@@ -1,0 +1,48 @@
+"""What a checkpoint's `quantization_config` says: the dtype of its matrices, and whether only experts are quantised.
+
+Read with a Hugging Face config. It never refuses a scheme: one that it doesn't know counts as 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+#: quantisers of a fixed dtype
+_METHODS = {"fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4", "quark": "mxfp4"}
+_ALGORITHMS = {"FP8": "fp8", "NVFP4": "fp4", "W4A16_AWQ": "int4"}
+_IGNORED = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
+
+
+def checkpoint_dtype(quantization: Any) -> str:
+    """The dtype of the matrices that are quantised, bf16 without a known scheme."""
+    if not isinstance(quantization, Mapping):
+        return "bf16"
+    method = str(quantization.get("quant_method", "")).lower()
+    if method in _METHODS:
+        return _METHODS[method]
+    if algorithm := _ALGORITHMS.get(str(quantization.get("quant_algo", "")).upper()):
+        return algorithm
+    bits, is_float = quantization.get("bits"), False
+    for weights in _weights(quantization):
+        bits, is_float = weights.get("num_bits"), weights.get("type") == "float"
+    if bits == 8:
+        return "fp8" if is_float else "int8"
+    if bits == 4:
+        return "fp4" if is_float else "int4"
+    return "bf16"
+
+
+def quantizes_experts_only(quantization: Any) -> bool:
+    """Whether the attention of the language model is left out of the quantisation."""
+    if not isinstance(quantization, Mapping):
+        return False
+    ignored = [str(module) for key in _IGNORED for module in quantization.get(key) or ()]
+    return any("self_attn" in module and "vision" not in module for module in ignored)
+
+
+def _weights(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    groups = quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping):
+            yield group["weights"]
