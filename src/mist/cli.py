@@ -122,6 +122,12 @@ def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, ch
 
         write_timeline(result, trace)
     _print_result(result, as_json)
+    if out is not None:
+        from mist.scenario.result import RESULT_FILES
+
+        click.echo(f"Results are in {out}: {', '.join(RESULT_FILES)}", err=True)
+    if trace is not None:
+        click.echo(f"The timeline is {trace}: open it at ui.perfetto.dev", err=True)
 
 
 @main.command()

@@ -31,6 +31,8 @@ from mist.workload import RequestTable
 from mist.workload.synthetic import draw_table
 from mist.workload.trace import limit, rate_scale, read_trace
 
+NOT_VALIDATED = "Expected error: not validated here yet against measured deployments."
+
 #: called with the requests that have left and the requests of the workload
 Progress = Callable[[int, int], None]
 
@@ -64,7 +66,7 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         slo={metric: targets for metric, targets in scenario.slo.model_dump().items() if targets},
         provenance=_provenance(records, models),
     )
-    metrics["notes"] += workload.notes
+    metrics["notes"] += [*workload.notes, NOT_VALIDATED]
     ended = time.perf_counter()
     return Result(
         name=scenario.name,
