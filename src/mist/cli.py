@@ -148,6 +148,8 @@ def check(resolved: bool, **options: Any) -> None:
     if resolved:
         click.echo(scenario.to_yaml(), nl=False)
         return
+    from mist.scenario.remarks import remarks
+
     click.echo(f"{scenario.name}: fine")
     click.echo(f"  pipeline {' -> '.join(scenario.stages)}, seed {scenario.seed}")
     for name, client in scenario.clients.items():
@@ -158,6 +160,8 @@ def check(resolved: bool, **options: Any) -> None:
         blocks = client.kv_cache.num_blocks
         given = f"{blocks:,} blocks of {client.kv_cache.block_size} as given" if blocks else client.kv_capacity()
         click.echo(f"    KV in {client.kv_dtype}: {given}")
+    for remark in remarks(scenario):
+        click.echo(f"  {remark}")
 
 
 @main.command()
