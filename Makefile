@@ -7,7 +7,7 @@ READY := .venv/.installed
 .PHONY: demo test test-long check docs bench lock clean
 
 demo: $(READY)  ## simulate the shipped example and print its report
-	$(BIN)/mist run examples/demo.yaml --out out/demo --overwrite
+	$(BIN)/mist run examples/demo.yaml --out out/demo --trace out/demo/timeline.json.gz --overwrite
 
 test: $(READY)
 	$(BIN)/pytest -n 2 -q

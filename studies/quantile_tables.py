@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mist.units import ns_to_seconds
+from mist.units import NS_PER_S
 from mist.workload import RequestTable, TraceFormat
 from mist.workload.azure import Azure
 from mist.workload.columns import Columns
@@ -146,7 +146,7 @@ def render(entry: Entry, table: RequestTable) -> str:
     if entry.timed:
         gaps = np.diff(table.arrival_ns)
         lines += [
-            f"duration_s: {ns_to_seconds(int(table.arrival_ns[-1])):.3f}",
+            f"duration_s: {int(table.arrival_ns[-1]) / NS_PER_S:.3f}",
             f"rate_per_s: {1e9 / gaps.mean():.4g}",
             f"interarrival_cv: {gaps.std() / gaps.mean():.3g}",
         ]

@@ -204,9 +204,9 @@ class SmallLatency:
 @pytest.mark.parametrize(
     ("prompt", "output", "says"),
     [
-        (41, 0, "41 tokens exceed the KV cache of gpu-0 (40 tokens)"),
-        (30, 12, "41 tokens exceed the KV cache of gpu-0 (40 tokens)"),
-        (61, 0, "61 tokens exceed max_model_len 60 of gpu-0"),
+        (41, 0, "more tokens than the KV cache of gpu-0 holds (40)"),
+        (30, 12, "more tokens than the KV cache of gpu-0 holds (40)"),
+        (61, 0, "more tokens than max_model_len 60 of gpu-0"),
         (40, 1, ""),
         (30, 11, ""),
     ],

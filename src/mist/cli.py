@@ -122,6 +122,12 @@ def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, ch
 
         write_timeline(result, trace)
     _print_result(result, as_json)
+    if out is not None:
+        from mist.scenario.result import RESULT_FILES
+
+        click.echo(f"Results are in {out}: {', '.join(RESULT_FILES)}", err=True)
+    if trace is not None:
+        click.echo(f"The timeline is {trace}: open it at ui.perfetto.dev", err=True)
 
 
 @main.command()
@@ -142,6 +148,8 @@ def check(resolved: bool, **options: Any) -> None:
     if resolved:
         click.echo(scenario.to_yaml(), nl=False)
         return
+    from mist.scenario.remarks import remarks
+
     click.echo(f"{scenario.name}: fine")
     click.echo(f"  pipeline {' -> '.join(scenario.stages)}, seed {scenario.seed}")
     for name, client in scenario.clients.items():
@@ -152,6 +160,8 @@ def check(resolved: bool, **options: Any) -> None:
         blocks = client.kv_cache.num_blocks
         given = f"{blocks:,} blocks of {client.kv_cache.block_size} as given" if blocks else client.kv_capacity()
         click.echo(f"    KV in {client.kv_dtype}: {given}")
+    for remark in remarks(scenario):
+        click.echo(f"  {remark}")
 
 
 @main.command("explain-step")

@@ -75,6 +75,8 @@ class Client:
         self.woken = False
         self.residents = Residents(kv, self._preempted)
         self.view = ClientView(index, name, kv_blocks=kv.num_blocks)
+        #: tokens of tasks that the engine's front end hasn't let in yet
+        self.front_end_tokens = 0
         self.now = 0
         self.idle = True
         self.step = Step()
@@ -95,33 +97,36 @@ class Client:
             self.coordinator.rejected(task, self, reason, now)
             return
         self.view.num_outstanding += 1
+        self.front_end_tokens += task.target_tokens
         if self.engine.request_overhead_ns:
             self.kernel.at(now + self.engine.request_overhead_ns, self._enqueue, task)
         else:
             self._enqueue(task, now)
 
     def _enqueue(self, task: Task, now: int) -> None:
+        self.front_end_tokens -= task.target_tokens
         self.residents.enqueue(task)
         if self.idle:
             self.kernel.wake(self)
 
     def _never_fits(self, task: Task) -> str:
         # The client generates, so it may compare the true length with its memory, as an engine does with max_tokens.
-        tokens = task.target_tokens + max(0, task.request.oracle_output_tokens - 1)
+        output = task.request.oracle_output_tokens
+        if task.target_tokens + output > self.max_model_len:
+            return f"more tokens than max_model_len {self.max_model_len:,} of {self.name}"
         kv = self.residents.kv
-        if tokens > self.max_model_len:
-            return f"{tokens} tokens exceed max_model_len {self.max_model_len} of {self.name}"
-        if kv.blocks_for(tokens) + kv.watermark_blocks > kv.num_blocks:
+        in_cache = task.target_tokens + max(0, output - 1)  # the last token is never computed
+        if kv.blocks_for(in_cache) + kv.watermark_blocks > kv.num_blocks:
             capacity = (kv.num_blocks - kv.watermark_blocks) * kv.block_size
-            return f"{tokens} tokens exceed the KV cache of {self.name} ({capacity} tokens)"
+            return f"more tokens than the KV cache of {self.name} holds ({capacity:,})"
         return ""
 
     def refresh_view(self) -> ClientView:
         """The router's view of this client, brought up to date."""
         view, residents = self.view, self.residents
-        view.num_waiting = len(residents.waiting)
         view.num_running = len(residents.running)
-        view.pending_prefill_tokens = residents.pending_tokens
+        view.num_waiting = view.num_outstanding - view.num_running
+        view.pending_prefill_tokens = residents.pending_tokens + self.front_end_tokens
         view.decode_context = residents.cohort.sum_context
         view.kv_blocks_used = residents.kv.used
         return view
@@ -134,6 +139,7 @@ class Client:
         self.idle = False
         while True:
             self.now = now
+            residents.begin()
             batch = self.batching.next_batch(residents, residents.cohort, residents, now)
             if isinstance(batch, Wait):
                 self._go_idle(batch, now)
@@ -182,8 +188,7 @@ class Client:
             raise InvariantError(f"{type(self.batching).__name__} returned an empty batch for {self.name} at {now} ns")
         device = self.perf.step_time(step)
         host = self._step_ns + self._token_ns * step.num_sampled
-        kv = residents.kv
-        self._step_row = (now, kv.num_blocks - kv.free - kv.cached)
+        self._step_row = (now, residents.kv.used)
         if self.watcher is not None:
             self.watcher.step_started(self, step, device, now)
         return max(1, host, device) if self.engine.overlapped else max(1, host + device)

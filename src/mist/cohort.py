@@ -32,10 +32,6 @@ class Cohort:
         """Tokens that `task` holds in the KV cache after the steps completed so far."""
         return task.target_tokens + self.step - task.join_step
 
-    def num_new_blocks(self) -> int:
-        """Sequences whose next token opens a new block."""
-        return self.boundary[-self.step % self.block_size]
-
     def join(self, task: Task, num_steps: int) -> None:
         """Add a fully computed task that has `num_steps` >= 1 decode steps to go."""
         context = task.target_tokens

@@ -43,6 +43,8 @@ class Coordinator:
         self.workload = workload
         self.rng_of = rng_of
         self.in_system: dict[int, Request] = {}
+        #: called with the number of requests that have left, now and then
+        self.on_progress: Callable[[int], None] | None = None
         self.num_arrived = 0
         self.num_left = 0
         self._num_posted = 0
@@ -155,6 +157,8 @@ class Coordinator:
         del self.in_system[request.index]
         request.pipeline = None
         self.num_left += 1
+        if self.on_progress is not None and not self.num_left & 0xFF:
+            self.on_progress(self.num_left)
         self.records.requests.append(
             (request.index, request.arrival_ns, request.first_token_ns, now, status, self._reason(reason),
              request.input_tokens, request.output_tokens, request.cached_tokens, request.num_preemptions)

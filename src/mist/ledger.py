@@ -14,8 +14,12 @@ from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.errors import InvariantError
 from mist.kernel import FOREVER, Kernel
+from mist.metrics.load import littles_identity
 from mist.records import FINISHED, PREEMPTED, Records
 from mist.request import DECODE, Step, Task, Wait
+
+#: waiting tasks above which they are recounted only every that many steps
+LONG_QUEUE = 256
 
 
 class Ledger:
@@ -26,6 +30,7 @@ class Ledger:
         self.clients = clients
         self.records = records
         self.num_checks = 0
+        self._num_steps = 0
         self._now = 0
         self._busy_until = [0] * len(clients)
         self._told_to_wait = [False] * len(clients)
@@ -60,9 +65,7 @@ class Ledger:
         self._true(device_ns >= floor, f"{client.name}: a step of {device_ns} ns beats its floor of {floor} ns: {step}")
         self._check_cohort(client)
         self._check_blocks(client)
-        pending = sum(t.remaining_tokens for t in client.residents.waiting)
-        pending += sum(t.remaining_tokens for t in client.residents.prefilling)
-        self._equal(f"{client.name}: pending tokens", client.residents.pending_tokens, pending)
+        self._check_pending(client)
 
     def step_finished(self, client: Client, now: int) -> None:
         """time: steps of a client follow each other."""
@@ -111,7 +114,8 @@ class Ledger:
             emitted = (tasks["joined_ns"] >= 0) * (1 + tasks["last_step"] - tasks["join_step"])
             self._equal("tokens emitted", int(emitted.sum()), int(requests["output_tokens"].sum()))
         if not self.coordinator.in_system:
-            self._little(requests["arrival_ns"], requests["end_ns"])
+            integral, sojourns = littles_identity(requests, int(requests["end_ns"].max(initial=0)))
+            self._equal("Little's integral", integral, sojourns)
 
     def _check_tasks(self, tasks: dict[str, np.ndarray], requests: dict[str, np.ndarray]) -> None:
         """time: queued <= started <= joined <= end; tokens: computed again only after a preemption."""
@@ -125,15 +129,6 @@ class Ledger:
         preempted = requests["request"][requests["num_preemptions"] > 0]
         again = decodes & ~np.isin(tasks["request"], preempted)
         self._equal("tokens computed again without a preemption", _sum(tasks["computed_tokens"], again), 0)
-
-    def _little(self, arrivals: np.ndarray, ends: np.ndarray) -> None:
-        """Little's law as an identity: the integral of the number in the system = the sum of sojourn times, exactly."""
-        times = np.concatenate([arrivals, ends])
-        change = np.concatenate([np.ones_like(arrivals), -np.ones_like(ends)])
-        order = np.argsort(times, kind="stable")
-        times, number = times[order], np.cumsum(change[order])
-        integral = sum(int(n) * int(dt) for n, dt in zip(number[:-1], np.diff(times), strict=True))
-        self._equal("Little's integral", integral, sum(int(e) - int(a) for a, e in zip(arrivals, ends, strict=True)))
 
     # --- recounting ---
 
@@ -156,6 +151,15 @@ class Ledger:
         story = f"{client.name}: request {task.request.index}"
         self._equal(f"{story}: steps to its last token", task.finish_step - cohort.step, left)
         self._true(task in cohort.calendar.get(task.finish_step, []), f"{story} is missing in the calendar")
+
+    def _check_pending(self, client: Client) -> None:
+        """pending tokens, recounted; a long queue only now and then, or checking would take quadratic time."""
+        self._num_steps += 1
+        residents = client.residents
+        if len(residents.waiting) > LONG_QUEUE and self._num_steps % LONG_QUEUE:
+            return
+        pending = sum(t.remaining_tokens for tasks in (residents.waiting, residents.prefilling) for t in tasks)
+        self._equal(f"{client.name}: pending tokens", residents.pending_tokens, pending)
 
     def _check_blocks(self, client: Client) -> None:
         residents, kv = client.residents, client.residents.kv

@@ -1,4 +1,4 @@
-"""What a run writes down: append-only tables of requests, task segments, steps and transfers.
+"""What a run writes down: append-only tables of requests, task segments and steps.
 
 They are the only output of a run; every metric is an expression over them. A row is a fixed number of 64-bit
 integers (times in ns, -1 for "never"), kept in one flat array, so a row costs one call and 8 bytes a cell.
@@ -56,7 +56,6 @@ class Records:
       emitted a token at `joined_ns` (-1: it never joined), then one at the end of each decode step
       `join_step` + 1 .. `last_step` of its client, counting that client's steps with num_decodes > 0 from 1.
     steps: one row per step of a client. `kv_blocks` are the blocks referenced while it ran.
-    transfers: one row per hand-over of bytes between clients.
     """
 
     client_names: list[str] = field(default_factory=list)
@@ -74,4 +73,3 @@ class Records:
         "client", "start_ns", "end_ns", "num_prefills", "num_prefill_tokens", "num_decodes",
         "decode_context", "kv_blocks", "num_waiting",
     )  # fmt: skip
-    transfers: Table = _table("request", "stage_index", "from_client", "to_client", "start_ns", "end_ns", "bytes")

@@ -46,7 +46,6 @@ class Request:
 
     `block_keys` are the prompt's prefix hashes, each chained through its parent, one per `hash_block_size` tokens
     of the workload; empty where the content is unknown (nothing is then shared with other requests).
-    `predicted_output_tokens` is what policies may know of the output length; None where nothing is known.
     """
 
     index: int
@@ -54,7 +53,6 @@ class Request:
     input_tokens: int
     oracle_output_tokens: int
     block_keys: tuple[int, ...] = ()
-    predicted_output_tokens: int | None = None
     # progress
     first_token_ns: int = -1
     output_tokens: int = 0

@@ -22,8 +22,8 @@ class Residents:
     """
 
     __slots__ = (
-        "_admissions", "_grown", "_scheduled", "cohort", "kv", "num_preemptions", "on_preempt", "pending_tokens",
-        "prefilling_tasks", "running", "waiting",
+        "_admissions", "_grown", "_has_preempted", "_scheduled", "cohort", "kv", "num_preemptions", "on_preempt",
+        "pending_tokens", "prefilling_tasks", "running", "waiting",
     )  # fmt: skip
 
     def __init__(self, kv: KVCache, on_preempt: Callable[[Task], None]) -> None:
@@ -38,6 +38,7 @@ class Residents:
         self.num_preemptions = 0
         self._admissions = 0
         self._grown = False
+        self._has_preempted = False
         self._scheduled: dict[int, int] = {}
 
     # --- the queue and the budget, as batching policies see them ---
@@ -60,7 +61,7 @@ class Residents:
     def grow_decodes(self) -> int:
         """Reserve one more token for every decode; the number of tasks preempted for it."""
         kv, cohort = self.kv, self.cohort
-        needed = cohort.boundary[-cohort.step % cohort.block_size]
+        needed = cohort.boundary[-cohort.step % cohort.block_size]  # those whose last block is full
         if needed <= kv.free:
             kv.free -= needed
         elif needed <= kv.available:
@@ -72,6 +73,8 @@ class Residents:
 
     def grow(self, task: Task, num_tokens: int) -> bool:
         """Reserve `num_tokens` more for a prefilling task; False if it had to be preempted itself."""
+        if task.admission < 0:
+            return False
         kv = self.kv
         reserved = task.computed_tokens + num_tokens
         needed = kv.blocks_for(reserved) - kv.blocks_for(task.computed_tokens)
@@ -84,6 +87,8 @@ class Residents:
 
     def admit(self, task: Task, max_tokens: int, *, whole: bool = False) -> int:
         """Admit a waiting task with its first chunk; the chunk's tokens, or 0 and nothing has changed."""
+        if self._has_preempted:
+            return 0
         kv = self.kv
         hit = kv.match(task)
         remaining = task.target_tokens - hit.num_tokens
@@ -116,6 +121,10 @@ class Residents:
 
     # --- changes made by the client ---
 
+    def begin(self) -> None:
+        """The policy is about to be asked for the next step."""
+        self._has_preempted = False
+
     def enqueue(self, task: Task) -> None:
         """A task arrives: it waits behind the others."""
         self.waiting.append(task)
@@ -146,9 +155,9 @@ class Residents:
         following.num_indexed = done.num_indexed
         self.running[done.admission] = following
 
-    def leave(self, task: Task, num_tokens: int, *, resumes: bool = False) -> None:
+    def leave(self, task: Task, num_tokens: int) -> None:
         """`task`, which holds `num_tokens` in the KV cache, stops running and releases its blocks."""
-        self.kv.release(task, num_tokens, self.kv.blocks_for(num_tokens), resumes=resumes)
+        self.kv.release(task, num_tokens, self.kv.blocks_for(num_tokens), resumes=False)
         del self.running[task.admission]
 
     def held_blocks(self, task: Task) -> int:
@@ -200,6 +209,7 @@ class Residents:
         task.admission = task.join_step = task.finish_step = -1
         task.computed_tokens = 0
         self.num_preemptions += 1
+        self._has_preempted = True
         task.request.num_preemptions += 1
         self.waiting.appendleft(task)
 

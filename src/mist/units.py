@@ -27,11 +27,6 @@ def seconds_to_ns(seconds: float) -> int:
     return round(seconds * NS_PER_S)
 
 
-def ns_to_seconds(ns: int) -> float:
-    """`ns` nanoseconds in seconds."""
-    return ns / NS_PER_S
-
-
 def parse_time_ns(text: str) -> int:
     """Nanoseconds of a quantity like "1.5 ms"; ValueError names the units that are known."""
     value, unit = _split(text, _TIME_NS)

@@ -53,7 +53,8 @@ class Budget(Protocol):
     def grow_decodes(self) -> int:
         """Reserve one more token for every decode, preempting from the running tail if blocks run out.
 
-        Returns the number of tasks preempted (they are waiting again, in front).
+        Returns the number of tasks preempted. They are waiting again, in front, and nothing is admitted before the
+        next step, as in vLLM.
         """
         ...
 
@@ -65,7 +66,7 @@ class Budget(Protocol):
         """Admit a waiting task: look up its prefix, reserve its first chunk, and move it to the running tasks.
 
         Returns the tokens of the chunk (at most `max_tokens`; with `whole` all that remains or nothing), 0 if blocks
-        or budget don't suffice (nothing has then changed).
+        or budget don't suffice or this step has preempted (nothing has then changed).
         """
         ...
 

@@ -1,7 +1,7 @@
 """Chunked prefill in the order of vLLM v1 (Sarathi-Serve): decodes first, then prefills in chunks, then admissions.
 
 Every step takes one token per decode; admitted prompts and then waiting ones fill what is left of the token budget.
-It admits nothing on a step that preempted.
+The budget admits nothing on a step that preempted.
 """
 
 from __future__ import annotations
@@ -31,27 +31,21 @@ class Chunked:
             )
 
     def next_batch(self, queue: Queue, cohort: CohortView, budget: Budget, now: int) -> Batch | Wait:
-        preempted = budget.grow_decodes() if cohort.count else 0
+        if cohort.count:
+            budget.grow_decodes()
         batch = Batch([], decode=True)
         tokens = self.max_num_batched_tokens - cohort.count
         for task in queue.prefilling:
-            if task.admission < 0:
-                preempted += 1  # by a task before it, below
-                continue
             chunk = min(task.remaining_tokens, tokens)
-            if chunk <= 0:
-                break
-            if not budget.grow(task, chunk):
-                preempted += 1
+            if chunk <= 0 or not budget.grow(task, chunk):
                 break
             batch.chunks.append((task, chunk))
             tokens -= chunk
-        if not preempted:
-            while tokens > 0 and queue.waiting and budget.num_running < self.max_num_seqs:
-                task = queue.waiting[0]
-                chunk = budget.admit(task, tokens)
-                if not chunk:
-                    break
-                batch.chunks.append((task, chunk))
-                tokens -= chunk
+        while tokens > 0 and queue.waiting and budget.num_running < self.max_num_seqs:
+            task = queue.waiting[0]
+            chunk = budget.admit(task, tokens)
+            if not chunk:
+                break
+            batch.chunks.append((task, chunk))
+            tokens -= chunk
         return batch if batch.chunks or cohort.count else Wait()

@@ -6,6 +6,7 @@ a prompt that a hash names, or a request's own *run* of blocks behind its hashed
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 from mist.request import Task
@@ -42,8 +43,9 @@ class KVCache:
     release.
 
     vLLM v1's order is kept: units are indexed when their tokens are scheduled; a released sequence's blocks become
-    evictable tail first; free blocks are used before cached content is evicted. A sequence that computes a unit
-    which is in the cache already refers to that one and gives its own copy back.
+    evictable tail first; free blocks are used before cached content is evicted. Two things differ: a sequence that
+    computes a unit which is in the cache already refers to that one and gives its own copy back, and other requests'
+    content is hit in whole units only.
     """
 
     __slots__ = (
@@ -71,7 +73,7 @@ class KVCache:
         self.free = num_blocks
         self.cached = 0
         #: unreferenced entries -> blocks, least recently used first; hashed units by key (>= 0), runs by negative ids
-        self._evictable: dict[int, int] = {}
+        self._evictable: OrderedDict[int, int] = OrderedDict()  # a dict rescans its deleted front on every eviction
         #: hashed units that sequences refer to -> how many do
         self._refs: dict[int, int] = {}
         #: request index -> its run, while the request waits to resume

@@ -59,7 +59,5 @@ def _extent(records: Records) -> tuple[int, int]:
     arrivals = records.requests.as_columns()["arrival_ns"]
     if not len(arrivals):
         return 0, 0
-    ends = [
-        table.as_columns()["end_ns"] for table in (records.requests, records.tasks, records.steps, records.transfers)
-    ]
+    ends = [table.as_columns()["end_ns"] for table in (records.requests, records.tasks, records.steps)]
     return int(arrivals.min()), max(int(column.max()) for column in [arrivals, *ends] if len(column))

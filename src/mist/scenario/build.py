@@ -16,17 +16,18 @@ import numpy as np
 from mist import __version__
 from mist.client import Client
 from mist.coordinator import Coordinator
-from mist.errors import ScenarioError
+from mist.errors import InvariantError, ScenarioError
 from mist.kernel import FOREVER, Kernel
 from mist.ledger import Ledger
 from mist.memory.kv_cache import KVCache
 from mist.metrics import ClientInfo, summarise
 from mist.perf import ORIGINS, Deployment, PerfModel
 from mist.records import Records
-from mist.scenario.clients import Client as Pool
+from mist.scenario.clients import Pool
+from mist.scenario.remarks import remarks
 from mist.scenario.result import Result
 from mist.scenario.value import Scenario
-from mist.units import seconds_to_ns
+from mist.units import NS_PER_S, seconds_to_ns
 from mist.workload import RequestTable
 from mist.workload.synthetic import draw_table
 from mist.workload.trace import limit, rate_scale, read_trace
@@ -43,6 +44,7 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
     began = time.perf_counter()
     workload = build_workload(scenario)
     kernel, records = Kernel(), Records(stage_kinds=list(scenario.stages))
+    window = _window_ns(scenario, workload)
     clients, infos, models = _build_clients(scenario, workload, kernel, records)
     coordinator = Coordinator(
         kernel=kernel,
@@ -59,19 +61,23 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
     metrics = summarise(
         records,
         clients=infos,
-        window=_window_ns(scenario, workload),
-        open_loop=workload.concurrency is None and bool(workload.arrival_ns[-1] > workload.arrival_ns[0]),
+        window=window,
+        open_loop=workload.concurrency is None and (len(workload) < 2 or bool(np.ptp(workload.arrival_ns))),
         slo={metric: targets for metric, targets in scenario.slo.model_dump().items() if targets},
         provenance=_provenance(records, models),
     )
-    metrics["notes"] += workload.notes
+    metrics["notes"] += [*_rejections(records), *workload.notes, *remarks(scenario)]
     ended = time.perf_counter()
     return Result(
         name=scenario.name,
         scenario=scenario.resolved(),
         records=records,
         metrics=metrics,
-        simulator={"version": __version__, "events": kernel.num_events, "steps": len(records.steps)},
+        simulator={
+            "version": __version__,
+            "events": kernel.num_events + len(records.steps),
+            "steps": len(records.steps),
+        },
         timing={"startup_s": started - began, "run_s": ended - started, "wall_s": time.perf_counter() - began},
     )
 
@@ -79,22 +85,34 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
 def build_workload(scenario: Scenario) -> RequestTable:
     """The scenario's requests: its trace, or arrivals and lengths drawn from the seed tree."""
     workload = scenario.workload
-    process = workload.arrival_process
-    if workload.trace is None:
-        assert process is not None
-        assert workload.num_requests is not None
-        inputs, outputs = (workload.length_distribution(key).build() for key in ("input_tokens", "output_tokens"))
-        table = draw_table(workload.num_requests, process.build(), inputs, outputs, _seed_of(scenario.seed, "workload"))
-    else:
-        trace_format = workload.trace_format
-        table = read_trace(scenario.trace_path(), trace_format.build() if trace_format else None)
+    try:
+        table = _read(scenario) if workload.trace is not None else _draw(scenario)
+    except ValueError as error:
+        raise ScenarioError(scenario.problem(("workload", "arrivals"), str(error))) from None
+    return rate_scale(table, workload.rate_scale) if workload.rate_scale != 1 else table
+
+
+def _draw(scenario: Scenario) -> RequestTable:
+    workload, process = scenario.workload, scenario.workload.arrival_process
+    assert process is not None
+    assert workload.num_requests is not None
+    inputs, outputs = (workload.length_distribution(key).build() for key in ("input_tokens", "output_tokens"))
+    seed = _seed_of(scenario.seed, "workload")
+    table = draw_table(workload.num_requests, process.build(), inputs, outputs, seed)
+    return limit(table, workload.limit) if workload.limit is not None else table
+
+
+def _read(scenario: Scenario) -> RequestTable:
+    workload, process = scenario.workload, scenario.workload.arrival_process
+    trace_format = workload.trace_format
+    table = read_trace(scenario.trace_path(), trace_format.build() if trace_format else None)
     if workload.limit is not None:
         table = limit(table, workload.limit)
-    if workload.trace is not None and process is not None:
+    if process is not None:
         arrivals = process.build()
         table.arrival_ns = arrivals.arrival_ns(len(table), random_of(scenario.seed, "arrivals"))
         table.concurrency = getattr(arrivals, "concurrency", None)
-    return rate_scale(table, workload.rate_scale) if workload.rate_scale != 1 else table
+    return table
 
 
 def random_of(seed: int, purpose: str, *index: int) -> np.random.Generator:
@@ -133,8 +151,8 @@ def _build_clients(
             records.client_names.append(name)
             clients.append(client)
             models.append(perf)
-            max_num_seqs = client.batching.max_num_seqs
-            infos.append(ClientInfo(name, pool_name, num_blocks, pool.kv_cache.block_size, max_num_seqs))
+            limit_seqs = client.batching.max_num_seqs
+            infos.append(ClientInfo(name, pool_name, num_blocks, pool.kv_cache.block_size, limit_seqs))
     return clients, infos, models
 
 
@@ -156,13 +174,14 @@ def _kv_cache(scenario: Scenario, name: str, pool: Pool, num_blocks: int, hash_b
 
 def _perf_model(scenario: Scenario, name: str, pool: Pool) -> PerfModel:
     """The first of the pool's performance models that supports it, prepared."""
+    limits = pool.batching.build()
     deployment = Deployment(
         pool.model,
         pool.platform,
         pool.weights_dtype,
         pool.kv_dtype,
-        pool.batching.params["max_num_batched_tokens"],
-        pool.batching.params["max_num_seqs"],
+        limits.max_num_batched_tokens,
+        limits.max_num_seqs,
     )
     reasons = []
     for spec in pool.perf:
@@ -180,28 +199,48 @@ def _play(
 ) -> None:
     total = len(coordinator.workload)
     until = FOREVER if scenario.max_time_s is None else seconds_to_ns(scenario.max_time_s)
-    coordinator.start()
-    kernel.run(until, (lambda: progress(coordinator.num_left, total)) if progress is not None else None)
-    end = kernel.now if until == FOREVER else until
-    if coordinator.in_system:
-        coordinator.cut(end)
     if progress is not None:
-        progress(coordinator.num_left, total)
+        coordinator.on_progress = lambda num_left: progress(num_left, total)
+    coordinator.start()
+    kernel.run(until)
+    if coordinator.in_system:
+        if until == FOREVER:
+            stuck = sorted(coordinator.in_system)[:5]
+            raise InvariantError(
+                f"nothing happens any more after {kernel.now} ns, and {len(coordinator.in_system)} requests are in the "
+                f"system, the first of them {stuck} (seed {scenario.seed}): a batching policy waits for ever; "
+                "--check says which"
+            )
+        coordinator.cut(until)
     if ledger is not None:
-        ledger.close(end)
+        ledger.close(kernel.now if until == FOREVER else until)
 
 
 def _window_ns(scenario: Scenario, workload: RequestTable) -> tuple[int | None, int | None]:
     """The measured window on the run's clock; it is written from the first arrival on."""
-    first = int(workload.arrival_ns[0]) if len(workload) else 0
-    if scenario.window_s is not None:
-        start, end = scenario.window_s
-        return first + seconds_to_ns(start), first + seconds_to_ns(end)
-    return (first + seconds_to_ns(scenario.warmup_s) if scenario.warmup_s else None), None
+    first, last = int(workload.arrival_ns[0]), int(workload.arrival_ns[-1])
+    start_s, end_s = scenario.window_s or (scenario.warmup_s, None)
+    if not start_s and end_s is None:
+        return None, None
+    start = first + seconds_to_ns(start_s)
+    if workload.concurrency is None and start > last:
+        key = "window_s" if scenario.window_s else "warmup_s"
+        message = (
+            f"no request arrives after the first {start_s:g} s: the last one comes at {(last - first) / NS_PER_S:g} s"
+        )
+        raise ScenarioError(scenario.problem((key,), message, "measure from an earlier time"))
+    return start, None if end_s is None else first + seconds_to_ns(end_s)
+
+
+def _rejections(records: Records) -> list[str]:
+    """How many requests were rejected for each reason, most first."""
+    reasons = records.requests.as_columns()["reason"]
+    counts = np.bincount(reasons[reasons >= 0], minlength=len(records.reasons))
+    return [f"{counts[i]:,} rejected: {records.reasons[i]}." for i in np.argsort(-counts, kind="stable")]
 
 
 def _provenance(records: Records, models: Sequence[PerfModel]) -> dict[str, float]:
-    """Share of all device time by where its figure comes from; each client counts by its busy time."""
+    """Share of all clients' busy time by where the figure for it comes from."""
     steps = records.steps.as_columns()
     busy = np.bincount(steps["client"], steps["end_ns"] - steps["start_ns"], minlength=len(models))
     total = float(busy.sum())

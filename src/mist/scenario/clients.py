@@ -1,6 +1,6 @@
 """What a user may write of a client: device, model, engine, and the parts that default to the engine's.
 
-A part of the schema. A validated `Client` is complete: what was left out holds the value that a run uses. It never
+A part of the schema. A validated `Pool` is complete: what was left out holds the value that a run uses. It never
 looks at other sections; whether the clients together can serve the pipeline is checked elsewhere.
 """
 
@@ -89,7 +89,7 @@ Dtype = Annotated[str, BeforeValidator(_dtype), WithJsonSchema({"enum": sorted(D
 KVDtype = Annotated[str, BeforeValidator(_dtype), WithJsonSchema({"enum": ["auto", *sorted(DTYPE_BYTES)]})]
 
 
-class KVCache(Section):
+class KVSettings(Section):
     """The KV cache of each replica; what is left out is the engine's."""
 
     num_blocks: Count | None = None
@@ -106,12 +106,12 @@ class KVCache(Section):
     """share of device memory that the engine may use"""
 
     @model_validator(mode="after")
-    def _one_size(self) -> KVCache:
+    def _one_size(self) -> KVSettings:
         if self.num_blocks is not None and self.capacity_tokens is not None:
             raise problem("num_blocks and capacity_tokens are both given", "keep one of them", ("capacity_tokens",))
         return self
 
-    def completed(self, engine: EngineProfile) -> KVCache:
+    def completed(self, engine: EngineProfile) -> KVSettings:
         """With the engine's values for what was left out; an override is in blocks (0 if less than one)."""
         keys = ("block_size", "enable_prefix_caching", "watermark", "gpu_memory_utilization")
         fill = {key: getattr(engine, key) for key in keys if getattr(self, key) is None}
@@ -121,7 +121,7 @@ class KVCache(Section):
         return self.model_copy(update=fill)
 
 
-class Client(Section):
+class Pool(Section):
     """`count` equal replicas of a model on devices, behind one name."""
 
     device: Annotated[Device, Catalogued("devices")]
@@ -142,7 +142,7 @@ class Client(Section):
     """the serving engine, whose defaults and host time apply: a name of `mist list engines`, a path or a mapping"""
     batching: Annotated[Spec, SpecOf("batching", unchecked=True)] = _left_out()
     """a batching policy, such as {chunked: {max_num_batched_tokens: 2048}}; left out, the engine's"""
-    kv_cache: KVCache = KVCache()
+    kv_cache: KVSettings = KVSettings()
     """the KV cache, where it is not to follow from the engine and the memory"""
     perf: PerfList = _left_out()
     """performance models, the first that supports the client answers; left out, the scenario's"""
@@ -150,7 +150,7 @@ class Client(Section):
     """longest context in tokens; left out, the model's"""
 
     @model_validator(mode="after")
-    def _complete(self) -> Client:
+    def _complete(self) -> Pool:
         client = self.model_copy(
             update={
                 "kv_dtype": self._kv_dtype(),
@@ -216,7 +216,7 @@ class Client(Section):
             hint = "tensor parallelism beyond one scale-up domain is not available yet: lower tp, or raise count"
             domain = f"{self.device.name} joins {self.device.scale_up_domain} devices at full speed"
             yield ("tp",), Problem(f"tp {self.tp} is too many: {domain}", hint=hint)
-        elif not refused and self.kv_cache.num_blocks is None and self.kv_capacity().missing_bytes:
+        elif not refused and self.kv_capacity().missing_bytes:
             message = f"{self.model.name} does not fit on {self.tp} x {self.device.name}: {self.kv_capacity()}"
             hint = "raise tp, narrow weights_dtype, lower the limits of batching, or take a device with more memory"
             yield ("device",), Problem(message, hint=hint)

@@ -30,6 +30,9 @@ from mist.units import NS_PER_S
 
 Columns = dict[str, npt.NDArray[Any]]
 
+#: what `Result.write` makes
+RESULT_FILES = ("summary.json", "requests.parquet", "steps.parquet", "scenario.yaml")
+
 #: width of the printed form where there is no terminal to fill
 PLAIN_WIDTH = 100
 

@@ -24,7 +24,7 @@ from mist import registry
 from mist.errors import Problem, ScenarioError
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
-from mist.scenario.clients import Client, Count, Name, PerfList
+from mist.scenario.clients import Count, Name, PerfList, Pool
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
 
 Arrivals = Annotated[Spec, SpecOf("arrivals")]
@@ -129,7 +129,7 @@ class Workload(Section):
                 catalogue.read("workloads", self.lengths, Path())
             except ScenarioError as error:
                 found.extend((("lengths",), each) for each in error.problems)
-        if self.concurrency and self.rate_scale != 1:
+        if self._is_closed_loop and self.rate_scale != 1:
             found.append((("rate_scale",), Problem("a closed loop has no rate to scale", hint="change concurrency")))
         if found:
             raise problems(found)
@@ -169,6 +169,10 @@ class Workload(Section):
                     (),
                     Problem(f"{key} is missing", hint=f"such as {key}: 256, or lengths: azure-conversation for both"),
                 )
+
+    @property
+    def _is_closed_loop(self) -> bool:
+        return self.concurrency is not None or (self.arrivals is not None and self.arrivals.name == "closed_loop")
 
     @property
     def trace_format(self) -> Spec | None:
@@ -217,7 +221,7 @@ class ScenarioFile(Section):
         default=[PREFILL, DECODE], validate_default=True
     )
     """the stages of a request: a list of stages, or a pipeline by name"""
-    clients: Annotated[dict[ClientName, Client], Field(min_length=1)]
+    clients: Annotated[dict[ClientName, Pool], Field(min_length=1)]
     """who serves the stages, by name"""
     routing: Routings = Field(default="least_outstanding", validate_default=True)
     """which replica takes a task: a policy for all stages, or {stage: policy}"""

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from mist.errors import Problem, ScenarioError, nearest
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
-from mist.scenario.clients import Client
+from mist.scenario.clients import Pool
 from mist.scenario.named import Located, Section, Spec
 from mist.scenario.nodes import is_text
 from mist.scenario.schema import ScenarioFile, Slo, Workload
@@ -39,7 +39,7 @@ class Scenario:
     workload: Workload
     pipeline: Spec
     stages: tuple[str, ...]
-    clients: Mapping[str, Client]
+    clients: Mapping[str, Pool]
     routing: Mapping[str, Spec]
     slo: Slo
     warmup_s: float
@@ -163,7 +163,7 @@ class Scenario:
             message = f"the warm-up of {self.warmup_s:g} s ends after the window begins"
             yield ("window_s",), Problem(message, hint="let the window begin later, or leave warmup_s out")
 
-    def _client_conflicts(self, name: str, client: Client) -> Iterator[Located]:
+    def _client_conflicts(self, name: str, client: Pool) -> Iterator[Located]:
         known = {PREFILL, DECODE, *self.stages}
         for index, stage in enumerate(client.serves):
             if stage not in known:
@@ -186,7 +186,7 @@ class Scenario:
             try:
                 given = self.source.at(("clients", name, key))
             except KeyError:
-                given = Client.model_fields[key].default
+                given = Pool.model_fields[key].default
             plain[key] = catalogue.read(f"{key}s", given, self.folder)[1]
         return plain
 
@@ -248,7 +248,7 @@ def _placed(source: Source, loc: KeyPath, message: str, hint: str, *, key: bool 
     return source.problem(path, f"{where}: {message}" if where else message, hint, key=key or "[key]" in loc)
 
 
-def _with_perf(client: Client, perf: list[Spec]) -> Client:
+def _with_perf(client: Pool, perf: list[Spec]) -> Pool:
     return client if client.perf else client.model_copy(update={"perf": perf})
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mist.registry import register
-from mist.units import NS_PER_S, seconds_to_ns
+from mist.units import NS_PER_S
 from mist.workload import ArrivalProcess, IntArray, LengthDistribution, RequestTable
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -94,9 +94,9 @@ class Constant:
 
     def arrival_ns(self, num_requests: int, rng: np.random.Generator) -> IntArray:
         """Arrival times, int64[num_requests] in ns, each rounded by itself so that errors don't add up."""
-        times = np.arange(num_requests) * (NS_PER_S / self.rate_per_s)
-        _require_century(float(times[-1]))
-        return _whole(times)
+        gap = NS_PER_S / self.rate_per_s
+        _require_century(num_requests * gap)
+        return _whole(np.arange(num_requests) * gap)
 
 
 @register("arrivals", "all_at_once")
@@ -168,13 +168,13 @@ class ClosedLoop:
     def __post_init__(self) -> None:
         if self.concurrency < 1:
             raise ValueError(f"concurrency is {self.concurrency}: give the requests in the system, at least 1")
-        if not 0 <= self.ramp_s < math.inf:
-            raise ValueError(f"ramp_s is {self.ramp_s}: give seconds, 0 for all at once")
+        if not 0 <= self.ramp_s <= 1e9:
+            raise ValueError(f"ramp_s is {self.ramp_s}: give seconds up to 1e9, 0 for all at once")
 
     def arrival_ns(self, num_requests: int, rng: np.random.Generator) -> IntArray:
         """Starts of the first `concurrency` requests, int64[num_requests] in ns; the last one repeated for the rest."""
         turn = np.minimum(np.arange(num_requests), self.concurrency - 1)
-        return turn * seconds_to_ns(self.ramp_s) // self.concurrency
+        return np.rint(turn * (self.ramp_s * NS_PER_S / self.concurrency)).astype(np.int64)
 
 
 @register("lengths", "fixed")

@@ -1,0 +1,47 @@
+"""What a reader of a result should know of the scenario behind it, in sentences: what is assumed rather than known.
+
+Beside the checks, which refuse: a remark lets pass. `mist check` prints them and every result carries them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mist.hardware import GENERIC_EFFICIENCY, Device
+from mist.scenario.clients import Pool
+from mist.scenario.value import Scenario
+
+NOT_VALIDATED = "Expected error: not validated here yet against measured deployments."
+
+
+def remarks(scenario: Scenario) -> list[str]:
+    """Sentences about the pools' memory and about figures that nobody measured or confirmed."""
+    found = [remark for name, pool in scenario.clients.items() for remark in _memory(name, pool)]
+    devices = {pool.device.name: pool.device for pool in scenario.clients.values()}
+    found += [remark for device in devices.values() for remark in _figures(device)]
+    return [*found, NOT_VALIDATED]
+
+
+def _memory(name: str, pool: Pool) -> Iterator[str]:
+    fitting = pool.kv_capacity().num_tokens
+    given = pool.kv_cache.num_blocks
+    tokens = fitting if given is None else given * pool.kv_cache.block_size
+    if tokens > fitting:
+        rule = f"by {pool.engine.name}'s rule"
+        yield f"{name}: a KV cache of {tokens:,} tokens is given, but only {fitting:,} fit {rule}."
+    if tokens < pool.max_model_len:
+        yield (
+            f"{name}: the KV cache holds {tokens:,} tokens, fewer than max_model_len {pool.max_model_len:,}: "
+            "vLLM would refuse to start until that is lowered; here longer requests are rejected one by one."
+        )
+
+
+def _figures(device: Device) -> Iterator[str]:
+    generic = [c for c in GENERIC_EFFICIENCY if not any(k == c or k.startswith(f"{c}_") for k in device.efficiency)]
+    if len(generic) == len(GENERIC_EFFICIENCY):
+        yield f"{device.name}: generic efficiencies, nothing is measured on this device."
+    elif generic:
+        yield f"{device.name}: generic efficiencies for {', '.join(generic)}."
+    unverified = sorted(key for key, source in device.sources.items() if source.startswith("unverified"))
+    if unverified:
+        yield f"{device.name}: unverified are {', '.join(unverified)}."

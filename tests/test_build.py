@@ -1,0 +1,116 @@
+"""From scenario to run: what is drawn, what is refused, what is said beside the figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import mist
+from kit import play, table
+from mist import registry
+from mist.batching.chunked import Chunked
+from mist.errors import InvariantError, ScenarioError
+from mist.request import Batch, Wait
+from mist.routing.join_shortest_queue import JoinShortestQueue
+from mist.testing import engine
+
+
+def scenario(**changes: Any) -> dict[str, Any]:
+    workload = {"arrivals": {"poisson": {"rate_per_s": 20}}, "num_requests": 50, "input_tokens": 100}
+    gpu = {"device": "h100-sxm", "model": "llama-3.1-8b"}
+    return {
+        "workload": {**workload, "output_tokens": 5, **changes.pop("workload", {})},
+        "clients": {"gpu": {**gpu, **changes.pop("gpu", {})}},
+        "perf": "roofline",
+        **changes,
+    }
+
+
+def notes(**changes: Any) -> list[str]:
+    found: list[str] = mist.run(scenario(**changes)).summary()["notes"]
+    return found
+
+
+@pytest.mark.parametrize(
+    "arrivals",
+    [
+        {"poisson": {"rate_per_s": 1e-12}},
+        {"constant": {"rate_per_s": 1e-300}},
+        {"gamma": {"rate_per_s": 1e-12, "cv": 2}},
+        {"bursty": {"rate_per_s": 1e-9}},
+        {"closed_loop": {"concurrency": 10, "ramp_s": 1e30}},
+    ],
+)
+def test_arrivals_beyond_the_clock_are_refused(arrivals: dict[str, Any]) -> None:
+    with pytest.raises(ScenarioError, match=r"raise rate_per_s|ramp_s"):
+        mist.run(scenario(workload={"arrivals": arrivals}))
+
+
+def test_a_long_ramp_stays_in_order() -> None:
+    workload = {"arrivals": {"closed_loop": {"concurrency": 10_000, "ramp_s": 1e6}}, "num_requests": 10_000}
+    requests = mist.run(scenario(workload={**workload, "output_tokens": 1})).requests
+    assert (requests["arrival_s"][1:] >= requests["arrival_s"][:-1]).all()
+    assert requests["arrival_s"][0] == 0
+
+
+def test_a_closed_loop_has_no_rate() -> None:
+    workload = {"arrivals": {"closed_loop": {"concurrency": 2}}, "rate_scale": 2.0}
+    with pytest.raises(ScenarioError, match="no rate to scale"):
+        mist.run(scenario(workload=workload))
+
+
+def test_a_window_after_the_last_arrival_is_refused() -> None:
+    with pytest.raises(ScenarioError, match=r"no request arrives after the first 1e\+06 s"):
+        mist.run(scenario(warmup_s=1e6))
+
+
+def test_rejections_are_told_with_their_reason() -> None:
+    found = notes(gpu={"max_model_len": 104})
+    assert "50 rejected: more tokens than max_model_len 104 of gpu." in found
+    assert not any("rejected:" in note for note in notes(gpu={"max_model_len": 105}))
+
+
+def test_memory_that_is_not_there_is_told() -> None:
+    assert any("only" in note and "fit by" in note for note in notes(gpu={"kv_cache": {"num_blocks": 10**8}}))
+    assert any("fewer than max_model_len" in note for note in notes(gpu={"kv_cache": {"num_blocks": 100}}))
+    too_large = {"model": "llama-3.1-70b", "kv_cache": {"num_blocks": 1000}}
+    with pytest.raises(ScenarioError, match="does not fit"):
+        mist.run(scenario(gpu=too_large))
+
+
+def test_generic_figures_are_told() -> None:
+    assert any("generic efficiencies" in note for note in notes(gpu={"device": "mi300x"}))
+    assert not any("generic" in note for note in notes())
+
+
+def test_every_result_says_that_it_is_not_validated() -> None:
+    assert notes()[-1].startswith("Expected error: not validated")
+
+
+@pytest.fixture
+def sleeper() -> Any:
+    class Sleeper(Chunked):
+        def next_batch(self, *args: Any) -> Batch | Wait:
+            return Wait()
+
+    registry.register("batching", "sleeper")(Sleeper)
+    yield
+    del registry._registered["batching"]["sleeper"]
+
+
+@pytest.mark.usefixtures("sleeper")
+def test_a_policy_that_never_works_is_no_censoring() -> None:
+    with pytest.raises(InvariantError, match="nothing happens any more"):
+        mist.run(scenario(gpu={"batching": "sleeper"}))
+
+
+def test_a_router_sees_what_is_at_the_front_end() -> None:
+    """Four simultaneous prompts, 7 ms at the front end: two for each of two clients."""
+    run = play(
+        table([0, 1, 2, 3], [100] * 4, [1] * 4),
+        num_clients=2,
+        router=JoinShortestQueue(),
+        engine_profile=engine(request_ns=7_000_000),
+    )
+    assert sorted(run.records.tasks.as_columns()["client"].tolist()) == [0, 0, 0, 0, 1, 1, 1, 1]
