@@ -33,7 +33,7 @@ lock:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-		--no-emit-index-url --no-config --quiet --upgrade --group dev --output-file requirements.lock pyproject.toml
+		--no-emit-index-url --no-config --quiet --upgrade --group dev --extra kernels --output-file requirements.lock pyproject.toml
 
 clean:
 	rm -rf .venv out build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -114,3 +114,25 @@ def test_a_router_sees_what_is_at_the_front_end() -> None:
         engine_profile=engine(request_ns=7_000_000),
     )
     assert sorted(run.records.tasks.as_columns()["client"].tolist()) == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_pipeline_stages_are_lanes_with_a_share_of_the_cache() -> None:
+    one, two = (mist.run(scenario(gpu={"pp": pp, "kv_cache": {"num_blocks": 1000}})) for pp in (1, 2))
+    assert one.records.client_names == ["gpu"]
+    assert two.records.client_names == ["gpu.0", "gpu.1"]
+    capacities = [r.summary()["clients"]["gpu"]["kv_tokens_capacity"] for r in (one, two)]
+    assert capacities == [16_000, 16_000]
+    alone = [r.requests["ttft_s"].min() for r in (one, two)]
+    assert alone[1] > alone[0]  # the messages between stages
+
+
+def test_attention_groups_have_caches_of_their_own() -> None:
+    gpu = {"device": "h200-sxm", "model": "qwen3-30b-a3b", "tp": 1, "attn_dp": 4, "ep": 4, "count": 2}
+    result = mist.run(scenario(gpu=gpu), check=True)
+    assert result.records.client_names == [f"gpu-{replica}.{group}" for replica in range(2) for group in range(4)]
+    assert result.summary()["requests"]["finished"] == 50
+
+
+def test_what_kernels_can_not_price_is_told() -> None:
+    found = notes(perf=["kernels", "roofline"], gpu={"device": "mi300x"})
+    assert any(note.startswith("gpu: step times by roofline, not by kernels: ") for note in found)

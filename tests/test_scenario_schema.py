@@ -131,7 +131,7 @@ def test_defaults_are_filled_in(folder: Path) -> None:
     assert client.kv_dtype == "bf16"
     assert client.batching.name == client.engine.batching
     assert client.kv_cache.block_size == client.engine.block_size
-    assert [spec.name for spec in client.perf] == ["roofline"]
+    assert [spec.name for spec in client.perf] == ["kernels", "roofline"]
     assert client.kv_capacity().num_tokens > 100_000
 
 
@@ -277,7 +277,7 @@ CLIENT = "  gpu: {device: h100-sxm, model: llama-3.1-8b}"
         ("model: llama-3.1-8b", "model: case.yaml", (1, 1), "is missing"),
         ("model: llama-3.1-8b", "model: llama-3.1-70b", (8, 17), "does not fit on 1 x h100-sxm"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, tp: 3", (8, 52), "32 attention heads"),
-        ("model: llama-3.1-8b", "model: llama-3.1-8b, tp: 16", (8, 52), "16"),
+        ("model: llama-3.1-8b", "model: llama-3.1-8b, pp: 33", (8, 3), "32 layers"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, weights_dtype: fp9", (8, 63), "no dtype 'fp9'"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, serves: [prefill]", (8, 48), "different clients"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, serves: [prefill, decod]", (8, 66), "no stage 'decod'"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -24,6 +25,7 @@ from mist.metrics import ClientInfo, summarise
 from mist.perf import ORIGINS, Deployment, PerfModel
 from mist.records import Records
 from mist.scenario.clients import Pool
+from mist.scenario.pricing import price
 from mist.scenario.remarks import remarks
 from mist.scenario.result import Result
 from mist.scenario.value import Scenario
@@ -45,28 +47,28 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
     workload = build_workload(scenario)
     kernel, records = Kernel(), Records(stage_kinds=list(scenario.stages))
     window = _window_ns(scenario, workload)
-    clients, infos, models = _build_clients(scenario, workload, kernel, records)
+    fleet = _build_fleet(scenario, workload, kernel, records)
     coordinator = Coordinator(
         kernel=kernel,
         records=records,
-        clients=clients,
+        clients=fleet.clients,
         pipeline=scenario.pipeline.build(),
         routers={stage: spec.build() for stage, spec in scenario.routing.items()},
         workload=workload,
         rng_of=partial(random_of, scenario.seed, "pipeline"),
     )
-    ledger = Ledger(kernel, coordinator, clients, records) if check else None
+    ledger = Ledger(kernel, coordinator, fleet.clients, records) if check else None
     started = time.perf_counter()
     _play(scenario, kernel, coordinator, ledger, progress)
     metrics = summarise(
         records,
-        clients=infos,
+        clients=fleet.infos,
         window=window,
         open_loop=workload.concurrency is None and (len(workload) < 2 or bool(np.ptp(workload.arrival_ns))),
         slo={metric: targets for metric, targets in scenario.slo.model_dump().items() if targets},
-        provenance=_provenance(records, models),
+        provenance=_provenance(records, fleet.models),
     )
-    metrics["notes"] += [*_rejections(records), *workload.notes, *remarks(scenario)]
+    metrics["notes"] += [*_rejections(records), *workload.notes, *fleet.remarks, *remarks(scenario)]
     ended = time.perf_counter()
     return Result(
         name=scenario.name,
@@ -124,20 +126,26 @@ def _seed_of(seed: int, purpose: str, *index: int) -> np.random.SeedSequence:
     return np.random.SeedSequence(seed, spawn_key=(zlib.crc32(purpose.encode()), *index))
 
 
-def _build_clients(
-    scenario: Scenario, workload: RequestTable, kernel: Kernel, records: Records
-) -> tuple[list[Client], list[ClientInfo], list[PerfModel]]:
-    """The replicas of every pool, what summaries need to know of each, and each one's performance model."""
-    clients: list[Client] = []
-    infos: list[ClientInfo] = []
-    models: list[PerfModel] = []
+@dataclass(slots=True)
+class _Fleet:
+    """The clients of a run, with what summaries need to know of each, its performance model, and remarks on these."""
+
+    clients: list[Client] = field(default_factory=list)
+    infos: list[ClientInfo] = field(default_factory=list)
+    models: list[PerfModel] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def _build_fleet(scenario: Scenario, workload: RequestTable, kernel: Kernel, records: Records) -> _Fleet:
+    """A client for every lane of every replica of every pool."""
+    fleet = _Fleet()
     for pool_name, pool in scenario.clients.items():
-        num_blocks = pool.kv_cache.num_blocks or pool.kv_capacity().num_blocks
-        perf = _perf_model(scenario, pool_name, pool)
-        for replica in range(pool.count):
-            name = f"{pool_name}-{replica}" if pool.count > 1 else pool_name
+        perf, refusals = _perf_model(scenario, pool_name, pool)
+        fleet.remarks += refusals
+        num_blocks = (pool.kv_cache.num_blocks or pool.kv_capacity().num_blocks) // pool.pp
+        for name in _client_names(pool_name, pool):
             client = Client(
-                len(clients),
+                len(fleet.clients),
                 name,
                 serves=tuple(pool.serves),
                 batching=pool.batching.build(),
@@ -149,11 +157,17 @@ def _build_clients(
                 records=records,
             )
             records.client_names.append(name)
-            clients.append(client)
-            models.append(perf)
+            fleet.clients.append(client)
+            fleet.models.append(perf)
             limit_seqs = client.batching.max_num_seqs
-            infos.append(ClientInfo(name, pool_name, num_blocks, pool.kv_cache.block_size, limit_seqs))
-    return clients, infos, models
+            fleet.infos.append(ClientInfo(name, pool_name, num_blocks, pool.kv_cache.block_size, limit_seqs))
+    return fleet
+
+
+def _client_names(pool_name: str, pool: Pool) -> list[str]:
+    """gpu; gpu-0, gpu-1 for replicas; gpu-0.0, gpu-0.1 for the lanes of each."""
+    replicas = [f"{pool_name}-{i}" for i in range(pool.count)] if pool.count > 1 else [pool_name]
+    return [f"{name}.{lane}" for name in replicas for lane in range(pool.lanes)] if pool.lanes > 1 else replicas
 
 
 def _kv_cache(scenario: Scenario, name: str, pool: Pool, num_blocks: int, hash_block_size: int) -> KVCache:
@@ -172,8 +186,8 @@ def _kv_cache(scenario: Scenario, name: str, pool: Pool, num_blocks: int, hash_b
     )
 
 
-def _perf_model(scenario: Scenario, name: str, pool: Pool) -> PerfModel:
-    """The first of the pool's performance models that supports it, prepared."""
+def _perf_model(scenario: Scenario, name: str, pool: Pool) -> tuple[PerfModel, list[str]]:
+    """The first of the pool's performance models that supports it, prepared, and a remark on those before it."""
     limits = pool.batching.build()
     deployment = Deployment(
         pool.model,
@@ -182,16 +196,13 @@ def _perf_model(scenario: Scenario, name: str, pool: Pool) -> PerfModel:
         pool.kv_dtype,
         limits.max_num_batched_tokens,
         limits.max_num_seqs,
+        cuda_graph=pool.engine.cuda_graph,
     )
-    reasons = []
-    for spec in pool.perf:
-        model: PerfModel = spec.build()
-        reason = model.supports(deployment)
-        if reason is None:
-            model.prepare(deployment)
-            return model
-        reasons.append(f"{spec.name}: {reason}")
-    raise ScenarioError(scenario.problem(("clients", name, "perf"), "; ".join(reasons), "such as perf: roofline"))
+    priced = price(pool.perf, deployment)
+    if priced.model is None:
+        message = "; ".join(priced.refusals)
+        raise ScenarioError(scenario.problem(("clients", name, "perf"), message, "such as perf: roofline"))
+    return priced.model, [f"{name}: step times by {priced.name}, {refusal}." for refusal in priced.refusals]
 
 
 def _play(

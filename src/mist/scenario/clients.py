@@ -132,6 +132,12 @@ class Pool(Section):
     """replicas"""
     tp: Annotated[int, Field(ge=1, le=1024)] = 1
     """devices of one replica, in tensor parallelism"""
+    pp: Annotated[int, Field(ge=1, le=64)] = 1
+    """pipeline stages of one replica: as many lanes, each with a step in flight and its share of the KV cache"""
+    ep: Annotated[int, Field(ge=1, le=1024)] = 1
+    """expert parallelism over the tp x attn_dp ranks; 1 splits each expert by tp"""
+    attn_dp: Annotated[int, Field(ge=1, le=1024)] = 1
+    """groups of tp ranks with attention and KV cache of their own, sharing the experts"""
     weights_dtype: Dtype = "bf16"
     """dtype of the weights"""
     kv_dtype: KVDtype = "auto"
@@ -166,7 +172,12 @@ class Pool(Section):
     @property
     def platform(self) -> Platform:
         """The devices of one replica."""
-        return Platform(self.device, tp=self.tp)
+        return Platform(self.device, tp=self.tp, pp=self.pp, ep=self.ep, attn_dp=self.attn_dp)
+
+    @property
+    def lanes(self) -> int:
+        """Schedulers of one replica: one for each pipeline stage of each attention group."""
+        return self.pp * self.attn_dp
 
     def kv_capacity(self) -> KVCapacity:
         """The KV cache that fits into a device's memory, by the engine's rule; overrides aside."""
@@ -210,14 +221,12 @@ class Pool(Section):
         """Parts of this client that don't go together."""
         refused = [*self.batching.refused(("batching", self.batching.name)), *self._oversized()]
         yield from refused
-        if reason := self.model.tp_problem(self.tp):
-            yield ("tp",), Problem(reason, hint="take a tp that divides the heads, such as 1, 2, 4 or 8")
-        elif self.tp > self.device.scale_up_domain:
-            hint = "tensor parallelism beyond one scale-up domain is not available yet: lower tp, or raise count"
-            domain = f"{self.device.name} joins {self.device.scale_up_domain} devices at full speed"
-            yield ("tp",), Problem(f"tp {self.tp} is too many: {domain}", hint=hint)
+        if reason := self.model.parallel_problem(self.tp, self.pp, self.ep, self.attn_dp) or self.platform.problem():
+            hint = "take degrees that divide the model and fill whole nodes, such as 1, 2, 4 or 8"
+            yield ("tp",), Problem(reason, hint=hint)
         elif not refused and self.kv_capacity().missing_bytes:
-            message = f"{self.model.name} does not fit on {self.tp} x {self.device.name}: {self.kv_capacity()}"
+            devices = f"{self.platform.num_devices} x {self.device.name}"
+            message = f"{self.model.name} does not fit on {devices}: {self.kv_capacity()}"
             hint = "raise tp, narrow weights_dtype, lower the limits of batching, or take a device with more memory"
             yield ("device",), Problem(message, hint=hint)
         if self.max_model_len > self.model.max_context:

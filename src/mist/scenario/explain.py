@@ -6,9 +6,7 @@ text instead of one that a run meets. It simulates nothing, and the memory that 
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +19,15 @@ from mist.errors import Problem, ScenarioError, nearest
 from mist.hardware import Device, Platform
 from mist.metrics import SCHEMA_VERSION
 from mist.model import DTYPE_BYTES, ModelSpec
-from mist.perf import Deployment, OperatorTime, PerfModel
+from mist.perf import Deployment, OperatorTime
 from mist.request import Step
 from mist.scenario import catalogue
 from mist.scenario.clients import DEFAULT_ENGINE, MAX_STEP_TOKENS
 from mist.scenario.named import Spec, SpecOf
+from mist.scenario.pricing import PREFERRED, price
 
 _TERM = re.compile(r"(?:(?P<tokens>\d+)(?:@(?P<before>\d+))?|(?P<count>\d+)x(?P<context>\d+))", re.ASCII)
 _GRAMMAR = "terms joined by +: 512 or 512@1024 (a prefill of 512 tokens, 1,024 before it), 64x2048 (64 decodes)"
-
-#: Performance models that are asked where none is named, in order.
-_PREFERRED = ("kernels", "roofline")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +180,17 @@ def explain_step(
         max(seqs, step.num_sampled),
         cuda_graph=profile.cuda_graph,
     )
-    name, prepared, refusals = _perf_model(perf, deployment)
+    priced = price(_specs(perf), deployment)
+    prepared = priced.model
+    if prepared is None:
+        raise ScenarioError([Problem(reason, hint="try --perf roofline") for reason in priced.refusals])
     return Explanation(
-        deployment, profile, step, name,
+        deployment, profile, step, priced.name,
         total_ns=prepared.step_time(step),
         host_ns=profile.step_overhead_ns + profile.token_overhead_ns * step.num_sampled,
         floor_ns=prepared.floor_time(step),
         operators=tuple(prepared.explain(step)),
-        remarks=(*refusals, *_memory_remarks(deployment, profile, tokens, seqs)),
+        remarks=(*priced.refusals, *_memory_remarks(deployment, profile, tokens, seqs)),
     )  # fmt: skip
 
 
@@ -216,34 +215,13 @@ def _check_dtypes(*dtypes: str) -> None:
         raise ScenarioError(problems)
 
 
-def _perf_model(name: str, deployment: Deployment) -> tuple[str, PerfModel, list[str]]:
-    """The model that answers, its name, and what those before it say against the deployment."""
-    names = [name] if name else [n for n in _PREFERRED if n in registry.names("perf")]
-    refusals: list[str] = []
-    for i, candidate in enumerate(names):
-        model = _built(candidate, names[i + 1 :])
-        reason = model.supports(deployment)
-        if reason is None:
-            model.prepare(deployment)
-            return candidate, model, refusals
-        refusals.append(f"not by {candidate}: {reason}")
-    raise ScenarioError([Problem(reason, hint="try --perf roofline") for reason in refusals])
-
-
-def _built(name: str, behind: Sequence[str]) -> PerfModel:
-    """A fresh performance model; one with a field `fallback` gets what is behind it, at the last the roofline."""
+def _specs(name: str) -> list[Spec]:
+    """The performance models to ask: the one named, or the usual ones."""
     try:
-        spec: Spec = SpecOf("perf").read(name)
+        return [SpecOf("perf").read(n) for n in ([name] if name else PREFERRED)]
     except ValidationError:
         hint = nearest(name, registry.names("perf"))
         raise ScenarioError(Problem(f"there is no performance model {name!r}", hint=hint)) from None
-    implementation = registry.lookup("perf", name)
-    if "fallback" in {f.name for f in dataclasses.fields(implementation) if f.init}:
-        fallback = SpecOf("perf").read(behind[0] if behind else "roofline").build()
-        model: PerfModel = implementation(**{**spec.params, "fallback": fallback})
-        return model
-    built: PerfModel = spec.build()
-    return built
 
 
 def _memory_remarks(d: Deployment, engine: EngineProfile, max_num_batched_tokens: int, max_num_seqs: int) -> list[str]:

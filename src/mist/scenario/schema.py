@@ -26,6 +26,7 @@ from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.clients import Count, Name, PerfList, Pool
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
+from mist.scenario.pricing import PREFERRED
 
 Arrivals = Annotated[Spec, SpecOf("arrivals")]
 Lengths = Annotated[Spec, SpecOf("lengths", bare="fixed")]
@@ -233,7 +234,7 @@ class ScenarioFile(Section):
     """measure only requests that arrive in this window: start:end in seconds, or its length after the warm-up"""
     max_time_s: PositiveSeconds | None = None
     """stop the simulation at this time; requests still in the system count as unfinished"""
-    perf: PerfList = Field(default="roofline", validate_default=True)
+    perf: PerfList = Field(default=list(PREFERRED), validate_default=True)
     """performance models of clients that name none, the first that supports the client answers"""
 
 

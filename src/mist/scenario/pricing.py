@@ -1,0 +1,55 @@
+"""Which performance model prices a deployment: the first of a list that supports it.
+
+Used where a run is built and where a step is explained. A model with a field `fallback` gets the one behind it in the
+list, so that what it doesn't know is priced there; implementations never import each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mist import registry
+from mist.perf import Deployment, PerfModel
+from mist.scenario.named import Spec
+
+#: performance models that are asked where none is named, in order
+PREFERRED = ("kernels", "roofline")
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """The answer: a prepared model and its name, None if none supports the deployment; and who refused it, and why."""
+
+    name: str
+    model: PerfModel | None
+    refusals: tuple[str, ...]
+
+
+def price(specs: Sequence[Spec], deployment: Deployment) -> Priced:
+    """The first of `specs` that supports `deployment`, prepared for it."""
+    refusals: list[str] = []
+    for spec, model in zip(specs, _built(specs), strict=True):
+        reason = model.supports(deployment)
+        if reason is None:
+            model.prepare(deployment)
+            return Priced(spec.name, model, tuple(refusals))
+        refusals.append(f"not by {spec.name}: {reason}")
+    return Priced("", None, tuple(refusals))
+
+
+def _built(specs: Sequence[Spec]) -> list[PerfModel]:
+    """A fresh model of each spec, with those behind it as fallbacks: the roofline behind the last."""
+    behind: PerfModel | None = None
+    built: list[PerfModel] = []
+    for spec in reversed(specs):
+        implementation = registry.lookup("perf", spec.name)
+        if "fallback" in {f.name for f in dataclasses.fields(implementation) if f.init}:
+            fallback = behind or registry.lookup("perf", "roofline")()
+            behind = implementation(**{**spec.params, "fallback": fallback})
+        else:
+            behind = spec.build()
+        assert behind is not None
+        built.append(behind)
+    return built[::-1]
