@@ -14,9 +14,6 @@ from mist.errors import Problem, ScenarioError, nearest
 from mist.model import DTYPE_BYTES
 from mist.units import GB, parse_bytes, parse_bytes_per_s, parse_time_ns
 
-#: Classes of operators that share an efficiency: `gemm` is the compute-bound and `gemm_memory` the weight-bound side.
-OPERATOR_CLASSES = ("gemm", "gemm_memory", "attention_prefill", "attention_decode", "elementwise", "allreduce")
-
 #: Fractions of peak for a device of which nothing is measured: rounded medians over H100, H200, A100 and L40S.
 GENERIC_EFFICIENCY = {
     "gemm": 0.8, "gemm_fp8": 0.5, "gemm_memory": 0.8, "attention_prefill": 0.6, "attention_decode": 0.85,

@@ -146,7 +146,8 @@ def forward_pass(deployment: Deployment, expert_imbalance: float = 1.0) -> list[
     for group in model.merged_layers():
         found += _layer(group, deployment, expert_imbalance)
     if platform.tp > 1:
-        repeats = sum(g.num_layers * g.num_all_reduces for g in model.layers)
+        # one more than the layers': the rows of an embedding that is split by vocabulary are added up
+        repeats = 1 + sum(g.num_layers * g.num_all_reduces for g in model.layers)
         found.append(_network("all_reduce", "allreduce", repeats, row, platform.tp))
     for boundary in range(platform.pp - 1):
         found.append(_network("stage_message", "message", 1, row, int(platform.crosses_domains(boundary))))

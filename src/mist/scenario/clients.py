@@ -229,6 +229,10 @@ class Pool(Section):
             message = f"{self.model.name} does not fit on {devices}: {self.kv_capacity()}"
             hint = "raise tp, narrow weights_dtype, lower the limits of batching, or take a device with more memory"
             yield ("device",), Problem(message, hint=hint)
+        if self.weights_dtype == "fp32" and "fp32" not in self.device.peak_flop_per_s:
+            message = f"no fp32 rate is known of {self.device.name}"
+            hint = "take bf16, or give the device peak_tflops: {fp32: ...}"
+            yield ("weights_dtype",), Problem(message, hint=hint)
         if self.max_model_len > self.model.max_context:
             message = (
                 f"{self.model.name} has a context of {self.model.max_context:,} tokens, not {self.max_model_len:,}"
