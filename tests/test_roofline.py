@@ -95,7 +95,7 @@ def test_tensor_parallel_shards_heads_and_ffn_and_replicates_kv() -> None:
     assert four["down"].flop_of(sums) == one["down"].flop_of(sums) / 4
     assert four["qkv"].shape == (8 // 4 * 32 + 2 * 32, 256), "two KV heads over four ranks: one each"
     assert four["attention_decode"].compulsory_bytes_of(sums) == one["attention_decode"].compulsory_bytes_of(sums) / 2
-    assert four["all_reduce"].repeats == 2 * 3 + 1 + 1
+    assert four["all_reduce"].repeats == 2 * 3 + 1, "two a layer, and the embedding"
     assert four["all_reduce"].bytes_of(sums) == 6 * 4 * 256 * 2
 
 
