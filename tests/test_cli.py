@@ -342,18 +342,12 @@ def test_the_scenario_in_the_help_is_valid(tmp_path: Path) -> None:
     assert load(path).clients["gpu"].device.name == "h100-sxm"
 
 
-def test_help_and_import_are_quick() -> None:
+def test_help_and_import_load_nothing_heavy() -> None:
     loaded = (
         "import sys, mist, mist.cli; print(sorted(set(sys.modules) & {'numpy', 'pydantic', 'pyarrow', 'rich', 'yaml'}))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     assert subprocess.run([sys.executable, "-c", loaded], env=environment, capture_output=True).stdout == b"[]\n"
-    took = []
-    for _ in range(3):
-        began = time.perf_counter()
-        in_a_process("--help", stdout=subprocess.DEVNULL).wait()
-        took.append(time.perf_counter() - began)
-    assert min(took) < 0.25
 
 
 def test_unknown_names_of_the_package() -> None:

@@ -90,6 +90,15 @@ def _scenario_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _clean_up_when_terminated() -> None:
+    """SIGTERM ends the process as Ctrl-C does: half-written files are removed on the way out."""
+    import signal
+    import threading
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 @main.command()
 @_scenario_options
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON document.")
@@ -109,18 +118,19 @@ def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, ch
         mist run scenario.yaml --set 'workload.input_tokens={lognormal: {mean: 1155, cv: 0.9}}'
         mist run scenario.yaml --out out/first --trace out/first.json.gz
     """
+    _clean_up_when_terminated()
     scenario = _load(**options)
-    _check_outputs(out, trace, overwrite)
+    _check_outputs(out, trace, overwrite, _inputs(scenario, options["scenario"], options["plugins"]))
     from mist.scenario.build import run as run_scenario
 
     with _progress_bar() as progress:
         result = run_scenario(scenario, check=check, progress=progress)
-    if out is not None:
-        result.write(out, overwrite=overwrite)
-    if trace is not None:
+    if trace is not None:  # the slow one first: until it is whole, nothing that was there has changed
         from mist.report.timeline import write_timeline
 
         write_timeline(result, trace)
+    if out is not None:
+        result.write(out, overwrite=overwrite or trace is not None)
     _print_result(result, as_json)
     if out is not None:
         from mist.scenario.result import RESULT_FILES
@@ -275,11 +285,28 @@ def _load_plugins(plugins: Iterable[str]) -> None:
         registry.load_plugin_file(plugin)
 
 
-def _check_outputs(out: Path | None, trace: Path | None, overwrite: bool) -> None:
-    """Refuse, before anything runs, to write where results can't go."""
-    from mist.errors import Problem, ScenarioError
-    from mist.scenario.result import check_output_folder
+def _inputs(scenario: Scenario, path: Path, plugins: Iterable[str]) -> list[Path]:
+    """The files that a run reads: the scenario, its trace, its devices, models and engines, and plug-ins."""
+    found = [path, *map(Path, plugins)]
+    if scenario.workload.trace is not None:
+        found.append(scenario.trace_path())
+    for pool in scenario.source.data()["clients"].values():
+        written = (pool.get(key) for key in ("device", "model", "engine"))
+        found += [scenario.folder / name for name in written if isinstance(name, str)]
+    return [file.resolve() for file in found if file.is_file()]
 
+
+def _check_outputs(out: Path | None, trace: Path | None, overwrite: bool, inputs: Iterable[Path]) -> None:
+    """Refuse, before anything runs, to write where results can't go, or over what the run reads."""
+    from mist.errors import Problem, ScenarioError
+    from mist.scenario.result import RESULT_FILES, check_output_folder
+
+    outputs = [out / name for name in RESULT_FILES] if out is not None else []
+    outputs += [trace] if trace is not None else []
+    if lost := {path.resolve() for path in outputs} & set(inputs):
+        raise ScenarioError(
+            Problem(f"{min(lost)} would be written over, and this run reads it", hint="write elsewhere")
+        )
     if out is not None:
         check_output_folder(out, overwrite=overwrite)
     if trace is None:

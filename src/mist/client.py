@@ -88,6 +88,10 @@ class Client:
         self._step_ns = engine.step_overhead_ns
         self._token_ns = engine.token_overhead_ns
 
+    @property
+    def _policy(self) -> str:
+        return f"{type(self.batching).__name__} of {self.name}"
+
     # --- tasks come in ---
 
     def accept(self, task: Task, now: int) -> None:
@@ -144,6 +148,8 @@ class Client:
             if isinstance(batch, Wait):
                 self._go_idle(batch, now)
                 return
+            if type(batch) is not Batch:
+                raise InvariantError(f"{self._policy} returned {batch!r} at {now} ns; a Batch or a Wait would do")
             end = now + self._step_duration(batch, now)
             if end >= kernel.horizon() or (self.emits and self._ends_a_task()):
                 kernel.step_ends(self, end)
@@ -185,7 +191,7 @@ class Client:
         if batch.chunks or step.chunks:
             self._fill_chunks(batch.chunks, now)
         if not num_decodes and not batch.chunks:
-            raise InvariantError(f"{type(self.batching).__name__} returned an empty batch for {self.name} at {now} ns")
+            raise InvariantError(f"{self._policy} returned an empty batch at {now} ns")
         device = self.perf.step_time(step)
         host = self._step_ns + self._token_ns * step.num_sampled
         self._step_row = (now, residents.kv.used)
@@ -197,6 +203,9 @@ class Client:
         step = self.step
         step.chunks = [(num_tokens, task.computed_tokens) for task, num_tokens in chunks]
         for task, num_tokens in chunks:
+            if task.admission < 0:
+                story = f"request {task.request.index}"
+                raise InvariantError(f"{self._policy} put {story} into a batch at {now} ns, which is not admitted")
             step.num_prefill_tokens += num_tokens
             if task.started_ns < 0:
                 task.started_ns = now
@@ -214,6 +223,8 @@ class Client:
         if self.watcher is not None:
             self.watcher.idles(self, wait, now)
         if wait.until_ns is not None:
+            if wait.until_ns <= now:
+                raise InvariantError(f"{self._policy} waits until {wait.until_ns} ns, and it is {now} ns already")
             self.kernel.at(wait.until_ns, self._timer, None)
 
     def _timer(self, _: None, now: int) -> None:

@@ -16,7 +16,7 @@ from mist.errors import InvariantError
 from mist.kernel import Kernel
 from mist.pipeline import PipelineFactory
 from mist.records import FINISHED, REJECTED, UNFINISHED, Records
-from mist.request import DECODE, Request, Stage, StageResult, Task
+from mist.request import DECODE, ClientView, Request, Stage, StageResult, Task
 from mist.routing import RoutingPolicy
 from mist.workload import RequestTable
 
@@ -128,7 +128,12 @@ class Coordinator:
             client = candidates[0]
         else:
             views = [candidate.refresh_view() for candidate in candidates]
-            client = self.clients[self.routers[stage.kind].choose(task, views, now).index]
+            router = self.routers[stage.kind]
+            chosen = router.choose(task, views, now)
+            if not isinstance(chosen, ClientView) or stage.kind not in self.clients[chosen.index].serves:
+                name = type(router).__name__
+                raise InvariantError(f"{name} chose {chosen!r} for request {task.request.index}: none of its choices")
+            client = self.clients[chosen.index]
         client.accept(task, now)
 
     def _hands_over(self, client: Client) -> bool:
