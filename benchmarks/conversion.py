@@ -3,7 +3,8 @@
     python benchmarks/conversion.py [--all] [--json]
 
 Converts every family of one system (with `--all`, of every system and framework of the package) into an empty cache
-folder of its own, which is removed afterwards; needs the tables of aiconfigurator-core, and changes nothing else.
+folder of its own, which is removed afterwards; then builds a client of each of `CLIENTS` from it and asks for steps.
+Needs the tables of aiconfigurator-core, and changes nothing else.
 """
 
 from __future__ import annotations
@@ -15,13 +16,22 @@ import resource
 import sys
 import tempfile
 import time
+import timeit
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from mist.perf.kernels import Kernels
 from mist.perf.measured import FAMILIES, OperatorTables, find_tables
 from mist.perf.measured.package import TablesFolder
 from mist.perf.measured.tables import CACHE_VARIABLE
+from mist.perf.roofline import Roofline
+from mist.request import Step
+from mist.scenario.explain import explain_step
 
 FRAMEWORKS = ("vllm", "sglang", "trtllm")
+CLIENTS = (("llama-3.1-70b", "h100-sxm", 4), ("gpt-oss-120b", "h100-sxm", 4), ("deepseek-v3", "h200-sxm", 8))
+_NUM_STEPS = 20_000
 
 
 def main() -> int:
@@ -41,9 +51,11 @@ def main() -> int:
         rows, cold_s = _load_all(folder, systems, frameworks)
         _, warm_s = _load_all(folder, systems, frameworks)
         cache_bytes = sum(p.stat().st_size for p in Path(cache).rglob("*.npz"))
-    figures = {
+        clients = [_client(model, device, tp) for model, device, tp in CLIENTS]
+    figures: dict[str, Any] = {
         "num_systems": len(systems), "rows": rows, "cold_s": round(cold_s, 2), "warm_s": round(warm_s, 3),
         "cache_bytes": cache_bytes, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT,
+        "clients": clients,
     }  # fmt: skip
     if options.json:
         print(json.dumps(figures))
@@ -51,11 +63,29 @@ def main() -> int:
         print(f"{', '.join(systems)}; {', '.join(frameworks)}: {rows:,} rows\n"
               f"cold conversion {cold_s:.1f} s, warm load {warm_s:.2f} s, cache {cache_bytes / 1e6:.0f} MB, "
               f"peak memory {figures['peak_bytes'] / 1e6:.0f} MB")  # fmt: skip
+        for c in clients:
+            print(f"{c['model']:14s} {c['device']:9s} TP{c['tp']}: build {1e3 * c['build_s']:.0f} ms, "
+                  f"decode {c['decode_us']:.2f} us, prefill {c['prefill_us']:.2f} us")  # fmt: skip
     return 0
 
 
 #: `ru_maxrss` counts KiB, on macOS bytes.
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def _client(model: str, device: str, tp: int) -> dict[str, Any]:
+    """Build time of a client with its tables cached, and the cost of a decode-only and a prefill step."""
+    decode, prefill = Step(64, 64 * 2048, [], 0, 64), Step(0, 0, [(2048, 0)], 2048, 1)
+    deployment = explain_step(model, device, decode, tp=tp, perf="roofline").deployment
+    for _ in range(2):
+        kernels = Kernels(fallback=Roofline())
+        start = time.perf_counter()
+        kernels.prepare(deployment)
+        build_s = time.perf_counter() - start
+    costs = {}
+    for name, step in (("decode_us", decode), ("prefill_us", prefill)):
+        costs[name] = min(timeit.repeat(partial(kernels.step_time, step), number=_NUM_STEPS)) / _NUM_STEPS * 1e6
+    return {"model": model, "device": device, "tp": tp, "build_s": build_s, **costs}
 
 
 def _load_all(folder: TablesFolder, systems: list[str], frameworks: tuple[str, ...]) -> tuple[int, float]:

@@ -43,7 +43,7 @@ def notes(**changes: Any) -> list[str]:
     ],
 )
 def test_arrivals_beyond_the_clock_are_refused(arrivals: dict[str, Any]) -> None:
-    with pytest.raises(ScenarioError, match=r"raise rate_per_s|ramp_s"):
+    with pytest.raises(ScenarioError, match=r"rate|ramp_s"):
         mist.run(scenario(workload={"arrivals": arrivals}))
 
 
@@ -86,6 +86,64 @@ def test_generic_figures_are_told() -> None:
 
 def test_every_result_says_that_it_is_not_validated() -> None:
     assert notes()[-1].startswith("Expected error: not validated")
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "open_loop"),
+    [
+        ({"constant": {"rate_per_s": 1e12}}, True),
+        ({"gamma": {"rate_per_s": 6, "cv": 1000}}, True),
+        ({"closed_loop": {"concurrency": 2, "ramp_s": 10}}, False),
+        ("all_at_once", False),
+    ],
+)
+def test_the_arrival_process_makes_the_loop_open(arrivals: Any, open_loop: bool) -> None:
+    summary = mist.run(scenario(workload={"arrivals": arrivals})).summary()
+    assert summary["open_loop"] == open_loop
+    assert (summary["offered"] is None) != open_loop
+    assert any("isn't open loop" in note for note in summary["notes"]) != open_loop
+
+
+def test_the_offered_load_is_what_was_asked_for() -> None:
+    result = mist.run(scenario(gpu={"max_model_len": 104}))
+    times = result.requests["arrival_s"]
+    offered = result.summary()["offered"]
+    assert offered["requests_per_s"] == pytest.approx(49 / (times.max() - times.min()))
+    assert offered["output_tokens_per_s"] == pytest.approx(5 * offered["requests_per_s"])
+
+
+def test_a_run_that_was_cut_says_so() -> None:
+    result = mist.run(scenario(max_time_s=1.0), check=True)
+    counts = result.summary()["requests"]
+    told = (
+        f"max_time_s cut the run at 1 s: of 50 requests, {counts['unfinished']} had not finished and "
+        f"{50 - counts['arrived']} had not arrived."
+    )
+    assert told in result.summary()["notes"]
+    assert counts["arrived"] < 50
+    assert any("0 had not finished and 50 had not arrived" in note for note in notes(max_time_s=1e-6))
+    assert not any("cut the run" in note for note in notes(max_time_s=1e6))
+
+
+@pytest.mark.parametrize("num_requests", [2, 20])
+def test_the_end_of_the_clock_is_said_as_such(num_requests: int) -> None:
+    device = {"name": "abacus", "peak_tflops": {"bf16": 1e-6}, "memory_bytes": "80 GiB", "memory_bytes_per_s": 1}
+    workload = {"num_requests": num_requests}
+    result = mist.run(scenario(workload=workload, gpu={"device": device}), check=True)
+    told = "The clock ends after 2**62 ns (146 years), which cut the run: "
+    assert any(note.startswith(told) for note in result.summary()["notes"])
+    assert result.summary()["requests"]["unfinished"] == num_requests
+
+
+def test_a_window_outside_a_closed_loop_says_so() -> None:
+    workload = {"arrivals": {"closed_loop": {"concurrency": 2}}}
+    assert notes(workload=workload, window_s="1000:2000")[0].startswith("The window lies outside the run")
+
+
+def test_shares_of_one_origin_are_one() -> None:
+    result = mist.run(scenario(gpu={"count": 3}))
+    assert result.summary()["provenance"]["roofline"] == 1
+    assert sum(result.summary()["provenance"].values()) == 1
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from mist.model import ModelSpec
+from mist.model import DTYPE_BYTES, ModelSpec
 from mist.scenario import catalogue, nodes
 
 ENTRIES = {entry.name: entry for entry in catalogue.entries("models")}
@@ -96,7 +96,7 @@ def test_parameters_match_the_published_count(name: str) -> None:
 def test_an_entry_says_where_it_comes_from(name: str) -> None:
     data = DATA[name]
     sources = {"published_parameters_source", "config_source"}
-    assert set(data) - {"note"} == {"id", "aliases", "published_parameters_billions", "config"} | sources
+    assert set(data) - {"note", "checkpoints"} == {"id", "aliases", "published_parameters_billions", "config"} | sources
     assert all(len(data[key]) > 5 for key in sources)
     assert "/" in name
 
@@ -161,6 +161,33 @@ def test_what_is_left_out_is_not_in_the_catalogue() -> None:
     assert left_out
     names = {n.lower() for entry in ENTRIES.values() for n in (entry.name, *entry.aliases)}
     assert not {name.lower() for name in left_out} & names
+
+
+#: what a checkpoint's name says of its weights, the first that is in it
+MARKS = {"mxfp4": "mxfp4", "nvfp4": "fp4", "fp4": "fp4", "fp8": "fp8", "int8": "int8", "w8a8": "int8", "8bit": "int8",
+         "awq": "int4", "gptq": "int4", "int4": "int4", "w4a16": "int4", "4bit": "int4"}  # fmt: skip
+
+
+def test_quantised_checkpoints_have_their_dtype() -> None:
+    num_quantised = 0
+    for entry in ENTRIES.values():
+        own = spec(entry.name).checkpoint_dtype
+        for alias in entry.aliases:
+            expected = next((dtype for mark, dtype in MARKS.items() if mark in alias.lower()), None)
+            if expected is not None:
+                num_quantised += 1
+                assert spec(alias).checkpoint_dtype == expected, alias
+            elif alias not in entry.checkpoints:
+                assert spec(alias).checkpoint_dtype == own
+        assert set(entry.checkpoints.values()) <= DTYPE_BYTES.keys()
+    assert num_quantised > 150
+
+
+def test_models_published_in_few_bits_have_them() -> None:
+    published = {"deepseek-v3": "fp8", "kimi-k2": "fp8", "kimi-k2.5": "int4", "minimax-m2": "fp8",
+                 "gpt-oss-120b": "mxfp4", "llama-3.1-8b": "bf16"}  # fmt: skip
+    assert {name: spec(name).checkpoint_dtype for name in published} == published
+    assert spec("kimi-k2.5").quantizes_experts_only
 
 
 def left_out_ids() -> set[str]:

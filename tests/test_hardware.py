@@ -302,3 +302,18 @@ def test_a_wrong_engine_says_what_would_do(changes: dict[str, Any], message: str
 def test_engine_times_take_units() -> None:
     engine = EngineProfile.from_mapping({"name": "own", "step_overhead_ns": "1.5 ms", "token_overhead_ns": 20})
     assert (engine.step_overhead_ns, engine.token_overhead_ns) == (1_500_000, 20)
+
+
+def test_a_bad_peak_is_one_problem() -> None:
+    card = {"name": "x", "memory_bytes": "64 GiB", "memory_bytes_per_s": "2 TB/s"}
+    for peak in ({"bf16": 1e12}, 3):
+        with pytest.raises(ScenarioError) as caught:
+            Device.from_mapping({**card, "peak_tflops": peak})
+        assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("size", [10**400, "1e400 GB", 9 * "9" + 400 * "0" + " GB"])
+def test_sizes_beyond_arithmetic_are_refused(size: object) -> None:
+    card = {"name": "x", "peak_tflops": {"bf16": 1}, "memory_bytes": size, "memory_bytes_per_s": "2 TB/s"}
+    with pytest.raises(ScenarioError, match="finite"):
+        Device.from_mapping(card)

@@ -102,9 +102,8 @@ def write_system(root: Path, system: str = "made_up", version: str = "0.24.0", g
         for i in range(7, 24) for mode, slow in (("graph", 1.0), ("eager", 3.0))
     ])  # fmt: skip
     write(root, f"{system}/comm/nccl/2.29.2", "nccl_perf", [
-        {"op_name": "all_reduce", "nccl_dtype": "half", "num_gpus": 2, "message_size": 2**i,
-         "latency": nccl_ms(2**i)}
-        for i in range(8, 24)
+        {"op_name": name, "nccl_dtype": "half", "num_gpus": 2, "message_size": 2**i, "latency": share * nccl_ms(2**i)}
+        for i in range(8, 24) for name, share in (("all_reduce", 1.0), ("all_gather", 0.5))
     ])  # fmt: skip
     write(root, f"{system}/quantize/vllm/{version}", "scale_matrix_perf", [
         {"quant_dtype": "fp8", "m": m, "k": k, "latency": streaming_ms(m, k)}

@@ -227,7 +227,7 @@ SABOTAGES: dict[Sabotage, str] = {
     count_an_arrival_twice: r"arrived: 2 is not 1",
     idle_with_work: r"idles with 2 running tasks, \d+ waiting, \d+ free blocks",
     sleep_through_an_arrival: r"was not woken for 1 waiting tasks",
-    return_an_empty_batch: r"Chunked returned an empty batch for gpu-0 at 0 ns",
+    return_an_empty_batch: r"Chunked of gpu-0 returned an empty batch at 0 ns",
     start_inside_a_step: r"a step starts inside another",
     end_a_step_twice: r"a step ends that never started",
     forget_tokens_at_the_cut: r"tokens emitted: \d+ is not 0",

@@ -16,10 +16,11 @@ from handmade import Story, random_story
 from mist.metrics import ClientInfo, summarise
 from mist.metrics.distribution import distribution, weighted_distribution, weighted_percentiles
 from mist.metrics.latency import e2e_ns
-from mist.metrics.load import littles_identity, mean_number
+from mist.metrics.load import highest_number, littles_identity, mean_number
 from mist.metrics.stages import PARTS, stage_times
 from mist.metrics.tokens import DecodeSteps, Segments, longest_gaps, token_gaps
 from mist.metrics.window import Window
+from mist.metrics.words import share
 from mist.records import FINISHED, REJECTED, UNFINISHED, Records
 from mist.testing import play, random_scenario, table
 
@@ -193,7 +194,7 @@ def test_a_window_measures_the_requests_that_arrive_in_it(story):
     done = [job for job in story.jobs if job.index in arrived & story.finished]
     assert summary["e2e_s"] == expected([job.since - job.arrival for job in done])
     assert summary["itl_s"] == expected([b - a for job in done for a, b in pairwise(job.tokens)])
-    assert "requests that arrived from" in summary["notes"][0]
+    assert "requests: those that arrived from" in summary["notes"][0]
 
 
 def test_the_document_is_json_without_nan(story):
@@ -226,7 +227,50 @@ def test_censoring_is_said_in_words():
     summary = summarise(story.records, clients=story.clients)
     assert summary["requests"]["unfinished"] > 0
     assert any(f"{summary['requests']['unfinished']} unfinished" in note for note in summary["notes"])
-    assert any("true percentiles are higher" in note for note in summary["notes"])
+    rows = story.records.requests.as_columns()
+    longest = (rows["end_ns"] - rows["arrival_ns"])[rows["status"] == UNFINISHED].max() / 1e9
+    told = f"had been in the system for up to {longest:.3g} s: true percentiles may be higher"
+    assert any(told in note for note in summary["notes"])
+
+
+def test_nothing_finished_is_said_in_words():
+    records = Records(client_names=["gpu"], stage_kinds=["prefill"])
+    for i in range(3):
+        records.requests.append((i, 10 * i, -1, 10 * i, REJECTED, 0, 8, 0, 0, 0))
+    summary = summarise(records, clients=[ClientInfo("gpu", "gpu")])
+    assert summary["notes"] == ["No request finished, so there are no latencies: 3 rejected."]
+    assert not summary["saturated"]
+    assert summary["backlog"] is None
+
+
+def test_one_request_is_one():
+    records = Records(client_names=["gpu"], stage_kinds=["prefill"])
+    records.requests.append((0, 0, -1, 5, FINISHED, -1, 8, 0, 0, 0))
+    notes = summarise(records, clients=[ClientInfo("gpu", "gpu")])["notes"]
+    assert notes == [
+        "Latencies are of the only request, with no warm-up cut.",
+        "Only one request arrived: whether such load would saturate can't be told.",
+    ]
+    records.requests.append((1, 7, -1, 9, REJECTED, 0, 8, 0, 0, 0))
+    notes = summarise(records, clients=[ClientInfo("gpu", "gpu")])["notes"]
+    assert notes == ["Latencies are of the 1 request that finished, with no warm-up cut; 1 rejected is left out."]
+
+
+def test_a_window_outside_the_run_says_so():
+    story = random_story(1)
+    note = summarise(story.records, clients=story.clients, window=(10**15, 2 * 10**15))["notes"][0]
+    assert note.startswith("The window lies outside the run, whose last event is ")
+
+
+@pytest.mark.parametrize(
+    ("fraction", "words"),
+    [
+        (0.0, "0%"), (1e-9, "<0.1%"), (0.0123, "1.2%"), (0.0996, "10%"), (0.5, "50%"), (0.9849, "98%"),
+        (0.9949, "99.5%"), (0.996, "99.6%"), (0.9994, "99.9%"), (0.9999, ">99.9%"), (1.0, "100%"), (2.5, "250%"),
+    ],
+)  # fmt: skip
+def test_a_share_is_never_rounded_to_all_or_nothing(fraction, words):
+    assert share(fraction) == words
 
 
 def test_hidden_tokens_before_the_first_visible_one_make_no_gaps():
@@ -270,6 +314,37 @@ def test_prefix_hits_are_a_share_of_the_tokens_needed():
     assert summarise(records, clients=clients)["clients"]["gpu"]["prefix_hit_rate"] == 48 / 128
     late = summarise(records, clients=clients, window=(10, None))["clients"]["gpu"]
     assert late["prefix_hit_rate"] == 48 / 64
+
+
+def test_what_a_preempted_task_finds_of_its_own_is_no_prefix_hit():
+    records = Records(client_names=["gpu"], stage_kinds=["prefill"])
+    records.tasks.append((0, 0, 0, 0, 0, 0, -1, 10, 1, 48, 16, -1, -1))
+    records.tasks.append((0, 0, 0, 0, 10, 20, -1, 30, 1, 4, 60, -1, -1))
+    records.tasks.append((0, 0, 0, 0, 30, 40, -1, 50, 0, 4, 60, -1, -1))
+    records.tasks.append((1, 0, 0, 0, 50, 50, -1, 60, 0, 64, 0, -1, -1))
+    for i, (start, tokens) in enumerate(((0, 48), (20, 4), (40, 4), (50, 64))):
+        records.steps.append((0, start, start + 10, 1, tokens, 0, 0, 4, 0))
+        if i > 1:
+            records.requests.append((i - 2, 0, -1, start + 10, FINISHED, -1, 64, 0, 16, 2))
+    gpu = summarise(records, clients=[ClientInfo("gpu", "gpu", 8, 16)])["clients"]["gpu"]
+    assert gpu["prefix_hit_rate"] == 16 / (16 + 48 + 64)
+    assert gpu["prefill_tokens"] == 48 + 4 + 4 + 64
+
+
+def test_the_offered_rate_is_that_of_the_arrivals():
+    records = Records(client_names=["gpu"], stage_kinds=["prefill"])
+    for i in range(5):
+        status = FINISHED if i < 4 else UNFINISHED
+        records.requests.append((i, 10**9 + i * 5 * 10**8, -1, 10**10, status, -1, 8, 0, 0, 0))
+    clients = [ClientInfo("gpu", "gpu")]
+    asked = np.array([10, 20, 30, 40, 100])
+    offered = summarise(records, clients=clients, oracle_output_tokens=asked)["offered"]
+    assert offered == {"requests_per_s": 2.0, "output_tokens_per_s": 80.0, "span_s": 2.0}
+    late = summarise(records, clients=clients, oracle_output_tokens=asked, window=(2 * 10**9, None))["offered"]
+    assert late == {"requests_per_s": 2.0, "output_tokens_per_s": pytest.approx(2 * 170 / 3), "span_s": 1.0}
+    assert summarise(records, clients=clients, open_loop=False)["offered"] is None
+    nothing = {"requests_per_s": None, "output_tokens_per_s": None, "span_s": None}
+    assert summarise(records, clients=clients, window=(3 * 10**9, None))["offered"] == nothing
 
 
 def test_a_window_holds_its_start_and_not_its_end():
@@ -402,6 +477,63 @@ def test_overload_that_begins_once_the_cache_is_full_is_saturation():
     assert verdict(records)["saturated"]
 
 
+def lognormal(rng: np.random.Generator, num: int, cv: float) -> np.ndarray:
+    variance = np.log1p(cv**2)
+    return rng.lognormal(-variance / 2, np.sqrt(variance), num)
+
+
+@pytest.mark.parametrize("num", [500, 2000])
+@pytest.mark.parametrize("queue", ["M/M/1", "M/D/1", "M/M/16", "G/G/1"])
+def test_few_runs_at_95_percent_are_called_saturated(queue, num):
+    alarms = 0
+    for seed in range(25):
+        rng = np.random.default_rng([seed, num])
+        servers = 16 if queue == "M/M/16" else 1
+        arrivals = rng.exponential(1 / 0.95 / servers, num).cumsum()
+        services = np.ones(num) if queue == "M/D/1" else rng.exponential(1.0, num)
+        if queue == "G/G/1":
+            arrivals, services = rng.gamma(0.25, 4 / 0.95, num).cumsum(), lognormal(rng, num, 2.0)
+        alarms += verdict(queue_records(arrivals, services, servers))["saturated"]
+    assert alarms <= 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_growth_drawn_out_over_a_long_run_is_saturation(seed):
+    """5 % above capacity piles up no more than 5 % of the arrivals, but over 12,000 of them it's beyond chance."""
+    summary = verdict(queue_records(*poisson(seed, 12_000, 1.06)))
+    assert summary["saturated"]
+    assert not summary["near_capacity"]
+    assert summary["backlog"]["waiting_last"] > 300
+
+
+def test_growth_that_proves_nothing_is_told():
+    summaries = [verdict(queue_records(*poisson(seed, 1000, 1.05))) for seed in range(20)]
+    near = [summary for summary in summaries if summary["near_capacity"]]
+    assert len(near) >= 5
+    for summary in near:
+        assert not summary["saturated"]
+        assert summary["saturation_reason"] is None
+        assert summary["backlog"]["waiting_last"] > summary["backlog"]["waiting_first"] + 10
+    assert sum(summary["saturated"] or summary["near_capacity"] for summary in summaries) >= 12
+    arrivals = np.arange(3000.0)
+    late = verdict(queue_records(arrivals, np.where(arrivals < 2700, 0.9, 2.0)))
+    assert late["near_capacity"]  # no straight line, but not to be passed over
+    assert not any(verdict(queue_records(*poisson(seed, 1000, 0.8)))["near_capacity"] for seed in range(20))
+
+
+def test_a_backlog_is_what_waited():
+    # two tenths of the period at 2 per service, nothing else: 20 arrive at 0, 1, .. and are served in 2 s each
+    arrivals = np.concatenate((np.arange(20.0), np.arange(100.0, 201.0, 20)))
+    summary = verdict(queue_records(arrivals, np.full(len(arrivals), 2.0)))
+    waits = [2.0 * i - i for i in range(20)]
+    seen = summary["backlog"]
+    assert seen["pool"] == "gpu"
+    assert seen["waiting_peak"] == 10
+    assert seen["waiting_last"] == 0
+    in_first = sum(min(i + wait, 20.0) - i for i, wait in enumerate(waits))
+    assert seen["waiting_first"] == pytest.approx(in_first / 20)
+
+
 def crowd(sojourn_s: np.ndarray, num: int = 3000) -> Records:
     """Requests a second apart that are served at once and take `sojourn_s`."""
     records = Records(client_names=["gpu-0"], stage_kinds=["serve"])
@@ -437,6 +569,21 @@ def test_all_at_once_is_never_saturated():
 def test_mean_number_is_exact_for_intervals_it_can_see():
     mean = mean_number(np.array([0, 5, 30]), np.array([10, 25, 40]), np.array([0.0, 10.0, 20.0, 40.0]))
     assert mean.tolist() == [1.5, 1.0, 0.75]
+
+
+def test_the_highest_number_counts_no_instant_twice():
+    starts, ends = np.array([0, 5, 10, 10, 30]), np.array([10, 10, 12, 10, 99])
+    assert highest_number(starts, ends, 50) == 2
+    assert highest_number(starts, ends, 4) == 1
+    assert highest_number(starts[3:4], ends[3:4], 50) == 0
+    assert highest_number(starts[:0], ends[:0], 50) == 0
+
+
+def test_littles_identity_holds_beyond_64_bits():
+    arrivals, ends = np.arange(50), np.full(50, 2**62)
+    requests = {"arrival_ns": arrivals, "end_ns": ends, "status": np.full(50, UNFINISHED)}
+    integral, sojourns = littles_identity(requests, 2**62)
+    assert integral == sojourns == 50 * 2**62 - 49 * 25
 
 
 # --- the simulator's own records ---

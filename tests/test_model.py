@@ -210,3 +210,13 @@ def test_published_configs_of_other_architectures_are_read(file: str, billions: 
         pytest.skip(f"models/{file} is in no folder of MIST_DATA")
     read = ModelSpec.from_hf_config(file, json.loads(found[0].read_text(encoding="utf-8")))
     assert read.num_parameters / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "rwkv", "t5", "Llama", "bert_like"])
+def test_an_unknown_model_type_is_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"model_type: '{kind}' is not supported \(known: .*llama"):
+        llama_70b(model_type=kind)
+
+
+def test_an_encoder_is_read_as_one() -> None:
+    assert llama_70b(model_type="bert").is_encoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -19,6 +20,7 @@ from mist.errors import ScenarioError
 from mist.metrics import ClientInfo, summarise
 from mist.records import FINISHED, Records
 from mist.scenario.result import PLAIN_WIDTH, Result, check_output_folder
+from mist.scenario.result_table import _rate
 
 FILES = ["requests.parquet", "scenario.yaml", "steps.parquet", "summary.json"]
 
@@ -97,8 +99,9 @@ def test_the_printed_form_says_all_there_is_to_say():
     result = make(random_story(2, num_clients=3, disaggregated=True), slo=slo, window=(20_000_000, None))
     page = str(result)
     for words in ("news search on mixed hardware", "arrived", "requests/s", "mean", "P50", "P99", "TTFT", "TPOT",
-                  "ITL", "E2E", "2 x decode", "utilisation", "KV tokens", "preemptions", "wait", "serve", "transfer",
-                  "≤", "missed", "met", "Goodput", "Not saturated", "that arrived from", "MIST 0.1.0"):  # fmt: skip
+                  "ITL", "E2E", "2 x decode", "busy", "Offered", "KV tokens", "preemptions", "wait", "serve",
+                  "transfer", "≤", "missed", "met", "Goodput", "Not saturated", "that arrived from",
+                  "MIST 0.1.0"):  # fmt: skip
         assert words in page
     assert "nan" not in page.lower()
     assert "None" not in page
@@ -136,6 +139,96 @@ def test_long_names_and_large_numbers_leave_figures_whole():
     assert "16,000,000" in page
     assert "1,000.0" in page
     assert "…" not in page
+
+
+def at_width(result: Result, width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    with console.capture() as capture:
+        console.print(result)
+    return capture.get()
+
+
+def tables(page: str) -> list[str]:
+    """What the tables of a page say, word by word."""
+    lines = page.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.split()[:1] == ["Latency"])
+    last = next(i for i, line in enumerate(lines) if line.startswith("Goodput"))
+    return sorted(set(" ".join(lines[first:last]).split()))
+
+
+@pytest.mark.parametrize("width", [24, 40, 50, 60, 80, 100])
+def test_no_width_cuts_a_figure_a_name_or_a_unit(width):
+    story = random_story(2, num_clients=3, disaggregated=True)
+    pool = {"prefill": "a-pool-of-length-23-abc", "decode": "decode"}
+    clients = [ClientInfo(c.name, pool.get(c.pool, c.pool), 1_000_000, 16, 256) for c in story.clients]
+    slo = {"ttft_s": {"p99": 1e-6, "p99.9": 0.25}}
+    result = Result("wide", {}, story.records, summarise(story.records, clients=clients, slo=slo))
+    result.metrics["clients"]["decode"].update(preemptions=12_345_678, prefix_hit_rate=0.123)
+    page = at_width(result, width)
+    assert tables(page) == tables(at_width(result, 300))
+    assert max(len(line) for line in page.splitlines()) <= width
+    assert "12,345,678" in page
+    assert "32,000,000" in page
+    assert "…" not in page
+
+
+def test_a_narrow_page_lists_figures_with_their_units(result):
+    page = at_width(result, 24)
+    lines = [line.rstrip() for line in page.splitlines()]
+    first = lines.index("TTFT")
+    assert re.fullmatch(r"  mean [0-9.]+ (s|ms|µs)", lines[first + 1])
+    assert re.fullmatch(r"  share of E2E [0-9.]+%", next(line for line in lines if "share" in line))
+
+
+def test_rates_have_three_digits():
+    rates = [0.0, 0.00123, 0.5, 1.0, 9.996, 12.0, 12.1, 20.98, 99.96, 1234.5]
+    assert [_rate(rate) for rate in rates] == [
+        "0", "0.00123", "0.5", "1.00", "10.0", "12.0", "12.1", "21.0", "100", "1,234",
+    ]  # fmt: skip
+
+
+def test_targets_are_printed_as_they_were_given():
+    story = random_story(2)
+    result = make(story, slo={"ttft_s": {"p99": 0.25}, "e2e_s": {"p50": 1.125, "mean": 90}})
+    result.metrics["slo"]["targets"][0]["actual_s"] = 123.4
+    page = str(result)
+    for words in ("≤ 250 ms", "123.4 s", "≤ 1.125 s", "≤ 90 s"):
+        assert words in page
+
+
+def test_almost_all_is_not_all():
+    result = make(random_story(2), slo={"ttft_s": {"p99": 1.0}})
+    result.metrics["slo"]["attainment"] = 0.9999
+    for pool in result.metrics["clients"].values():
+        pool["utilisation"] = 0.996
+    page = str(result)
+    assert ">99.9% of requests met all" in page
+    assert "99.6%" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "Not saturated: at most 7 requests waited for gpu while load arrived, 0 on average in its first tenth and "
+             "0.3 in its last."),
+        ({"backlog": {"pool": "gpu", "waiting_first": 0.0, "waiting_last": 0.0, "waiting_peak": 1}},
+         "Not saturated: at most 1 request waited for gpu"),
+        ({"backlog": {"pool": "gpu", "waiting_first": 0.0, "waiting_last": 0.0, "waiting_peak": 0}},
+         "Not saturated: no request waited."),
+        ({"near_capacity": True, "backlog": {"pool": "gpu", "waiting_first": 1.2, "waiting_last": 231.4,
+                                             "waiting_peak": 250}},
+         "Near capacity: the queue of gpu grew from 1.2 to 231 waiting over the run; a longer run would tell"),
+        ({"saturated": True, "saturation_reason": "the queue grew"}, "Saturated: the queue grew."),
+        ({"requests": {"arrived": 5, "finished": 0, "rejected": 5}}, "Nothing was served: no request finished."),
+    ],
+)  # fmt: skip
+def test_the_verdict_says_what_was_seen(changes, words):
+    result = make(random_story(2))
+    result.metrics["backlog"] = {"pool": "gpu", "waiting_first": 0.0, "waiting_last": 0.31, "waiting_peak": 7}
+    result.metrics.update({"saturated": False, "near_capacity": False, **changes})
+    page = " ".join(str(result).split())
+    assert words in page
+    assert ("Not saturated" in page) == words.startswith("Not saturated")
 
 
 def test_markup_in_names_is_printed_as_it_is():

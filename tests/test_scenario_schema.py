@@ -97,6 +97,8 @@ def folder(tmp_path: Path) -> Path:
               "num_key_value_heads": 4, "intermediate_size": 1024, "vocab_size": 32000,
               "max_position_embeddings": 4096}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mamba.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    (tmp_path / "cut.json").write_text(json.dumps(config, indent=0)[:40])
     return tmp_path
 
 
@@ -250,12 +252,81 @@ window_s: 30:10
 """
     found = problems(folder, text)
     assert places(found) == [
-        (1, 1), (3, 36), (4, 17), (6, 18), (9, 13), (11, 9), (12, 26), (13, 65), (14, 20), (15, 16), (16, 11),
+        (1, 1), (3, 36), (4, 17), (5, 12), (6, 18), (9, 13), (11, 9), (12, 26), (13, 65), (14, 20), (15, 16), (16, 11),
     ]  # fmt: skip
     hints = "\n".join(p.hint for p in found)
     for nearest in ("'seed'", "'lognormal'", "'h100-sxm'", "'max_num_seqs'", "'round_robin'"):
         assert nearest in hints
     assert all(p.file == str(folder / "case.yaml") and p.hint for p in found)
+
+
+def test_problems_do_not_hide_one_another(folder: Path) -> None:
+    text = """\
+workload:
+  trace: nope.csv
+  arrivals: all_at_once
+  lengths: azure-convrsation
+  bogus: 3
+clients:
+  g:
+    device: h1000
+    model: llama-3.1-8b
+    tp: -1
+    batching: {chunked: {max_num_seqs: -4, foo: 2}}
+  h: {device: h100-sxm, model: llama-3.1-8b, tp: 3, bar: 1}
+slo: {ttft_s: {p101: 1}}
+"""
+    found = problems(folder, text)
+    assert places(found) == [
+        (2, 10), (4, 12), (4, 12), (5, 3), (8, 13), (10, 9), (11, 40), (11, 44), (12, 50), (12, 53), (13, 16),
+    ]  # fmt: skip
+
+
+def test_an_unread_parameter_raises_no_doubt_of_the_others(folder: Path) -> None:
+    found = problems(folder, SMALL.replace("gpu: {", "gpu: {batching: {chunked: {max_num_seqs: 4096, foo: 1}}, "))
+    assert [p.message.rpartition(": ")[2] for p in found] == ["there is no key 'foo' here"]
+
+
+def test_degrees_that_would_do_are_named(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 28, "num_key_value_heads": 4}
+    config |= {"hidden_size": 3584, "intermediate_size": 18944}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = SMALL.replace("model: llama-3.1-8b", "model: ./config.json, tp: 8")
+    (found,) = problems(folder, text)
+    assert "28 attention heads" in found.message
+    assert "a tp of 1, 2, 4" in found.hint
+    for tp in (1, 2, 4):
+        read(folder, text, f"clients.gpu.tp={tp}")
+    (found,) = problems(folder, SMALL.replace("llama-3.1-8b", "llama-3.1-70b"))
+    assert "tp: 2 would do" in found.hint
+    read(folder, SMALL.replace("llama-3.1-8b", "llama-3.1-70b, tp: 2"))
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [
+        ("Qwen/Qwen3-32B", "bf16"),
+        ("Qwen/Qwen3-32B-FP8", "fp8"),
+        ("qwen/qwen3-32b-awq", "int4"),
+        ("openai/gpt-oss-20b", "mxfp4"),
+        ("RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w8a8", "int8"),
+    ],
+)
+def test_weights_have_the_checkpoints_dtype(folder: Path, model: str, dtype: str) -> None:
+    text = SMALL.replace("h100-sxm", "h200-sxm").replace("llama-3.1-8b", model)
+    scenario = read(folder, text)
+    client = scenario.clients["gpu"]
+    assert (client.weights_dtype, client.kv_dtype) == (dtype, "bf16")
+    assert scenario.resolved()["clients"]["gpu"]["weights_dtype"] == dtype
+    assert read(folder, scenario.to_yaml()).clients["gpu"].weights_dtype == dtype
+    assert read(folder, text, "clients.gpu.weights_dtype=bf16").clients["gpu"].weights_dtype == "bf16"
+
+
+def test_a_configs_quantisation_is_the_dtype_of_its_weights(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for quantisation, dtype in (({"quant_method": "fp8"}, "fp8"), ({"load_in_4bit": True}, "int4")):
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+        assert read(folder, TRACED).clients["a100"].weights_dtype == dtype
 
 
 CLIENT = "  gpu: {device: h100-sxm, model: llama-3.1-8b}"
@@ -278,6 +349,8 @@ CLIENT = "  gpu: {device: h100-sxm, model: llama-3.1-8b}"
         ("model: llama-3.1-8b", "model: llama-3.1-70b", (8, 17), "does not fit on 1 x h100-sxm"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, tp: 3", (8, 52), "32 attention heads"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, pp: 33", (8, 3), "32 layers"),
+        ("model: llama-3.1-8b", "model: ./mamba.json", (1, 16), "'mamba' is not supported"),
+        ("model: llama-3.1-8b", "model: ./cut.json", (3, 16), "not valid JSON"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, weights_dtype: fp9", (8, 63), "no dtype 'fp9'"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, serves: [prefill]", (8, 48), "different clients"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, serves: [prefill, decod]", (8, 66), "no stage 'decod'"),
@@ -302,6 +375,15 @@ CLIENT = "  gpu: {device: h100-sxm, model: llama-3.1-8b}"
         ("seed: 3", "pipeline: [prefill, embed, decode]", (2, 1), "no client serves the stage 'embed'"),
         ("seed: 3", "pipeline: [decode]", (2, 1), "needs a prefill"),
         ("seed: 3", "pipeline: rag", (2, 11), "no pipeline 'rag'"),
+        ("seed: 3", "pipeline: []", (2, 1), "at least one stage"),
+        ("seed: 3", "pipeline: [decode, prefill]", (2, 1), "needs a prefill before it"),
+        ("seed: 3", "pipeline: [prefill, decode, prefill, decode]", (2, 1), "keep one"),
+        ("seed: 3", "window_s: [1" + 400 * "0" + ", 3]", (2, 1), "not a window of time"),
+        ("rate_per_s: 4", "rate_per_s: 1e-9", (4, 36), "take more than"),
+        ("poisson: {rate_per_s: 4}", "gamma: {rate_per_s: 4, cv: 1e300}", (4, 41), "cv is 1e+300"),
+        ("lengths:", "input_tokens: {uniform: {low: 1, high: 9223372036854775808}}\n  lengths:", (6, 42), "high is"),
+        ("lengths:", "input_tokens: 5\n  output_tokens: 6\n  lengths:", (8, 12), "are all given"),
+        ("{poisson: {rate_per_s: 4}}", "[]", (4, 3), "must be an arrival process"),
         ("seed: 3", "routing: {prefil: round_robin}", (2, 19), "no stage 'prefil'"),
         ("seed: 3", "seed: true", (2, 7), "whole number, not true"),
         ("seed: 3", "warmup_s: 10\nwindow_s: 5:20", (3, 11), "ends after the window begins"),

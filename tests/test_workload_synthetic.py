@@ -6,6 +6,7 @@ Tolerances are four to five standard errors at a fixed seed. Never looks at a si
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -214,3 +215,29 @@ def test_rates_so_low_that_time_would_overflow_are_refused() -> None:
             process.arrival_ns(1000, rng())
     with pytest.raises(ValueError, match="at least 1"):
         draw_table(0, Poisson(1.0), Fixed(1), Fixed(1), np.random.SeedSequence(1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Gamma(6, cv=1e-300),
+        lambda: Gamma(6, cv=1e300),
+        lambda: Lognormal(5, cv=1e300),
+        lambda: Lognormal(1e308, cv=1e308),
+        lambda: Lognormal(1e308, cv=1),
+        lambda: Uniform(1, 2**63),
+        lambda: ClosedLoop(99999999999999999999),
+        lambda: Poisson(5e-324),
+        lambda: Fixed(10**5000),
+    ],
+)
+def test_figures_beyond_arithmetic_are_refused_by_name(make: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"^(cv|mean|high|concurrency|rate_per_s|tokens) is .{1,40}: give"):
+        make()
+
+
+@pytest.mark.parametrize("cv", [1e-6, 1e9])
+def test_the_widest_variations_can_be_drawn(cv: float) -> None:
+    rng = np.random.default_rng(0)
+    assert Lognormal(5, cv).sample(1000, rng).min() >= 1
+    assert np.all(np.diff(Gamma(1e9, cv).arrival_ns(1000, rng)) >= 0)

@@ -159,8 +159,12 @@ def test_times_are_exact_to_the_nanosecond(put: Put, unit: str, texts: list[str]
 
 def test_time_unit_is_the_ending_of_the_arrival_column() -> None:
     assert Columns(arrival="start_ms") == Columns(arrival="start_ms", time_unit=None)
-    with pytest.raises(ValueError, match="set time_unit to one of s, ms, us, ns, timestamp"):
-        Columns(arrival="start")
+    for trace in ("t.csv", "t.jsonl.gz"):
+        told = Columns(arrival="start").problem_with(trace)
+        assert told is not None
+        assert "set time_unit to one of s, ms, us, ns, timestamp" in told
+    assert Columns(arrival="start").problem_with("t.parquet") is None
+    assert Columns(arrival="start_ms").problem_with("t.csv") is None
     with pytest.raises(ValueError, match="'minutes' is not known"):
         Columns(arrival="start", time_unit="minutes")
     with pytest.raises(ValueError, match="at least 1"):
@@ -185,6 +189,16 @@ def test_parquet_of_every_type(put: Put) -> None:
     path = put(data)
     assert isinstance(detect(path), Columns)
     assert columns_of(read_trace(path)) == ([0, 3], [1, 2], [0, 1])
+
+
+def test_time_stamps_in_parquet_need_no_unit(put: Put) -> None:
+    stamps = np.array(["2024-01-01T00:00:00.5", "2024-01-01T00:00:02"], dtype="datetime64[us]")
+    assert columns_of(read_trace(put(parquet(when=stamps, i=[5, 6], o=[7, 8])), Columns("when", "i", "o")))[0] == [
+        0,
+        1_500_000_000,
+    ]
+    (told,) = problems_of(put(parquet(when=[1, 2], i=[5, 6], o=[7, 8])), Columns("when", "i", "o"))
+    assert "the unit of 'when' is not known: set time_unit to one of s, ms" in told
 
 
 def test_parquet_with_bad_values_tells_their_rows(put: Put) -> None:
@@ -311,7 +325,7 @@ def test_traces_are_found_beside_the_scenario_then_in_mist_data(tmp_path: Path) 
         (folder / "t.csv").touch()
         assert find_trace("t.csv", beside, environ) == folder / "t.csv"
     assert find_trace(two / "t.csv", beside, {}) == two / "t.csv"
-    with pytest.raises(ScenarioError, match="is not there"):
+    with pytest.raises(ScenarioError, match=r"is a folder\n.*it holds t\.csv"):
         find_trace("traces", two, {})
 
 
@@ -323,9 +337,11 @@ def test_rate_scale_and_limit(put: Put) -> None:
     assert len(limit(table, 2)) == 2
     assert limit(table, 2).block_keys == [(0, 1, 2), (0, 1)]
     assert len(limit(table, 99)) == 3
-    for bad in (0, -1, float("nan"), float("inf"), 1e-30):
+    for bad in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ScenarioError, match="number > 0"):
             rate_scale(table, bad)
+    with pytest.raises(ScenarioError, match=r"more than a century\n.*larger"):
+        rate_scale(table, 1e-30)
     with pytest.raises(ScenarioError, match="at least 1"):
         limit(table, 0)
 

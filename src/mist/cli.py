@@ -256,7 +256,7 @@ def list_names(what: str, as_json: bool, plugins: tuple[str, ...]) -> None:
     if as_json:
         _print_json(found)
     else:
-        click.echo(_table(found))
+        click.echo(_table(_folded(found) if what in ("policies", "pipelines") else found))
 
 
 def _load(
@@ -269,20 +269,39 @@ def _load(
     limit: int | None,
     rate_scale: float | None,
 ) -> Scenario:
-    _load_plugins(plugins)
+    from mist.errors import ScenarioError
     from mist.scenario import load
 
+    problems: list[Problem] = []
+    try:
+        _load_plugins(plugins)
+    except ScenarioError as error:  # the scenario's own problems are told with it
+        problems += error.problems
     options = {"seed": seed, "warmup_s": warmup, "window_s": window, "workload.limit": limit,
                "workload.rate_scale": rate_scale}  # fmt: skip
-    return load(scenario, sets, **{path: value for path, value in options.items() if value is not None})
+    try:
+        loaded = load(scenario, sets, **{path: value for path, value in options.items() if value is not None})
+    except ScenarioError as error:
+        raise ScenarioError([*problems, *error.problems]) from None
+    if problems:
+        raise ScenarioError(problems)
+    return loaded
 
 
 def _load_plugins(plugins: Iterable[str]) -> None:
+    """Every plug-in; ScenarioError tells all that can't be loaded."""
     from mist import registry
+    from mist.errors import ScenarioError
 
     registry.load_plugins()
+    problems: list[Problem] = []
     for plugin in plugins:
-        registry.load_plugin_file(plugin)
+        try:
+            registry.load_plugin_file(plugin)
+        except ScenarioError as error:
+            problems += error.problems
+    if problems:
+        raise ScenarioError(problems)
 
 
 def _inputs(scenario: Scenario, path: Path, plugins: Iterable[str]) -> list[Path]:
@@ -358,6 +377,22 @@ def _table(rows: list[dict[str, Any]]) -> str:
         right = any(isinstance(row[key], int | float) for row in rows)
         aligned.append([text.rjust(width) if right else text.ljust(width) for text in column])
     return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
+
+
+def _folded(rows: list[dict[str, Any]], width: int = 100) -> list[dict[str, Any]]:
+    """Rows of texts whose parameters and description go on below, so that lines have about `width` characters."""
+    from itertools import zip_longest
+    from textwrap import wrap
+
+    wide = ("parameters", "description")
+    narrow = sum(2 + max(len(str(row[key])) for row in rows) for key in rows[0] if key not in wide)
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        texts = (wrap(row[key], (width - narrow) // len(wide) - 1, break_long_words=False) or [""] for key in wide)
+        for number, parts in enumerate(zip_longest(*texts, fillvalue="")):
+            first = row if number == 0 else dict.fromkeys(row, "")
+            lines.append(first | dict(zip(wide, parts, strict=True)))
+    return lines
 
 
 def _tell(problems: Iterable[Problem]) -> None:

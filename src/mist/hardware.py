@@ -100,7 +100,7 @@ class Device:
         if "peak_tflops" in data:
             tflops = reader.numbers("peak_tflops", data["peak_tflops"], 0.0, 1e9, DTYPE_BYTES)
             values["peak_flop_per_s"] = {dtype: tera * 1e12 for dtype, tera in tflops.items()}
-            if "bf16" not in tflops:
+            if isinstance(data["peak_tflops"], Mapping) and "bf16" not in data["peak_tflops"]:
                 reader.problem("peak_tflops.bf16", "is missing")
         if "efficiency" in data:
             values["efficiency"] = reader.numbers("efficiency", data["efficiency"], 0.0, 1.0, GENERIC_EFFICIENCY)
@@ -254,6 +254,9 @@ class MappingReader:
         whole, parse = _parser(key)
         try:
             number = parse(value) if isinstance(value, str) and parse else float(value)
+        except OverflowError:
+            self.problem(key, f"can't be {str(value)[:40]}", "give a finite number")
+            return None
         except (TypeError, ValueError) as error:
             self.problem(key, f"can't be {value!r}", str(error))
             return None

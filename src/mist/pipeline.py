@@ -41,11 +41,20 @@ class PipelineFactory(Protocol):
 class StageList:
     """A plain list of stages: a decode generates the request's output, any other stage computes its input.
 
-    `kinds`: the stages, in order. A decode of no tokens is left out.
+    `kinds`: the stages, in order; one decode at most, directly after the stage whose context it continues. A decode of
+    no tokens is left out. ValueError for a list that isn't so.
     """
 
     kinds: tuple[str, ...] = (PREFILL, DECODE)
     is_fixed: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.kinds:
+            raise ValueError("a request needs at least one stage: such as [prefill, decode]")
+        if self.kinds[0] == DECODE:
+            raise ValueError("a decode needs a prefill before it: such as [prefill, decode]")
+        if self.kinds.count(DECODE) > 1:
+            raise ValueError(f"{self.kinds.count(DECODE)} decodes: each generates the whole output, so keep one")
 
     def __call__(self, request: Request, rng: RequestRandom) -> Pipeline:
         for kind in self.kinds:

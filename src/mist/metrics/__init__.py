@@ -14,11 +14,13 @@ import numpy as np
 from mist.metrics.clients import ClientInfo, activity, ratio, summarise_clients
 from mist.metrics.distribution import PERCENTILES, Distribution, FloatColumn, distribution, weighted_distribution
 from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
-from mist.metrics.saturation import saturation_reason
+from mist.metrics.offered import offered_load
+from mist.metrics.saturation import judge, unjudged
 from mist.metrics.slo import Targets, percentiles_of, summarise_slo
 from mist.metrics.stages import stage_times, summarise_stages
 from mist.metrics.tokens import DecodeSteps, Segments, longest_gaps, token_gaps, tokens_by_client
 from mist.metrics.window import BoolColumn, Columns, Window
+from mist.metrics.words import counted
 from mist.records import FINISHED, STATUSES, UNFINISHED, IntColumn, Records
 from mist.units import NS_PER_S
 
@@ -36,14 +38,16 @@ def summarise(
     open_loop: bool = True,
     slo: Targets | None = None,
     provenance: Mapping[str, Any] | None = None,
+    oracle_output_tokens: IntColumn | None = None,
 ) -> dict[str, Any]:
     """The summary document of a run: JSON values only, seconds and fractions, None for what has no value.
 
     `clients` in the order of `records.client_names`. `window` (ns on the run's clock, None: open) picks the requests
     that arrive in it; rates and clients' figures are over its span. `open_loop` False where the workload waits for the
     system (closed loop, all at once), which can't be saturated. `slo` adds verdicts and goodput, and its percentiles to
-    the latency figures; `provenance` (which model answered which share) is carried over. Raises ValueError for an SLO
-    metric or statistic that isn't known.
+    the latency figures; `provenance` (which model answered which share) is carried over. `oracle_output_tokens`
+    (int64[requests], by request number) are those that the workload asks for, which the offered load is made of; left
+    out, those generated stand for them. Raises ValueError for an SLO metric or statistic that isn't known.
     """
     targets = dict(slo or {})
     if unknown := set(targets) - set(SLO_METRICS):
@@ -66,11 +70,12 @@ def summarise(
         first_tokens = _first_tokens(requests, requests["status"] == FINISHED)
         longest = longest_gaps(segments.since(first_tokens), decode_steps, len(first_tokens))
         times["itl_s"] = longest[requests["request"]]
-    reason = saturation_reason(requests, tasks, clients, sums, span) if open_loop else None
+    verdict = judge(requests, tasks, clients, sums, span) if open_loop else unjudged()
     return {
         "schema_version": SCHEMA_VERSION,
         "requests": _counts(requests, chosen),
         **figures,
+        "offered": offered_load(requests, chosen, oracle_output_tokens) if open_loop else None,
         "throughput": _throughput(requests, int(emitted.sum()), span),
         "duration_s": (span.last_ns - span.first_ns) / NS_PER_S,
         "window": {name: getattr(span, f"{name[:-2]}_ns") / NS_PER_S for name in ("start_s", "end_s", "span_s")},
@@ -78,8 +83,7 @@ def summarise(
         "stages": summarise_stages(stage_times(finished, tasks, len(records.stage_kinds)), records.stage_kinds),
         "slo": summarise_slo(targets, times, figures, requests, chosen, span) if targets else None,
         "open_loop": open_loop,
-        "saturated": reason is not None,
-        "saturation_reason": reason,
+        **verdict,
         "notes": _notes(requests, chosen, span, open_loop),
         "provenance": dict(provenance or {}),
     }
@@ -140,17 +144,38 @@ def _notes(requests: Columns, chosen: BoolColumn, window: Window, open_loop: boo
     if not window.is_whole_run:
         start, end = ((t - window.first_ns) / NS_PER_S for t in (window.start_ns, window.end_ns))
         notes.append(
-            f"Measured are the {counts['arrived']:,} of {len(chosen):,} requests that arrived from {start:,.1f} s to "
-            f"{end:,.1f} s after the first one; throughput and clients' figures are over that span."
+            f"Measured are {counts['arrived']:,} of {counted(len(chosen), 'request')}: those that arrived from "
+            f"{start:,.1f} s to {end:,.1f} s after the first one; throughput and clients' figures are over that span."
+            if window.span_ns
+            else f"The window lies outside the run, whose last event is {start:,.1f} s after the first arrival: "
+            "no request is measured."
         )
-    cut = "" if window.start_ns > window.first_ns else ", with no warm-up cut"
-    if counts["arrived"] > counts["finished"]:
-        others = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in STATUSES[1:] if counts[name])
-        notes.append(f"Latencies are of the {counts['finished']:,} requests that finished{cut}; {others} are left out.")
-    elif counts["arrived"]:
-        notes.append(f"Latencies are of all {counts['finished']:,} requests{cut}.")
-    if counts[STATUSES[UNFINISHED]]:
-        notes.append("The unfinished ones would have taken longer than most: true percentiles are higher.")
+    if counts["arrived"]:
+        notes += _coverage(requests, chosen, counts, window)
     if not open_loop:
         notes.append("The load waits for the system (it isn't open loop), so saturation doesn't apply.")
+    elif len(chosen) and not np.ptp(requests["arrival_ns"]):
+        one = "Only one request arrived" if len(chosen) == 1 else "All requests arrived at one instant"
+        notes.append(f"{one}: whether such load would saturate can't be told.")
+    return notes
+
+
+def _coverage(requests: Columns, chosen: BoolColumn, counts: Mapping[str, int], window: Window) -> list[str]:
+    """Whose latencies these are, and what is known of the others."""
+    cut = "" if window.start_ns > window.first_ns else ", with no warm-up cut"
+    if counts["arrived"] == counts["finished"]:
+        all_of = "the only request" if counts["finished"] == 1 else f"all {counts['finished']:,} requests"
+        return [f"Latencies are of {all_of}{cut}."]
+    others = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in STATUSES[1:] if counts[name])
+    if not counts["finished"]:
+        return [f"No request finished, so there are no latencies: {others}."]
+    verb = "is" if counts["arrived"] - counts["finished"] == 1 else "are"
+    done = counted(counts["finished"], "request")
+    notes = [f"Latencies are of the {done} that finished{cut}; {others} {verb} left out."]
+    if counts[STATUSES[UNFINISHED]]:
+        left = chosen & (requests["status"] == UNFINISHED)
+        longest = float((requests["end_ns"] - requests["arrival_ns"])[left].max()) / NS_PER_S
+        notes.append(
+            f"The unfinished had been in the system for up to {longest:,.3g} s: true percentiles may be higher."
+        )
     return notes

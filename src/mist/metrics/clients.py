@@ -38,7 +38,11 @@ class ClientInfo:
 
 @dataclass(slots=True)
 class Activity:
-    """Sums per client over a window, one value per client; `*_time` are integrals over busy time in ns."""
+    """Sums per client over a window, one value per client; `*_time` are integrals over busy time in ns.
+
+    `fresh_tokens` and `cached_tokens` were computed and found by tasks at their first admission: what a preempted task
+    finds of its own when it resumes is no prefix hit.
+    """
 
     sequence_time: FloatColumn
     kv_block_time: FloatColumn
@@ -48,12 +52,16 @@ class Activity:
     max_waiting: IntColumn
     prefill_tokens: IntColumn
     output_tokens: IntColumn
+    fresh_tokens: IntColumn
     cached_tokens: IntColumn
     preemptions: IntColumn
 
 
 def activity(steps: Columns, tasks: Columns, output_tokens: IntColumn, num_clients: int, window: Window) -> Activity:
-    """Add up the records of the window; a step that only partly lies in it counts with that part of its time."""
+    """Add up the records of the window; a step that only partly lies in it counts with that part of its time.
+
+    `tasks` has a request's rows together and in order.
+    """
     sums = {f.name: np.zeros(num_clients, np.int64) for f in fields(Activity) if not f.name.endswith("_time")}
     start, end = steps["start_ns"], steps["end_ns"]
     inside = (end > window.start_ns) & (start < window.stop_ns)
@@ -67,10 +75,13 @@ def activity(steps: Columns, tasks: Columns, output_tokens: IntColumn, num_clien
     np.add.at(sums["prefill_tokens"], client, steps["num_prefill_tokens"])
     np.maximum.at(sums["kv_blocks_peak"], client, steps["kv_blocks"])
     np.maximum.at(sums["max_waiting"], client, steps["num_waiting"])
-    admitted = window.holds(tasks["started_ns"])
-    np.add.at(sums["cached_tokens"], tasks["client"][admitted], tasks["cached_tokens"][admitted])
-    preempted = (tasks["how"] == PREEMPTED) & window.holds(tasks["end_ns"])
-    np.add.at(sums["preemptions"], tasks["client"][preempted], 1)
+    preempted = tasks["how"] == PREEMPTED
+    # a request's last segment is never a preempted one, so the row after is the same task's
+    first = (tasks["started_ns"] >= 0) & window.holds(tasks["started_ns"])
+    first[1:] &= ~preempted[:-1]
+    np.add.at(sums["cached_tokens"], tasks["client"][first], tasks["cached_tokens"][first])
+    np.add.at(sums["fresh_tokens"], tasks["client"][first], tasks["computed_tokens"][first])
+    np.add.at(sums["preemptions"], tasks["client"][preempted & window.holds(tasks["end_ns"])], 1)
     sums["output_tokens"] = output_tokens
     sequences = steps["num_prefills"] + steps["num_decodes"]
     # in floating point: blocks x ns pass 2**63 within a day
@@ -112,7 +123,7 @@ def _figures(clients: Sequence[ClientInfo], members: list[int], sums: Activity, 
     """The figures of some clients taken as one; the pool's KV peak is that of its fullest replica."""
     busy = int(sums.busy_ns[members].sum())
     prefilled = int(sums.prefill_tokens[members].sum())
-    cached = int(sums.cached_tokens[members].sum())
+    cached, fresh = (int(column[members].sum()) for column in (sums.cached_tokens, sums.fresh_tokens))
     filling = [sums.kv_blocks_peak[m] / clients[m].kv_blocks for m in members if clients[m].kv_blocks]
     block_time = sum(clients[m].kv_blocks * int(sums.busy_ns[m]) for m in members)
     return {
@@ -122,7 +133,7 @@ def _figures(clients: Sequence[ClientInfo], members: list[int], sums: Activity, 
         "kv_peak": float(max(filling)) if filling else None,
         "kv_mean": ratio(float(sums.kv_block_time[members].sum()), block_time),
         "kv_tokens_capacity": sum(clients[m].kv_tokens_capacity for m in members),
-        "prefix_hit_rate": ratio(cached, cached + prefilled),
+        "prefix_hit_rate": ratio(cached, cached + fresh),
         "steps": int(sums.steps[members].sum()),
         "prefill_tokens": prefilled,
         "output_tokens": int(sums.output_tokens[members].sum()),

@@ -23,6 +23,16 @@ def mean_number(starts_ns: IntColumn, ends_ns: IntColumn, edges_ns: FloatColumn)
     return np.diff(np.subtract(opened, closed)) / np.diff(edges_ns)
 
 
+def highest_number(starts_ns: IntColumn, ends_ns: IntColumn, until_ns: int) -> int:
+    """The most intervals [start, end) open at one instant up to `until_ns`; one of no length is never open."""
+    times = np.concatenate((ends_ns, starts_ns))
+    change = np.repeat(np.array((-1, 1)), len(starts_ns))
+    # at one instant, ends before starts
+    order = np.argsort(times, kind="stable")
+    change = change[order][times[order] <= until_ns]
+    return max(0, int(np.cumsum(change).max(initial=0)))
+
+
 def littles_identity(requests: Columns, last_event_ns: int) -> tuple[int, int]:
     """(integral of the number in the system over time, sum of all sojourn times), both in ns: equal in any run.
 
@@ -35,5 +45,5 @@ def littles_identity(requests: Columns, last_event_ns: int) -> tuple[int, int]:
     change = np.repeat(np.array((1, -1)), len(arrivals))
     order = np.argsort(times, kind="stable")
     number = np.cumsum(change[order])[:-1]
-    integral = sum((number * np.diff(times[order])).tolist())
+    integral = sum(n * time for n, time in zip(number.tolist(), np.diff(times[order]).tolist(), strict=True))
     return integral, sum((ends - arrivals).tolist())

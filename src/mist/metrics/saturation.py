@@ -7,38 +7,49 @@ its error rates. It never calls a busy client saturated: only a backlog that kee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import sqrt
+from typing import Any
 
 import numpy as np
 
 from mist.metrics.clients import Activity, ClientInfo, pools
 from mist.metrics.distribution import FloatColumn
-from mist.metrics.load import mean_number
+from mist.metrics.load import highest_number, mean_number
 from mist.metrics.window import Columns, Window
-from mist.records import FINISHED, IntColumn
+from mist.metrics.words import counted, share
+from mist.records import CUT, FINISHED, IntColumn
 from mist.units import NS_PER_S
 
 #: stretches of equal length into which the arrival period is cut
 NUM_STRETCHES = 20
 #: below this share of the arrivals, pile-up is never called saturation
-MIN_SHARE = 0.05
-#: a critically loaded queue wanders by about sqrt(2 n) over n arrivals; twice that is beyond chance
-CHANCE = 3.0
+MIN_SHARE = 0.02
+#: a critically loaded queue wanders by about sqrt(variability n) over n arrivals; this many times that is beyond chance
+CHANCE = 2.2
 #: how much of the backlog's variation a straight line must explain
 MIN_R_SQUARED = 0.6
+#: growth by this many times the wandering by chance, and by so many requests, is told though it proves nothing
+VISIBLE = 0.5
+MIN_VISIBLE = 10
 #: late arrivals must take this many times as long as early ones where requests pile up without waiting
 MIN_STRETCH = 2.0
+#: and this share of them must pile up
+MIN_CROWDING = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """A straight line through a backlog: its mean `at_start` and `at_end` of the arrival period, per `arrivals`."""
+    """A straight line through a backlog: its mean `at_start` and `at_end` of the arrival period, per `arrivals`.
+
+    `variability`: by how much the backlog's variance grows with each arrival at a load equal to capacity.
+    """
 
     at_start: float
     at_end: float
     arrivals: int
     r_squared: float
+    variability: float
 
     @property
     def share(self) -> float:
@@ -46,47 +57,111 @@ class Growth:
         return (self.at_end - self.at_start) / self.arrivals
 
     @property
+    def chance(self) -> float:
+        """The share that piles up by chance at a load equal to capacity (one standard deviation)."""
+        return sqrt(self.variability / self.arrivals)
+
+    @property
     def is_saturation(self) -> bool:
-        return self.share > max(MIN_SHARE, CHANCE / sqrt(self.arrivals)) and self.r_squared > MIN_R_SQUARED
+        return self.share > max(MIN_SHARE, CHANCE * self.chance) and self.r_squared > MIN_R_SQUARED
+
+    def shows(self, rise: float) -> bool:
+        """Whether a rise of the number waiting is too large to pass over, though it may be chance."""
+        return rise > max(VISIBLE * self.chance * self.arrivals, MIN_VISIBLE)
 
 
-def saturation_reason(
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What was seen of a pool's queue while requests arrived; the means are of the period's first and last tenth."""
+
+    pool: str
+    waiting_first: float
+    waiting_last: float
+    waiting_peak: int
+
+
+def judge(
     requests: Columns, tasks: Columns, clients: Sequence[ClientInfo], sums: Activity, window: Window
-) -> str | None:
-    """One clause with figures if the open-loop load outran the deployment, else None.
+) -> dict[str, Any]:
+    """`saturated`, `near_capacity`, `saturation_reason` and `backlog` of a summary, for open-loop load.
 
     `tasks` has a request's rows together and in order; all requests of the run count, whatever the window, which is
-    only quoted from. The pool whose queue grows fastest is named.
+    only quoted from. The reason is one clause with figures, None unless saturated; the pool whose queue grows fastest
+    is named. `near_capacity`: a queue grew, by less than proves saturation. `backlog` None: all came at one instant.
     """
     arrivals = requests["arrival_ns"]
     if not len(arrivals) or arrivals.max() <= arrivals.min():
-        return None
+        return unjudged()
     edges = np.linspace(float(arrivals.min()), float(arrivals.max()), NUM_STRETCHES + 1)
-    worst: tuple[Growth, str, list[int]] | None = None
+    found = {}
     for pool, members in pools(clients).items():
-        growth = _queue_growth(tasks, members, len(clients), edges)
-        if growth is not None and growth.is_saturation and (worst is None or growth.share > worst[0].share):
-            worst = growth, pool, members
-    if worst is not None:
-        return _queue_sentence(*worst, clients, sums, window)
-    return _crowding_sentence(requests, edges, window)
+        if (queue := _queue(tasks, members, len(clients), edges)) is not None:
+            found[pool] = queue
+    if not found:
+        return unjudged()
+    order = sorted(found, key=lambda pool: found[pool][0].share, reverse=True)
+    saturated = [pool for pool in order if found[pool][0].is_saturation]
+    visible = [pool for pool, (growth, (first, last, _)) in found.items() if growth.shows(last - first)]
+    reason = (
+        _queue_sentence(found[saturated[0]][0], saturated[0], clients, sums, window)
+        if saturated
+        else _crowding_sentence(requests, edges, window)
+    )
+    pool = (saturated or visible or sorted(found, key=lambda pool: -found[pool][1][2]))[0]
+    return {
+        "saturated": reason is not None,
+        "near_capacity": bool(visible) and reason is None,
+        "saturation_reason": reason,
+        "backlog": asdict(Backlog(pool, *found[pool][1])),
+    }
 
 
-def _queue_growth(tasks: Columns, members: list[int], num_clients: int, edges: FloatColumn) -> Growth | None:
-    """How the number waiting in a pool grew."""
+def unjudged() -> dict[str, Any]:
+    """What `judge` answers where there is nothing to judge by."""
+    return {"saturated": False, "near_capacity": False, "saturation_reason": None, "backlog": None}
+
+
+def _queue(
+    tasks: Columns, members: list[int], num_clients: int, edges: FloatColumn
+) -> tuple[Growth, tuple[float, float, int]] | None:
+    """How the number waiting in a pool grew, and its mean in the first and last tenth and its peak."""
     in_pool = np.zeros(num_clients, np.bool_)
     in_pool[members] = True
     rows = in_pool[tasks["client"]] & (tasks["queued_ns"] <= edges[-1])
     request, queued, ended = (tasks[name][rows] for name in ("request", "queued_ns", "end_ns"))
     if not len(request):
         return None
-    started = np.where(tasks["started_ns"][rows] >= 0, tasks["started_ns"][rows], ended)
-    num_requests = 1 + int(np.count_nonzero(request[1:] != request[:-1]))
-    return _growth(queued, started, num_requests, edges)
+    served = tasks["started_ns"][rows] >= 0
+    started = np.where(served, tasks["started_ns"][rows], ended)
+    first = np.flatnonzero(np.append(True, request[1:] != request[:-1]))
+    service = np.add.reduceat(ended - started, first)
+    whole = np.logical_and.reduceat(served & (tasks["how"][rows] != CUT), first)
+    number = mean_number(queued, started, edges)
+    tenth = NUM_STRETCHES // 10
+    peak = highest_number(queued, started, int(edges[-1]))
+    growth = _growth(number, len(first), _variability(queued[first], service[whole], edges))
+    return growth, (float(number[:tenth].mean()), float(number[-tenth:].mean()), peak)
 
 
-def _growth(starts: IntColumn, ends: IntColumn, arrivals: int, edges: FloatColumn) -> Growth:
-    number = mean_number(starts, ends, edges)
+def _variability(queued: IntColumn, service: IntColumn, edges: FloatColumn) -> float:
+    """The squared coefficients of variation of arrivals and services, summed: the variance that each arrival adds.
+
+    The diffusion approximation of a queue in heavy traffic (Kingman, 1962; Whitt, 2002). Arrivals count by their gaps
+    or by their number per stretch, whichever varies more: bursts show in the numbers, and slow trends in neither, for
+    neighbouring stretches are compared.
+    """
+    times = np.sort(queued)
+    per_stretch = np.histogram(queued, edges)[0]
+    dispersion = float((np.diff(per_stretch) ** 2).mean() / 2 / per_stretch.mean()) if per_stretch.any() else 0.0
+    return max(_squared_cv(times[1:] - times[:-1]), dispersion) + _squared_cv(service)
+
+
+def _squared_cv(values: IntColumn) -> float:
+    mean = float(values.mean()) if len(values) else 0.0
+    return float(values.var()) / mean**2 if mean else 0.0
+
+
+def _growth(number: FloatColumn, arrivals: int, variability: float) -> Growth:
     # the stretches' middles, as a share of the arrival period from its middle: -0.475 .. 0.475
     place = (np.arange(NUM_STRETCHES) + 0.5) / NUM_STRETCHES - 0.5
     deviation = number - number.mean()
@@ -94,7 +169,7 @@ def _growth(starts: IntColumn, ends: IntColumn, arrivals: int, edges: FloatColum
     variation = float(deviation @ deviation)
     explained = slope**2 * float(place @ place) / variation if variation else 0.0
     middle = float(number.mean())
-    return Growth(max(0.0, middle - slope / 2), middle + slope / 2, arrivals, explained)
+    return Growth(max(0.0, middle - slope / 2), middle + slope / 2, arrivals, explained, variability)
 
 
 def _crowding_sentence(requests: Columns, edges: FloatColumn, window: Window) -> str | None:
@@ -105,40 +180,40 @@ def _crowding_sentence(requests: Columns, edges: FloatColumn, window: Window) ->
     arrivals = requests["arrival_ns"]
     lived = requests["end_ns"] >= arrivals
     ends = np.where(lived, requests["end_ns"], window.last_ns)
-    growth = _growth(arrivals, ends, len(arrivals), edges)
+    finished = requests["status"] == FINISHED
+    variability = _variability(arrivals, requests["output_tokens"][finished], edges)
+    growth = _growth(mean_number(arrivals, ends, edges), len(arrivals), variability)
     sojourn_s = (ends - arrivals) / NS_PER_S
     third = (edges[-1] - edges[0]) / 3
-    finished = requests["status"] == FINISHED
     early = sojourn_s[finished & (arrivals < edges[0] + third)]
     late = sojourn_s[arrivals > edges[-1] - third]
-    if not growth.is_saturation or not len(early) or not len(late):
+    if not growth.is_saturation or growth.share <= MIN_CROWDING or not len(early) or not len(late):
         return None
     before, after = float(np.median(early)), float(np.median(late))
     if after < MIN_STRETCH * before or 3 * before > (edges[-1] - edges[0]) / NS_PER_S:
         return None
     return (
         f"requests in the system grew from about {growth.at_start:,.0f} to {growth.at_end:,.0f} while "
-        f"{growth.arrivals:,} arrived ({growth.share:.0%} of them piled up), "
+        f"{growth.arrivals:,} arrived ({share(growth.share)} of them piled up), "
         f"and the median E2E from {before:.3g} s to {after:.3g} s"
     )
 
 
-def _queue_sentence(
-    growth: Growth, pool: str, members: list[int], clients: Sequence[ClientInfo], sums: Activity, window: Window
-) -> str:
+def _queue_sentence(growth: Growth, pool: str, clients: Sequence[ClientInfo], sums: Activity, window: Window) -> str:
+    members = pools(clients)[pool]
     busy_ns = int(sums.busy_ns[members].sum())
     facts = []
     if window.span_ns:
-        facts.append(f"busy {busy_ns / (window.span_ns * len(members)):.0%} of the time")
+        facts.append(f"busy {share(busy_ns / (window.span_ns * len(members)))} of the time")
     if busy_ns:
         slots = max(clients[m].max_num_seqs for m in members)
         limit = f" of at most {slots}" if slots else ""
         facts.append(f"mean batch {sums.sequence_time[members].sum() / busy_ns:.1f}{limit}")
     filling = [sums.kv_blocks_peak[m] / clients[m].kv_blocks for m in members if clients[m].kv_blocks]
     if filling:
-        facts.append(f"KV cache {max(filling):.0%} full at its peak")
+        facts.append(f"KV cache {share(max(filling))} full at its peak")
     return (
-        f"the queue of {pool} grew from about {growth.at_start:,.0f} to {growth.at_end:,.0f} waiting requests while "
-        f"{growth.arrivals:,} came to it: {growth.share:.0%} of them piled up"
+        f"the queue of {pool} grew from about {growth.at_start:,.0f} to {counted(round(growth.at_end), 'request')} "
+        f"waiting while {growth.arrivals:,} came to it: {share(growth.share)} of them piled up"
         + (f" ({pool}: {', '.join(facts)})" if facts else "")
     )

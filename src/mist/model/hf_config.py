@@ -123,6 +123,11 @@ _UNSUPPORTED = {
     "cross_attention_layers": "cross-attention to another input",
     "zero_expert_num": "experts that do nothing",
 }
+#: Families without traits of their own: gated networks, norms without biases, rotary positions, as in Llama.
+_PLAIN_FAMILIES = {
+    "aquila", "baichuan", "chatglm", "deci", "deepseek", "deepseek_v2", "deepseek_v3", "glm", "granite", "internlm",
+    "internlm2", "kimi_k2", "llama", "mistral", "mixtral", "nemotron-nas", "phi3", "yi",
+}  # fmt: skip
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -130,7 +135,7 @@ def read_config(name: str, config: Config) -> dict[str, Any]:
     """The fields of a `ModelSpec` but its name; ValueError lists every key in the way, `name` first."""
     quantization = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     config = _normalised(_text_part(config))
-    problems = _unsupported(config) or _malformed(config) or _contradictions(config)
+    problems = _unsupported(config) or _unknown_family(config) + _malformed(config) or _contradictions(config)
     if problems:
         raise ValueError(f"{name}: " + "; ".join(problems))
     family = _family(config)
@@ -349,6 +354,13 @@ def _unsupported(config: Config) -> list[str]:
     if width and width != config.get("hidden_size"):
         problems.append("word_embed_proj_dim: an embedding narrower than the layers is not supported")
     return problems
+
+
+def _unknown_family(config: Config) -> list[str]:
+    kind, known = config.get("model_type"), _FAMILIES.keys() | _PLAIN_FAMILIES
+    if kind is None or str(kind) in known:
+        return []
+    return [f"model_type: {kind!r} is not supported (known: {', '.join(sorted(known))})"]
 
 
 def _malformed(config: Config) -> list[str]:

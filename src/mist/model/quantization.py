@@ -11,6 +11,8 @@ from typing import Any
 #: quantisers of a fixed dtype
 _METHODS = {"fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4", "quark": "mxfp4"}
 _ALGORITHMS = {"FP8": "fp8", "NVFP4": "fp4", "W4A16_AWQ": "int4"}
+#: keys of bitsandbytes
+_LOADED = {"load_in_8bit": "int8", "load_in_4bit": "int4", "_load_in_8bit": "int8", "_load_in_4bit": "int4"}
 _IGNORED = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
 
 
@@ -23,6 +25,9 @@ def checkpoint_dtype(quantization: Any) -> str:
         return _METHODS[method]
     if algorithm := _ALGORITHMS.get(str(quantization.get("quant_algo", "")).upper()):
         return algorithm
+    for key, dtype in _LOADED.items():
+        if quantization.get(key):
+            return dtype
     bits, is_float = quantization.get("bits"), False
     for weights in _weights(quantization):
         bits, is_float = weights.get("num_bits"), weights.get("type") == "float"

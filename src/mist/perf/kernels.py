@@ -1,27 +1,30 @@
-"""The performance model of measured operators: GEMM, attention and all-reduce times as measured on the real device.
+"""The performance model of measured operators: each priced by its time as measured on the real device.
 
 Prepared once per client: it interpolates the tables of `mist.perf.measured` for the model's shapes, then answers each
-step from lists. What isn't measured (norms, embedding, holes) a fallback prices; it never beats the data-sheet floor.
+step from lists. What isn't measured a fallback prices, operator by operator; it never beats the data-sheet floor.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
-from mist.perf import ORIGINS, Deployment
+from mist.perf import ORIGINS, Deployment, OperatorTime
 from mist.perf.measured import EXTRAPOLATED, SYSTEMS, OperatorTables, find_tables
-from mist.perf.measured.tabulated import DecodeTable, OperatorPricing, PrefillTable, Pricing, RowTable
-from mist.perf.operators import forward_pass
+from mist.perf.measured.deployed import ROOFLINE, OperatorPricing, Pricing
+from mist.perf.measured.tabulated import DecodeRow, DecodeTable, Part, PrefillTable, RowTable
+from mist.perf.operators import Operator, StepSums, forward_pass
 from mist.registry import register
 from mist.request import Step
 
 #: Tokens that are tabulated at least; steps beyond the tables are computed by the same rules.
 MIN_TABULATED_TOKENS = 8192
+#: Tokens of context, all prefills of a step together, up to which their expansion (latent attention) is tabulated.
+_MAX_PREFILL_CONTEXT = 2**18
 
 
 @register("perf", "kernels")
@@ -29,23 +32,32 @@ MIN_TABULATED_TOKENS = 8192
 class Kernels:
     """Sums of measured operator times.
 
-    `framework`: whose kernels; `version`: of its tables, "" the newest for the device. `cuda_graph`: all-reduces as
-    launched from a captured graph. `tables`: a folder to read in place of the installed package's. `system`: whose
-    tables, "" those of the deployment's device. `fallback` prices the operators that aren't measured.
+    `framework`: whose kernels; `version`: of its tables, "" the newest for the device. `tables`: a folder to read in
+    place of the installed package's. `system`: whose tables, "" those of the deployment's device. `distribution` of
+    tokens over experts, as the tables name it: others stand in where it wasn't measured. `eager_launch_ns`: what a
+    kernel costs the host where no graph is replayed. `fallback` prices the operators that aren't measured.
     """
 
     framework: Literal["vllm", "sglang", "trtllm"] = "vllm"
     version: str = ""
-    cuda_graph: bool = True
     system: str = ""
     tables: str = ""
+    distribution: str = "power_law_1.2"
+    eager_launch_ns: float = 5_000.0
     fallback: OperatorPricing | None = None
+    _operators: list[Operator] = field(init=False, repr=False)
     _dense: RowTable = field(init=False, repr=False)
     _classifier: RowTable = field(init=False, repr=False)
-    _prefill: PrefillTable = field(init=False, repr=False)
-    _decode: DecodeTable = field(init=False, repr=False)
-    _shared_launch_ns: float = field(init=False, repr=False)
+    _decode_rows: RowTable | None = field(init=False, repr=False)
+    _prefill_rows: RowTable | None = field(init=False, repr=False)
+    _prefill: list[PrefillTable] = field(init=False, repr=False)
+    _decode: list[DecodeTable] = field(init=False, repr=False)
+    _decode_lists: list[tuple[int, list[DecodeRow], list[float], list[tuple[float, int]], DecodeTable]] = field(
+        init=False, repr=False
+    )
+    _shared_launch_ns: list[float] = field(init=False, repr=False)
     _attention_ns: list[float] = field(init=False, repr=False)
+    _is_eager: bool = field(init=False, repr=False)
 
     def supports(self, deployment: Deployment) -> str | None:
         """None, or why not: no tables for the device, no fallback, or what the fallback can't price."""
@@ -61,19 +73,29 @@ class Kernels:
         tables = self._open(deployment)
         assert isinstance(tables, OperatorTables), tables
         assert self.fallback is not None
-        self.fallback.prepare(deployment)
-        price = Pricing(tables, deployment, self.fallback, self.cuda_graph)
+        # asked for single operators and floors, never for steps: it needs no tables of its own
+        self.fallback.prepare(replace(deployment, max_num_batched_tokens=1, max_num_seqs=1))
+        self._is_eager = not deployment.cuda_graph
+        self._operators = forward_pass(deployment, self.fallback.expert_imbalance)
+        price = Pricing(tables, deployment, self._operators, self.fallback, self.distribution)
         num_tokens = max(deployment.max_num_batched_tokens, MIN_TABULATED_TOKENS)
         num_seqs = deployment.max_num_seqs
-        by_driver = {
-            driver: [o for o in forward_pass(deployment) if o.driver == driver]
-            for driver in ("tokens", "sampled", "prefill_tokens", "decodes")
-        }
-        self._dense = RowTable(price, by_driver["tokens"], num_tokens)
-        self._classifier = RowTable(price, by_driver["sampled"], num_seqs)
-        self._prefill = PrefillTable(price, by_driver["prefill_tokens"], num_tokens)
-        self._decode = DecodeTable(price, by_driver["decodes"], num_seqs)
-        self._shared_launch_ns = min(self._prefill.launch_ns, self._decode.launch_ns)
+
+        def rows(driver: str, last: int) -> RowTable:
+            found = [o for o in self._operators if o.driver == driver and not o.kind.startswith("attention")]
+            return RowTable(price, found, last)
+
+        self._dense = rows("tokens", num_tokens)
+        self._classifier = rows("sampled", num_seqs)
+        is_latent = any(o.driver == "prefill_context" for o in self._operators)
+        self._decode_rows = rows("decodes", num_seqs) if is_latent else None
+        self._prefill_rows = rows("prefill_context", _MAX_PREFILL_CONTEXT) if is_latent else None
+        self._prefill = [PrefillTable(price, found, num_tokens) for found in self._by_window("prefill_tokens")]
+        self._decode = [DecodeTable(price, found, num_seqs) for found in self._by_window("decodes")]
+        self._decode_lists = [(d.window, d.rows, d.nodes, d.full, d) for d in self._decode]
+        self._shared_launch_ns = [
+            min(p.launch_ns, sum(d.launch_ns for d in self._decode if d.window == p.window)) for p in self._prefill
+        ]
         self._attention_ns = [0.0] * len(ORIGINS)
 
     def step_time(self, step: Step) -> int:
@@ -89,17 +111,52 @@ class Kernels:
             dense.uses[tokens] += 1
             classifier.uses[sampled] += 1
         if num_decodes:
-            decode, context = self._decode, step.decode_context
-            rows = decode.rows
-            times, rates, origins = rows[num_decodes] if num_decodes < len(rows) else decode.row(num_decodes)
-            nodes = decode.nodes
-            k = bisect_right(nodes, context) - 1
-            attention_ns = times[k] + (context - nodes[k]) * rates[k]
-            self._attention_ns[origins[k]] += attention_ns
-            ns += attention_ns
+            by_origin, context = self._attention_ns, step.decode_context
+            if self._decode_rows:
+                ns += self._decode_rows.time(num_decodes)
+            for window, rows, nodes, full, table in self._decode_lists:
+                if num_decodes >= len(rows):
+                    attention_ns, origin = table.time(num_decodes, context)
+                elif window and context >= window * num_decodes:
+                    attention_ns, origin = full[num_decodes]
+                else:
+                    times, rates, origins = rows[num_decodes]
+                    k = bisect_right(nodes, context) - 1
+                    attention_ns, origin = times[k] + (context - nodes[k]) * rates[k], origins[k]
+                by_origin[origin] += attention_ns
+                ns += attention_ns
         if chunks:
-            ns += self._prefill_ns(chunks, self._shared_launch_ns if num_decodes else 0.0)
+            for prefill, shared_ns in zip(self._prefill, self._shared_launch_ns, strict=True):
+                shared_ns = shared_ns if num_decodes else 0.0
+                known_ns, added_ns = self._prefill_ns(prefill, chunks, step.num_prefill_tokens, shared_ns)
+                self._attention_ns[prefill.origin] += known_ns
+                self._attention_ns[EXTRAPOLATED] += added_ns
+                ns += known_ns + added_ns
+            if self._prefill_rows:
+                ns += self._prefill_rows.time(sum(s + c for c, s in chunks))
+        if self._is_eager:
+            idle_ns = max(0.0, self._eager_ns(StepSums.of(step)) - ns)
+            self._attention_ns[ROOFLINE] += idle_ns
+            ns += idle_ns
         return int(ns) + 1
+
+    def explain(self, step: Step) -> list[OperatorTime]:
+        """The operators of `step` in order, and last what the host adds where it launches every kernel itself.
+
+        Work, floor and what bounds an operator are the fallback's; so are the names.
+        """
+        assert self.fallback is not None
+        sums = StepSums.of(step)
+        parts = {id(o): (ns, code) for o, ns, code in self._parts(step, sums)}
+        running = [o for o in self._operators if o.runs(sums)]
+        found = []
+        for o, theirs in zip(running, self.fallback.explain(step), strict=False):
+            ns, code = parts[id(o)]
+            found.append(replace(theirs, time_ns=ns, origin=ORIGINS[code]))
+        idle_ns = self._eager_ns(sums) - sum(t.time_ns for t in found) if self._is_eager else 0.0
+        if idle_ns > 0:
+            found.append(OperatorTime("waiting_for_host", 1, 0.0, 0.0, idle_ns, "launch", "roofline", 0.0))
+        return found
 
     def floor_time(self, step: Step) -> int:
         """The fallback's floor: it depends on the work and the data sheet alone."""
@@ -108,7 +165,8 @@ class Kernels:
 
     def provenance(self) -> dict[str, float]:
         """Share of the answered device time by origin; before the first step all of it counts as measured."""
-        totals = np.array(self._attention_ns) + self._dense.used_ns() + self._classifier.used_ns()
+        tables = (self._dense, self._classifier, self._decode_rows, self._prefill_rows)
+        totals = np.array(self._attention_ns) + np.sum([t.used_ns() for t in tables if t], axis=0)
         total = float(totals.sum())
         if not total:
             return {"measured": 1.0}
@@ -126,26 +184,50 @@ class Kernels:
         tables = OperatorTables(folder, system, self.framework, self.version)
         return tables.problem() or tables
 
-    def _prefill_ns(self, chunks: Sequence[tuple[int, int]], shared_ns: float) -> float:
-        """The longest chunk, every other at the cost of one more of its length, and what their contexts add.
+    def _by_window(self, driver: str) -> list[list[Operator]]:
+        """Attention operators of one driver, those of each window together."""
+        found: dict[int, list[Operator]] = {}
+        for o in self._operators:
+            if o.driver == driver and o.kind.startswith("attention"):
+                found.setdefault(o.window, []).append(o)
+        return list(found.values())
 
-        Contexts cost the larger of the longest single one (few tiles: the kernel waits for the slowest) and all of
-        them at the bulk rate. No prefill is faster than a decode over the same contexts. `shared_ns` is taken off.
+    def _prefill_ns(
+        self, table: PrefillTable, chunks: Sequence[tuple[int, int]], num_tokens: int, shared_ns: float
+    ) -> tuple[float, float]:
+        """Time of `num_tokens` new ones less `shared_ns`, and what their contexts add.
+
+        No prefill that reads cached keys and values is faster than a decode over the same contexts.
         """
-        table = self._prefill
-        longest = longest_further = further = slowest = area = 0.0
-        context = 0
-        for c, s in chunks:
-            alone, beside, per_context = table.chunk(c)
-            longest, longest_further = max(longest, alone), max(longest_further, beside)
-            further += beside
-            slowest = max(slowest, s * per_context)
-            area += c * s
-            context += s + c
-        new_ns = longest + further - longest_further
-        bulk_ns = area * table.area_ns
-        ns = max(new_ns + max(slowest, bulk_ns), self._decode.time(len(chunks), context)) - shared_ns
-        known = min(new_ns - shared_ns, ns)
-        self._attention_ns[table.origin] += known
-        self._attention_ns[EXTRAPOLATED] += ns - known
-        return ns
+        new_ns, ns, attended = table.time(chunks)
+        if table.reads_cache and attended * table.kv_ns > ns:
+            ns = attended * table.kv_ns
+        if table.reads_cache and attended > num_tokens:
+            for decode in self._decode:
+                if decode.window == table.window:
+                    ns = max(ns, decode.time(len(chunks), attended)[0])
+        ns -= shared_ns
+        known_ns = min(new_ns - shared_ns, ns)
+        return known_ns, ns - known_ns
+
+    def _parts(self, step: Step, sums: StepSums) -> list[Part]:
+        """What each operator of `step` takes; of prefill attention, whichever origin most of it has."""
+        found = self._dense.parts(step.num_tokens) + self._classifier.parts(step.num_sampled)
+        if step.num_decodes:
+            if self._decode_rows:
+                found += self._decode_rows.parts(step.num_decodes)
+            for decode in self._decode:
+                found += decode.parts(step.num_decodes, step.decode_context)
+        if step.chunks:
+            for table, shared_ns in zip(self._prefill, self._shared_launch_ns, strict=True):
+                shared_ns = shared_ns if step.num_decodes else 0.0
+                known_ns, added_ns = self._prefill_ns(table, step.chunks, step.num_prefill_tokens, shared_ns)
+                origin = table.origin if known_ns >= added_ns else max(table.origin, EXTRAPOLATED)
+                found += table.parts(step.chunks, known_ns + added_ns, origin)
+            if self._prefill_rows:
+                found += self._prefill_rows.parts(int(sums.prefill_context))
+        return found
+
+    def _eager_ns(self, sums: StepSums) -> float:
+        """What the host takes to launch the kernels of a step one by one."""
+        return self.eager_launch_ns * sum(o.repeats for o in self._operators if o.runs(sums))

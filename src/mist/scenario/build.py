@@ -22,6 +22,7 @@ from mist.kernel import FOREVER, Kernel
 from mist.ledger import Ledger
 from mist.memory.kv_cache import KVCache
 from mist.metrics import ClientInfo, summarise
+from mist.metrics.words import counted
 from mist.perf import ORIGINS, Deployment, PerfModel
 from mist.records import Records
 from mist.scenario.clients import Pool
@@ -59,16 +60,17 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
     )
     ledger = Ledger(kernel, coordinator, fleet.clients, records) if check else None
     started = time.perf_counter()
-    _play(scenario, kernel, coordinator, ledger, progress)
+    cut = _play(scenario, kernel, coordinator, ledger, progress)
     metrics = summarise(
         records,
         clients=fleet.infos,
         window=window,
-        open_loop=workload.concurrency is None and (len(workload) < 2 or bool(np.ptp(workload.arrival_ns))),
+        open_loop=_is_open_loop(scenario),
         slo={metric: targets for metric, targets in scenario.slo.model_dump().items() if targets},
         provenance=_provenance(records, fleet.models),
+        oracle_output_tokens=workload.output_tokens,
     )
-    metrics["notes"] += [*_rejections(records), *workload.notes, *fleet.remarks, *remarks(scenario)]
+    metrics["notes"] += [*cut, *_rejections(records), *workload.notes, *fleet.remarks, *remarks(scenario)]
     ended = time.perf_counter()
     return Result(
         name=scenario.name,
@@ -205,26 +207,50 @@ def _perf_model(scenario: Scenario, name: str, pool: Pool) -> tuple[PerfModel, l
     return priced.model, [f"{name}: step times by {priced.name}, {refusal}." for refusal in priced.refusals]
 
 
+def _is_open_loop(scenario: Scenario) -> bool:
+    """Whether arrivals have times of their own, which the system's answers don't change."""
+    process = scenario.workload.arrival_process
+    return process is None or process.name not in ("closed_loop", "all_at_once")
+
+
 def _play(
     scenario: Scenario, kernel: Kernel, coordinator: Coordinator, ledger: Ledger | None, progress: Progress | None
-) -> None:
+) -> list[str]:
+    """Let the kernel run; what to say of where the clock cut the run, if it did."""
     total = len(coordinator.workload)
     until = FOREVER if scenario.max_time_s is None else seconds_to_ns(scenario.max_time_s)
     if progress is not None:
         coordinator.on_progress = lambda num_left: progress(num_left, total)
     coordinator.start()
     kernel.run(until)
+    # a step in flight reaches past the clock's end; without any, clients wait for what never comes
+    is_stuck = until == FOREVER and all(client.idle for client in coordinator.clients)
+    if coordinator.in_system and is_stuck:
+        stuck = sorted(coordinator.in_system)[:5]
+        raise InvariantError(
+            f"nothing happens any more after {kernel.now} ns, and {len(coordinator.in_system)} requests are in the "
+            f"system, the first of them {stuck} (seed {scenario.seed}): a batching policy waits for ever; "
+            "--check says which"
+        )
+    told = _cut_note(scenario, coordinator)
     if coordinator.in_system:
-        if until == FOREVER:
-            stuck = sorted(coordinator.in_system)[:5]
-            raise InvariantError(
-                f"nothing happens any more after {kernel.now} ns, and {len(coordinator.in_system)} requests are in the "
-                f"system, the first of them {stuck} (seed {scenario.seed}): a batching policy waits for ever; "
-                "--check says which"
-            )
         coordinator.cut(until)
     if ledger is not None:
-        ledger.close(kernel.now if until == FOREVER else until)
+        ledger.close(until if told else kernel.now)
+    return told
+
+
+def _cut_note(scenario: Scenario, coordinator: Coordinator) -> list[str]:
+    """Where the clock cut the run: how many requests were in the system, and how many hadn't arrived."""
+    inside, total = len(coordinator.in_system), len(coordinator.workload)
+    missing = total - coordinator.num_arrived
+    if not inside and not missing:
+        return []
+    if scenario.max_time_s is not None:
+        where = f"max_time_s cut the run at {scenario.max_time_s:,.10g} s"
+    else:
+        where = f"The clock ends after 2**62 ns ({FOREVER / NS_PER_S / 31_557_600:.0f} years), which cut the run"
+    return [f"{where}: of {counted(total, 'request')}, {inside:,} had not finished and {missing:,} had not arrived."]
 
 
 def _window_ns(scenario: Scenario, workload: RequestTable) -> tuple[int | None, int | None]:
@@ -255,8 +281,9 @@ def _provenance(records: Records, models: Sequence[PerfModel]) -> dict[str, floa
     steps = records.steps.as_columns()
     busy = np.bincount(steps["client"], steps["end_ns"] - steps["start_ns"], minlength=len(models))
     total = float(busy.sum())
-    shares = dict.fromkeys(ORIGINS, 0.0)
+    times = dict.fromkeys(ORIGINS, 0.0)
     for model, time_ns in zip(models, busy.tolist(), strict=True):
         for origin, share in model.provenance().items():
-            shares[origin] += share * time_ns / total if total else 0.0
-    return shares
+            times[origin] += share * time_ns
+    # sums of shares are off by some 1e-16, which would print as digits
+    return {origin: round(time_ns / total, 12) if total else 0.0 for origin, time_ns in times.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,19 @@ _LIKE_A_PATH = re.compile(r"^[./~]|\.(ya?ml|json)(\.gz)?$|\\")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file of a catalogue; `aliases` are the other names that a scenario may use."""
+    """One file of a catalogue; `aliases` are the other names that a scenario may use.
+
+    `checkpoints`: of these, the names of a model's checkpoints in other dtypes than its own, with the dtype.
+    """
 
     name: str
     aliases: tuple[str, ...]
     source: Source
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+
+    def checkpoint_dtype(self, name: str) -> str | None:
+        """The dtype of the checkpoint that is called `name` (in any case); None leaves it to the entry."""
+        return next((dtype for alias, dtype in self.checkpoints.items() if alias.lower() == name.lower()), None)
 
 
 def entries(kind: str) -> list[Entry]:
@@ -56,7 +64,10 @@ def read(kind: str, given: str | Mapping[str, Any], folder: Path) -> tuple[Any, 
         return _build(kind, given, "inline"), dict(given)
     entry = _index(kind).get(given.lower())
     if entry is not None:
-        return _build_from(kind, entry.source, entry.name), entry.name
+        value = _build_from(kind, entry.source, entry.name)
+        if dtype := entry.checkpoint_dtype(given):
+            value = replace(value, checkpoint_dtype=dtype)
+        return value, entry.name
     path = _file(kind, given, folder)
     source = _readable(path)
     name = path.parent.name if path.name == "config.json" else path.stem
@@ -83,7 +94,8 @@ def _catalogue(kind: str) -> tuple[Entry, ...]:
             source = Source(parse(file.read_text(encoding="utf-8"), place), Path())
             data = source.data()
             name = str(data.get("id") or data["name"])
-            found.append(Entry(name, tuple(data.get("aliases") or ()), source))
+            checkpoints = data.get("checkpoints") or {}
+            found.append(Entry(name, (*(data.get("aliases") or ()), *checkpoints), source, checkpoints))
     return tuple(sorted(found, key=lambda entry: entry.name))
 
 

@@ -33,6 +33,8 @@ from mist.scenario.source import KeyPath
 
 DEFAULT_ENGINE = "vllm-0.10"
 MAX_STEP_TOKENS = 2**22
+#: degrees beyond this are not proposed
+MAX_SUGGESTED_TP = 64
 
 Count = Annotated[int, Field(ge=1, le=2**40)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -85,8 +87,7 @@ def _dtype(value: Any) -> Any:
     return value
 
 
-Dtype = Annotated[str, BeforeValidator(_dtype), WithJsonSchema({"enum": sorted(DTYPE_BYTES)})]
-KVDtype = Annotated[str, BeforeValidator(_dtype), WithJsonSchema({"enum": ["auto", *sorted(DTYPE_BYTES)]})]
+Dtype = Annotated[str, BeforeValidator(_dtype), WithJsonSchema({"enum": ["auto", *sorted(DTYPE_BYTES)]})]
 
 
 class KVSettings(Section):
@@ -138,9 +139,9 @@ class Pool(Section):
     """expert parallelism over the tp x attn_dp ranks; 1 splits each expert by tp"""
     attn_dp: Annotated[int, Field(ge=1, le=1024)] = 1
     """groups of tp ranks with attention and KV cache of their own, sharing the experts"""
-    weights_dtype: Dtype = "bf16"
-    """dtype of the weights"""
-    kv_dtype: KVDtype = "auto"
+    weights_dtype: Dtype = "auto"
+    """dtype of the weights; auto is that of the model's checkpoint"""
+    kv_dtype: Dtype = "auto"
     """dtype of the KV cache; auto is bf16, or the weights' if they are wider"""
     serves: Stages = [PREFILL, DECODE]  # noqa: RUF012
     """stages of the pipeline that run here"""
@@ -157,9 +158,11 @@ class Pool(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Pool:
+        weights_dtype = self.model.checkpoint_dtype if self.weights_dtype == "auto" else self.weights_dtype
         client = self.model_copy(
             update={
-                "kv_dtype": self._kv_dtype(),
+                "weights_dtype": weights_dtype,
+                "kv_dtype": self._kv_dtype(weights_dtype),
                 "max_model_len": self.max_model_len or self.model.max_context,
                 "batching": self._batching(),
                 "kv_cache": self.kv_cache.completed(self.engine),
@@ -193,6 +196,22 @@ class Pool(Section):
             block_size=self.kv_cache.block_size,
         )
 
+    def _with_tp(self, tp: int) -> Pool:
+        return self.model_copy(update={"tp": tp})
+
+    def _possible_tp(self) -> Iterator[int]:
+        """Degrees of tensor parallelism, rising, that go with the model, the devices and the other degrees."""
+        for tp in range(1, MAX_SUGGESTED_TP + 1):
+            client = self._with_tp(tp)
+            if not (self.model.parallel_problem(tp, self.pp, self.ep, self.attn_dp) or client.platform.problem()):
+                yield tp
+
+    def _tp_hint(self) -> str:
+        would_do = ", ".join(map(str, self._possible_tp()))
+        others = [f"{key} = {n}" for key in ("pp", "ep", "attn_dp") if (n := getattr(self, key)) > 1]
+        beside = f" beside {', '.join(others)}" if others else ""
+        return f"a tp of {would_do} would do{beside}" if would_do else f"no tp would do{beside}: change these"
+
     def _oversized(self) -> Iterator[Located]:
         """Limits beyond any device's step, whose tables would not fit into memory."""
         for key in ("max_num_batched_tokens", "max_num_seqs"):
@@ -200,10 +219,10 @@ class Pool(Section):
                 message = f"no step holds {self.batching.params[key]:,}"
                 yield ("batching", self.batching.name, key), Problem(message, hint=f"at most {MAX_STEP_TOKENS:,}")
 
-    def _kv_dtype(self) -> str:
+    def _kv_dtype(self, weights_dtype: str) -> str:
         if self.kv_dtype != "auto":
             return self.kv_dtype
-        return self.weights_dtype if DTYPE_BYTES[self.weights_dtype] >= DTYPE_BYTES["bf16"] else "bf16"
+        return weights_dtype if DTYPE_BYTES[weights_dtype] >= DTYPE_BYTES["bf16"] else "bf16"
 
     def _batching(self) -> Spec:
         """The policy with the engine's limits where it is the engine's own policy and the user gave none.
@@ -222,12 +241,13 @@ class Pool(Section):
         refused = [*self.batching.refused(("batching", self.batching.name)), *self._oversized()]
         yield from refused
         if reason := self.model.parallel_problem(self.tp, self.pp, self.ep, self.attn_dp) or self.platform.problem():
-            hint = "take degrees that divide the model and fill whole nodes, such as 1, 2, 4 or 8"
-            yield ("tp",), Problem(reason, hint=hint)
+            yield ("tp",), Problem(reason, hint=self._tp_hint())
         elif not refused and self.kv_capacity().missing_bytes:
             devices = f"{self.platform.num_devices} x {self.device.name}"
             message = f"{self.model.name} does not fit on {devices}: {self.kv_capacity()}"
-            hint = "raise tp, narrow weights_dtype, lower the limits of batching, or take a device with more memory"
+            fits = next((tp for tp in self._possible_tp() if not self._with_tp(tp).kv_capacity().missing_bytes), None)
+            raised = f"tp: {fits} would do; or " if fits else "raise pp, "
+            hint = f"{raised}narrow weights_dtype, lower the limits of batching, or take a device with more memory"
             yield ("device",), Problem(message, hint=hint)
         if self.weights_dtype == "fp32" and "fp32" not in self.device.peak_flop_per_s:
             message = f"no fp32 rate is known of {self.device.name}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -25,6 +25,7 @@ from pydantic import (
     Strict,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     create_model,
     model_validator,
 )
@@ -54,13 +55,35 @@ class Section(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _say_it_plainly(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+    def _say_it_plainly(cls, data: Any, handler: ModelWrapValidatorHandler[Any], info: ValidationInfo) -> Any:
         try:
-            return handler(data)
+            section = handler(data)
         except ValidationError as error:
-            raise ValidationError.from_exception_data(
-                cls.__name__, [_in_words(e, cls) for e in error.errors()]
-            ) from None
+            found = [_in_words(e, cls) for e in error.errors()]
+            if isinstance(data, dict) and {e["type"] for e in error.errors()} == {"extra_forbidden"}:
+                # only keys that don't exist: what the checks of the whole say of the rest is worth telling too
+                known = {key: value for key, value in data.items() if key in cls.model_fields}
+                try:
+                    cls.model_validate(known, context=info.context)
+                except ValidationError as rest:
+                    found += [_in_words(e, cls) for e in rest.errors()]
+            else:
+                found += cls._conflict_details(data)
+            raise ValidationError.from_exception_data(cls.__name__, found) from None
+        if details := cls._conflict_details(data):
+            raise ValidationError.from_exception_data(cls.__name__, details)
+        return section
+
+    @classmethod
+    def conflicts(cls, given: Set[str]) -> Iterator[Located]:
+        """Keys that don't go together or need others, whatever their values; `given` are those that have a value."""
+        return iter(())
+
+    @classmethod
+    def _conflict_details(cls, data: Any) -> list[InitErrorDetails]:
+        given = {key for key, value in data.items() if value is not None} if isinstance(data, dict) else set()
+        found = cls.conflicts(given) if isinstance(data, dict) else ()
+        return [_details(p.message, p.hint, loc, None) for loc, p in found]
 
 
 def problem(message: str, hint: str = "", loc: tuple[str | int, ...] = (), *, key: bool = False) -> ValidationError:
@@ -96,7 +119,7 @@ class Spec:
         """Why the implementation refuses these parameters: no problem, or one at `loc` or the parameter below it."""
         try:
             self.build()
-        except ValueError as error:
+        except (ValueError, ArithmeticError) as error:
             words = re.findall(r"\w+", str(error))
             named = tuple(words[:1]) if words and words[0] in self.params else ()
             return [((*loc, *named), Problem(str(error), hint=_help(parameters(self.kind, self.name))))]
@@ -155,7 +178,8 @@ class SpecOf:
             return self._read(self.bare, value, ())
         if not isinstance(value, dict) or len(value) != 1:
             known = f"known: {', '.join(registry.names(self.kind))}"
-            message = f"must be a {NOUNS[self.kind]} by name, or as {{name: parameters}}, not {short(value)}"
+            article = "an" if NOUNS[self.kind].startswith("a") else "a"
+            message = f"must be {article} {NOUNS[self.kind]} by name, or as {{name: parameters}}, not {short(value)}"
             raise problem(message, known)
         ((name, params),) = value.items()
         if name not in registry.names(self.kind):
@@ -174,11 +198,25 @@ class SpecOf:
         try:
             read = model.model_validate(params)
         except ValidationError as error:
-            raise _below(loc, error) from None
+            bad = {e["loc"][:1] for e in error.errors()}
+            rest = {key: value for key, value in params.items() if (key,) not in bad and key in model.model_fields}
+            raise _below(loc, error, self._certainly_refused(name, rest, loc)) from None
         spec = Spec(self.kind, name, {key: getattr(read, key) for key in model.model_fields}, frozenset(params))
-        if not self.unchecked and (found := spec.refused(loc)):
+        if found := self._certainly_refused(name, params, loc) if self.unchecked else spec.refused(loc):
             raise problems(found)
         return spec
+
+    def _certainly_refused(self, name: str, params: dict[str, Any], loc: tuple[str, ...]) -> list[Located]:
+        """What the implementation refuses whatever the parameters are that aren't in `params`."""
+        model = parameters(self.kind, name)
+        try:
+            read = model.model_validate(params)
+        except ValidationError:
+            return []
+        spec = Spec(self.kind, name, {key: getattr(read, key) for key in model.model_fields}, frozenset(params))
+        own = set(model.model_fields)
+        told = [(each, own.intersection(re.findall(r"\w+", each[1].message))) for each in spec.refused(loc)]
+        return [each for each, concerned in told if concerned and concerned <= spec.given]
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,14 +306,15 @@ def _is_a(json_type: str, value: Any) -> bool:
     return isinstance(value, list)
 
 
-def _below(loc: tuple[str, ...], error: ValidationError) -> ValidationError:
-    """The problems of `error`, at `loc` and below."""
+def _below(loc: tuple[str, ...], error: ValidationError, more: Iterable[Located]) -> ValidationError:
+    """The problems of `error`, at `loc` and below, and `more`."""
     details = [
         InitErrorDetails(
             type=PydanticCustomError("mist", "{message}", e["ctx"]), loc=(*loc, *e["loc"]), input=e["input"]
         )
         for e in error.errors()
     ]
+    details += [_details(p.message, p.hint, where, None) for where, p in more]
     return ValidationError.from_exception_data("scenario", details)
 
 

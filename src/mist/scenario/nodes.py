@@ -108,11 +108,17 @@ class _Parser:
             mark = error.problem_mark or error.context_mark
             place = self._place(mark.line, mark.column) if mark else Place(self.file)
             what = ", ".join(part for part in (error.context, error.problem) if part)
-            raise ScenarioError(Problem(f"not valid YAML: {what}", *place, self._syntax_hint(mark))) from None
+            kind = "JSON" if self._is_json() else "YAML"
+            raise ScenarioError(Problem(f"not valid {kind}: {what}", *place, self._syntax_hint(mark))) from None
         except yaml.YAMLError as error:
             raise ScenarioError(Problem(*self._bad_character(error), "remove it, or save the file as text")) from None
 
+    def _is_json(self) -> bool:
+        return self.file.removesuffix(".gz").endswith(".json")
+
     def _syntax_hint(self, mark: Any) -> str:
+        if self._is_json():
+            return "is the file cut short? check that commas, quotes, brackets and braces are there and closed"
         rows = self.text.splitlines()
         near = rows[max(0, mark.line - 1) : mark.line + 1] if mark else []
         if any("\t" in row[: len(row) - len(row.lstrip())] for row in near):

@@ -13,6 +13,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mist.metrics.words import counted, share
+from mist.scenario.fitted import Fitted
+
 Summary = Mapping[str, Any]
 
 _LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "E2E"}
@@ -42,23 +45,31 @@ def _headline(name: str, summary: Summary) -> RenderableType:
         for status, number in requests.items()
         if number and status not in ("arrived", "finished")
     ]
-    rates = [
-        f"{_rate(throughput[f'{what}_per_s'])} {what.replace('_', ' ')}/s"
-        for what in ("requests", "output_tokens", "total_tokens")
-    ]
     rows = Table.grid(padding=(0, 2))
-    rows.add_row("Requests", ", ".join(outcomes))
-    rows.add_row("Throughput", f"{', '.join(rates)} over {_clock(summary['window']['span_s'])}")
+    rows.add_column(no_wrap=True)
+    rows.add_row("Requests", Text(", ".join(outcomes)))
+    offered = summary["offered"]
+    if offered is not None and offered["requests_per_s"] is not None:
+        rows.add_row("Offered", f"{_rates(offered)} over {_clock(offered['span_s'])} of arrivals")
+    rows.add_row("Throughput", f"{_rates(throughput)} over {_clock(summary['window']['span_s'])}")
     return Group(Text(name, style="bold"), Text(""), rows)
+
+
+def _rates(per_s: Summary) -> str:
+    return ", ".join(
+        f"{_rate(per_s[f'{what}_per_s'])} {what.replace('_', ' ')}/s"
+        for what in ("requests", "output_tokens", "total_tokens")
+        if f"{what}_per_s" in per_s
+    )
 
 
 def _latencies(summary: Summary) -> RenderableType:
     further = [s for s in summary["e2e_s"] if s not in _STATISTICS]
     statistics = sorted({*_STATISTICS, *further}, key=lambda s: -1.0 if s == "mean" else float(s[1:]))
-    table = _table("Latency", *(s if s == "mean" else s.upper() for s in statistics), "")
+    table = Fitted("Latency", [*(s if s == "mean" else s.upper() for s in statistics), ""])
     for metric, label in _LATENCIES.items():
         cells, unit = _scaled([summary[metric][s] for s in statistics])
-        table.add_row(label, *cells, Text(unit, style="dim"))
+        table.add_row(label, *cells, unit)
     return table
 
 
@@ -68,7 +79,7 @@ def _clients(summary: Summary) -> RenderableType:
     has_hits = any(pool["prefix_hit_rate"] for pool in pools.values())
     kv_heads = ["KV tokens", "KV peak", "KV mean"] if has_kv else []
     hit_heads = ["prefix hits"] if has_hits else []
-    table = _table("Clients", "utilisation", "mean batch", *kv_heads, *hit_heads, "preemptions")
+    table = Fitted("Clients", ["busy", "mean batch", *kv_heads, *hit_heads, "preemptions"])
     for name, pool in pools.items():
         cells = [_percent(pool["utilisation"]), _number(pool["mean_batch"])]
         if has_kv:
@@ -78,14 +89,14 @@ def _clients(summary: Summary) -> RenderableType:
             cells.append(_percent(pool["prefix_hit_rate"]))
         replicas = len(pool["replicas"])
         label = f"{replicas} x {name}" if replicas > 1 else name
-        table.add_row(Text(label), *cells, f"{pool['preemptions']:,}")
+        table.add_row(label, *cells, f"{pool['preemptions']:,}")
     return table
 
 
 def _stages(summary: Summary) -> RenderableType:
     """Means per request and stage, which add up to the mean E2E, and their share of it."""
     total = summary["e2e_s"]["mean"]
-    table = _table("Where time went", "wait", "serve", "transfer", "", "share of E2E")
+    table = Fitted("Where time went", ["wait", "serve", "transfer", "", "share of E2E"])
     rows = {
         kind: [parts[part]["mean"] for part in ("wait_s", "serve_s", "transfer_s")]
         for kind, parts in summary["stages"].items()
@@ -93,19 +104,18 @@ def _stages(summary: Summary) -> RenderableType:
     known = [value for means in rows.values() for value in means]
     cells, unit = _scaled(known, zero=_NOTHING)
     for i, (kind, means) in enumerate(rows.items()):
-        share = sum(means) / total if total else None
-        table.add_row(Text(kind), *cells[3 * i : 3 * i + 3], Text(unit, style="dim"), _percent(share))
+        table.add_row(kind, *cells[3 * i : 3 * i + 3], unit, _percent(sum(means) / total if total else None))
     return table
 
 
 def _objectives(summary: Summary) -> RenderableType:
     slo = summary["slo"]
-    table = _table("SLO", "target", "actual", "", "verdict")
+    table = Fitted("SLO", ["target", "actual", "verdict"])
     for target in slo["targets"]:
-        (bound, actual), unit = _scaled([target["target_s"], target["actual_s"]])
         label = f"{_LATENCIES[target['metric']]} {target['statistic'].replace('p', 'P')}"
         verdict = {True: Text("met", "green"), False: Text("missed", "bold red"), None: Text("no data", "yellow")}
-        table.add_row(label, f"≤ {bound}", actual, Text(unit, style="dim"), verdict[target["met"]])
+        (actual,), unit = _scaled([target["actual_s"]])
+        table.add_row(label, f"≤ {_exact(target['target_s'])}", f"{actual} {unit}".strip(), verdict[target["met"]])
     goodput = (
         f"Goodput {_rate(slo['goodput_requests_per_s'])} requests/s; {_percent(slo['attainment'])} of requests met all."
     )
@@ -114,19 +124,43 @@ def _objectives(summary: Summary) -> RenderableType:
 
 def _remarks(summary: Summary) -> RenderableType:
     lines = []
-    if summary["saturated"]:
-        lines.append(Text(f"Saturated: {summary['saturation_reason']}.", style="bold red"))
-    elif summary["open_loop"] and summary["requests"]["arrived"]:
-        lines.append(Text("Not saturated: no queue kept growing while requests arrived.", style="green"))
+    if (verdict := _verdict(summary)) is not None:
+        lines.append(verdict)
     lines += [Text(note, style="yellow") for note in summary["notes"]]
     origin = _provenance(summary["provenance"])
     simulator = summary.get("simulator", {})
     facts = [f"Step times: {origin}."] if origin else []
     if "steps" in simulator:
-        facts.append(f"{simulator['steps']:,} steps, {simulator['events']:,} events, MIST {simulator['version']}.")
+        steps, events = (counted(simulator[f"{what}s"], what) for what in ("step", "event"))
+        facts.append(f"{steps}, {events}, MIST {simulator['version']}.")
     if facts:
         lines.append(Text(" ".join(facts), style="dim"))
     return Group(*lines)
+
+
+def _verdict(summary: Summary) -> Text | None:
+    """What was seen of the queues while load arrived, and no more than that; None where there is nothing to say."""
+    queue = summary["backlog"]
+    if summary["saturated"]:
+        return Text(f"Saturated: {summary['saturation_reason']}.", style="bold red")
+    if summary["requests"]["arrived"] and not summary["requests"]["finished"]:
+        return Text("Nothing was served: no request finished.", style="bold red")
+    if queue is None:
+        return None
+    if summary["near_capacity"]:
+        return Text(
+            f"Near capacity: the queue of {queue['pool']} grew from {_mean(queue['waiting_first'])} to "
+            f"{_mean(queue['waiting_last'])} waiting over the run; a longer run would tell whether it is saturated.",
+            style="bold yellow",
+        )
+    if not queue["waiting_peak"]:
+        return Text("Not saturated: no request waited.", style="green")
+    return Text(
+        f"Not saturated: at most {counted(queue['waiting_peak'], 'request')} waited for {queue['pool']} while load "
+        f"arrived, {_mean(queue['waiting_first'])} on average in its first tenth and {_mean(queue['waiting_last'])} "
+        "in its last.",
+        style="green",
+    )
 
 
 def _provenance(provenance: Summary) -> str:
@@ -138,15 +172,6 @@ def _provenance(provenance: Summary) -> str:
         return "; ".join(f"{pool} {clause}" for pool, clause in clauses.items())
     shares = sorted(((share, name) for name, share in provenance.items() if share), key=lambda pair: -pair[0])
     return ", ".join(f"{name} {_percent(share)}" for share, name in shares)
-
-
-def _table(title: str, *heads: str) -> Table:
-    """No lines but under the heads; the first column says what a row is, the others are numbers."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
-    table.add_column(title, min_width=14, overflow="fold")
-    for head in heads:
-        table.add_column(head, justify="right" if head else "left", no_wrap=True, min_width=7 if head else 0)
-    return table
 
 
 def _scaled(seconds: Sequence[float | None], zero: str = "0") -> tuple[list[str], str]:
@@ -163,22 +188,33 @@ def _scaled(seconds: Sequence[float | None], zero: str = "0") -> tuple[list[str]
     ], unit
 
 
+def _exact(seconds: float) -> str:
+    """A time that a user wrote, in the unit that suits it and with the digits it was given."""
+    factor, unit = (1.0, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
+    return f"{seconds * factor:,.10g} {unit}"
+
+
 def _percent(fraction: float | None) -> str:
-    if fraction is None:
-        return _NOTHING
-    if 0 < fraction < 0.0995:
-        return f"{fraction:.1%}" if fraction >= 0.0005 else "<0.1%"
-    return f"{fraction:.0%}"
+    return _NOTHING if fraction is None else share(fraction)
 
 
 def _number(value: float | None) -> str:
     return _NOTHING if value is None else f"{value:,.1f}"
 
 
+def _mean(number: float) -> str:
+    """A mean count: to the tenth while it is small."""
+    return f"{number:,.0f}" if number >= 9.95 or number == 0 else f"{number:.1f}" if number >= 0.05 else "under 0.1"
+
+
 def _rate(per_s: float | None) -> str:
+    """Three digits, the last ones zeros or not."""
     if per_s is None:
         return _NOTHING
-    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
+    for decimals, least in enumerate((99.95, 9.995, 0.9995)):
+        if per_s >= least:
+            return f"{per_s:,.{decimals}f}"
+    return f"{per_s:.3g}"
 
 
 def _clock(seconds: float) -> str:

@@ -7,8 +7,9 @@ need more than one section are elsewhere, and nothing here builds a policy to ru
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
@@ -27,28 +29,48 @@ from mist.scenario import catalogue
 from mist.scenario.clients import Count, Name, PerfList, Pool
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
 from mist.scenario.pricing import PREFERRED
+from mist.workload.trace import find_trace
 
 Arrivals = Annotated[Spec, SpecOf("arrivals")]
 Lengths = Annotated[Spec, SpecOf("lengths", bare="fixed")]
 Routing = Annotated[Spec, SpecOf("routing")]
 
-Seconds = Annotated[float, Field(ge=0, le=1e9)]
-PositiveSeconds = Annotated[float, Field(gt=0, le=1e9)]
+#: a third of a century, well within the simulator's clock
+MAX_SECONDS = 1e9
+
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 
 
 def _window(value: Any) -> tuple[float | None, float]:
     """START:END, [START, END] or a duration, as (start, end) or (None, duration)."""
-    pair: Any = value.split(":") if isinstance(value, str) else value
-    if isinstance(pair, int | float) and not isinstance(pair, bool):
+    pair: Any = value.split(":") if isinstance(value, str) and ":" in value else value
+    if isinstance(pair, int | float | str) and not isinstance(pair, bool):
         pair = [None, pair]
     try:
         first, second = pair
         start, end = None if first is None else float(first), float(second)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         start, end = None, math.nan
     if not 0 <= (start or 0) < end < math.inf:
         raise problem(f"{short(value)} is not a window of time", "write 60:600 (start:end, in s) or 540 (its length)")
     return start, end
+
+
+def _trace_is_there(value: str, info: ValidationInfo) -> str:
+    try:
+        find_trace(value, (info.context or {}).get("folder", Path()), os.environ)
+    except ScenarioError as error:
+        raise problems(((), each) for each in error.problems) from None
+    return value
+
+
+def _is_a_length_catalogue(value: str) -> str:
+    try:
+        catalogue.read("workloads", value, Path())
+    except ScenarioError as error:
+        raise problems(((), each) for each in error.problems) from None
+    return value
 
 
 def _client_name(value: str) -> str:
@@ -78,7 +100,7 @@ Window = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string", "pattern": "^[^:]+:[^:]+$"},
+                {"type": "string", "pattern": "^[^:]+(:[^:]+)?$"},
                 {"type": "array", "items": {"anyOf": [_SECONDS, {"type": "null"}]}, "minItems": 2, "maxItems": 2},
                 _SECONDS,
             ]
@@ -92,10 +114,40 @@ Targets = dict[Percentile, PositiveSeconds]
 Routings = Annotated[dict[str, Routing], Short(_routing)]
 
 
+def _beside_a_trace(given: Set[str]) -> Iterator[Located]:
+    for key in ("num_requests", "lengths", "input_tokens", "output_tokens"):
+        if key in given:
+            hint = "`limit` takes the first requests" if key == "num_requests" else f"remove trace or {key}"
+            yield (key,), Problem(f"a trace brings its own {key}", hint=hint)
+    if {"format", "columns"} <= given:
+        yield ("format",), Problem("format and columns are both given", hint="`columns` is a format: keep one of them")
+
+
+def _to_draw(given: Set[str]) -> Iterator[Located]:
+    if not given & {"arrivals", "concurrency", "num_requests", "lengths", "input_tokens", "output_tokens"}:
+        hint = "trace: FILE; or arrivals: {poisson: {rate_per_s: 4}}, num_requests: 1000, lengths: azure-conversation"
+        yield (), Problem("the workload is empty", hint=hint)
+        return
+    for key in ("format", "columns"):
+        if key in given:
+            yield (key,), Problem(f"{key} is for a trace, and there is none", hint="give trace: FILE")
+    if not given & {"arrivals", "concurrency"}:
+        yield (), Problem("arrivals are missing", hint="such as arrivals: {poisson: {rate_per_s: 4}}")
+    if "num_requests" not in given:
+        yield (), Problem("num_requests is missing", hint="such as num_requests: 1000")
+    for key in ("input_tokens", "output_tokens"):
+        if not given & {key, "lengths"}:
+            hint = f"such as {key}: 256, or lengths: azure-conversation for both"
+            yield (), Problem(f"{key} is missing", hint=hint)
+    if {"lengths", "input_tokens", "output_tokens"} <= given:
+        message = "lengths, input_tokens and output_tokens are all given, and nothing of lengths is used"
+        yield ("lengths",), Problem(message, hint="keep lengths, with one of the others at most, or both of these")
+
+
 class Workload(Section):
     """Where requests come from: a trace, or drawn arrivals and lengths."""
 
-    trace: Name | None = None
+    trace: Annotated[Name, AfterValidator(_trace_is_there)] | None = None
     """a trace file, looked up beside the scenario, then in the folders of MIST_DATA"""
     format: Annotated[Spec, SpecOf("trace")] | None = None
     """the trace's format; left out, its first line tells"""
@@ -107,69 +159,41 @@ class Workload(Section):
     """short for arrivals: {closed_loop: {concurrency: N}}, N requests in the system at all times"""
     num_requests: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """requests to draw"""
-    lengths: Name | None = None
+    lengths: Annotated[Name, AfterValidator(_is_a_length_catalogue)] | None = None
     """a length catalogue for inputs and outputs (`mist list workloads`)"""
     input_tokens: Lengths | None = None
     """tokens of a prompt: a number, or a distribution such as {lognormal: {mean: 1155, cv: 0.9}}"""
     output_tokens: Lengths | None = None
     """tokens of an answer: a number or a distribution"""
-    rate_scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """arrivals this many times as fast"""
+    rate_scale: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
+    """arrivals this many times as fast; 2 halves all arrival times"""
     limit: Count | None = None
     """only the first requests"""
 
+    @classmethod
+    def conflicts(cls, given: Set[str]) -> Iterator[Located]:
+        """A trace and what is drawn exclude each other, and drawing needs all its parts."""
+        yield from _beside_a_trace(given) if "trace" in given else _to_draw(given)
+        if {"arrivals", "concurrency"} <= given:
+            yield ("concurrency",), Problem("arrivals and concurrency are both given", hint="keep one of them")
+
     @model_validator(mode="after")
-    def _one_source(self) -> Workload:
-        found = list(self._trace_problems() if self.trace else self._drawn_problems())
-        if self.arrivals and self.concurrency:
-            found.append(
-                (("concurrency",), Problem("arrivals and concurrency are both given", hint="keep one of them"))
-            )
-        if self.lengths is not None:
-            try:
-                catalogue.read("workloads", self.lengths, Path())
-            except ScenarioError as error:
-                found.extend((("lengths",), each) for each in error.problems)
-        if self._is_closed_loop and self.rate_scale != 1:
-            found.append((("rate_scale",), Problem("a closed loop has no rate to scale", hint="change concurrency")))
+    def _agrees(self) -> Workload:
+        found = list(self._disagreements())
         if found:
             raise problems(found)
         return self
 
-    def _trace_problems(self) -> Iterator[Located]:
-        for key in ("num_requests", "lengths", "input_tokens", "output_tokens"):
-            if getattr(self, key) is not None:
-                hint = "`limit` takes the first requests" if key == "num_requests" else f"remove trace or {key}"
-                yield (key,), Problem(f"a trace brings its own {key}", hint=hint)
-        if self.format and self.columns:
-            yield (
-                ("format",),
-                Problem("format and columns are both given", hint="`columns` is a format: keep one of them"),
-            )
-
-    def _drawn_problems(self) -> Iterator[Located]:
-        drawn = [
-            key for key in ("arrivals", "concurrency", "num_requests", "lengths") if getattr(self, key) is not None
-        ]
-        if not drawn and not self.input_tokens and not self.output_tokens:
-            hint = (
-                "trace: FILE; or arrivals: {poisson: {rate_per_s: 4}}, num_requests: 1000, lengths: azure-conversation"
-            )
-            yield (), Problem("the workload is empty", hint=hint)
-            return
-        for key in ("format", "columns"):
-            if getattr(self, key) is not None:
-                yield (key,), Problem(f"{key} is for a trace, and there is none", hint="give trace: FILE")
-        if not self.arrivals and not self.concurrency:
-            yield (), Problem("arrivals are missing", hint="such as arrivals: {poisson: {rate_per_s: 4}}")
-        if self.num_requests is None:
-            yield (), Problem("num_requests is missing", hint="such as num_requests: 1000")
-        for key in ("input_tokens", "output_tokens"):
-            if getattr(self, key) is None and self.lengths is None:
-                yield (
-                    (),
-                    Problem(f"{key} is missing", hint=f"such as {key}: 256, or lengths: azure-conversation for both"),
-                )
+    def _disagreements(self) -> Iterator[Located]:
+        if self._is_closed_loop and self.rate_scale != 1:
+            yield ("rate_scale",), Problem("a closed loop has no rate to scale", hint="change concurrency")
+        if self.columns and self.trace and (reason := self.columns.build().problem_with(self.trace)):
+            yield ("columns", "arrival"), Problem(reason, hint="such as time_unit: s")
+        if self.arrivals and self.num_requests and (rate := self.arrivals.params.get("rate_per_s")):
+            num_requests = min(self.num_requests, self.limit or self.num_requests)
+            if num_requests > MAX_SECONDS * rate * self.rate_scale:
+                message = f"{num_requests:,} requests at {rate:g} a second take more than {MAX_SECONDS:.0e} s"
+                yield ("arrivals", self.arrivals.name, "rate_per_s"), Problem(message, hint="raise rate_per_s")
 
     @property
     def _is_closed_loop(self) -> bool:

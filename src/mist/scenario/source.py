@@ -174,7 +174,8 @@ def _beside(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"there is no folder {folder} either"
-    return nearest(path.name, (p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml", ".gz", path.suffix)))
+    found = [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml", ".gz", path.suffix)]
+    return nearest(path.name, found) if found else f"the folder {folder} holds no YAML file"
 
 
 def _inside(path: Path) -> str:

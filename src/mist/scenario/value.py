@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +136,6 @@ class Scenario:
         for key, value in fields.items():
             object.__setattr__(self, key, value)
         found = [_placed(source, loc, p.message, p.hint) for loc, p in self._conflicts(file)]
-        if file.workload.trace is not None:
-            try:
-                self.trace_path()
-            except ScenarioError as error:
-                found.extend(error.problems)
         if found:
             raise ScenarioError(found)
 
@@ -201,8 +196,11 @@ def load(scenario: str | Path | Mapping[str, Any] | Scenario, sets: Iterable[str
         source = scenario.source
     elif isinstance(scenario, Mapping):
         source = read_mapping(scenario)
-    else:
+    elif isinstance(scenario, str | Path):
         source = read_file(scenario)
+    else:
+        given = f"a scenario can't be {scenario!r:.60}"
+        raise ScenarioError(Problem(given, hint="give the path of a YAML file, a mapping, or a Scenario"))
     source = override(source, sets)
     for dotted, value in overrides.items():
         source = source.with_value(key_path(dotted), value, f"{dotted}={value}")
@@ -242,10 +240,12 @@ def _problems(error: ValidationError, source: Source) -> list[Problem]:
 
 
 def _placed(source: Source, loc: KeyPath, message: str, hint: str, *, key: bool = False) -> Problem:
-    """A problem at what was written at `loc`; its message begins with the path."""
+    """A problem at what was written at `loc`; its message begins with the path, unless its place is an option's."""
     path = tuple(part for part in loc if part not in ("", "[key]"))
     where = ".".join(map(str, path))
-    return source.problem(path, f"{where}: {message}" if where else message, hint, key=key or "[key]" in loc)
+    placed = source.problem(path, message, hint, key=key or "[key]" in loc)
+    option = placed.file.removeprefix("--set ").partition("=")[0]
+    return placed if where in ("", option) else replace(placed, message=f"{where}: {message}")
 
 
 def _with_perf(client: Pool, perf: list[Spec]) -> Pool:

@@ -22,7 +22,7 @@ _COLUMNS = ColumnMap(
 @register("trace", "azure")
 @dataclass(frozen=True, slots=True)
 class Azure:
-    """`TIMESTAMP,ContextTokens,GeneratedTokens`, stamps in UTC with up to nine decimals.
+    """`TIMESTAMP`, `ContextTokens`, `GeneratedTokens`; stamps in UTC with up to nine decimals.
 
     Source: Azure/AzurePublicDataset, traces of 2023 (Patel et al., "Splitwise", ISCA 2024) and of 2024.
     """

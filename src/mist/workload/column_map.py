@@ -39,9 +39,9 @@ FloatArray = npt.NDArray[np.float64]
 class ColumnMap:
     """The columns of a trace file.
 
-    `time_unit` is s, ms, us, ns or timestamp. `hash_ids` holds lists of block ids (in CSV separated by spaces), one
-    per `hash_block_size` tokens; 0 means that the column `hash_block_size` says how many. Columns in `optional` may
-    be absent.
+    `time_unit` is s, ms, us, ns or timestamp; any other text fits columns of time stamps alone. `hash_ids` holds lists
+    of block ids (in CSV separated by spaces), one per `hash_block_size` tokens; 0 means that the column
+    `hash_block_size` says how many. Columns in `optional` may be absent.
     """
 
     arrival: str
@@ -129,6 +129,15 @@ def chain_keys(hash_ids: Sequence[Sequence[Any]]) -> list[tuple[int, ...]]:
     return chained
 
 
+def unit_problem(unit: str, column: str) -> str | None:
+    """Why numbers in `unit` can't be read as times of `column`; None if they can."""
+    units = (*TIME_UNITS, TIMESTAMP)
+    if unit in units:
+        return None
+    given = f"the unit of {column!r}" if unit == column.rpartition("_")[2] else f"time_unit {unit!r}"
+    return f"{given} is not known: set time_unit to one of {', '.join(units)}"
+
+
 def _arrivals(rows: Rows, name: str, unit: str) -> IntArray:
     """Nanoseconds of the column; 0 where the file has none."""
     if name not in rows.columns:
@@ -139,6 +148,8 @@ def _arrivals(rows: Rows, name: str, unit: str) -> IntArray:
         bad = np.isnat(values) | (seconds < 0) | (seconds >= _MAX_NS // NS_PER_S)
         within = np.where(bad, np.datetime64(0, "s"), values)
         times, hint = within.astype("datetime64[ns]").astype(np.int64), "give every row a time from 1970 to 2116"
+    elif reason := unit_problem(unit, name):
+        rows.problems.fail(reason, line=1, hint="columns: {..., time_unit: s}")
     elif unit == TIMESTAMP:
         (times, bad), hint = _stamps(values), _STAMP_HINT
     else:

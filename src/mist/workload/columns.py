@@ -16,7 +16,7 @@ from pathlib import Path
 from mist.errors import Problem, ScenarioError
 from mist.registry import register
 from mist.workload import RequestTable
-from mist.workload.column_map import HASH_BLOCK_SIZE, TIME_UNITS, TIMESTAMP, ColumnMap
+from mist.workload.column_map import HASH_BLOCK_SIZE, ColumnMap, unit_problem
 from mist.workload.rows import csv_names, json_names
 
 _HASH_IDS = "hash_ids"
@@ -27,7 +27,8 @@ _HASH_IDS = "hash_ids"
 class Columns:
     """A file's columns by name.
 
-    `time_unit` is s, ms, us, ns or timestamp (UTC); left out, it is the ending of the arrival column's name.
+    `time_unit` is s, ms, us, ns or timestamp (UTC); left out, it is the ending of the arrival column's name, or the
+    column's type in a Parquet file.
     `hash_ids` is the column of the prompt's block ids (lists; in CSV separated by spaces), one id per
     `hash_block_size` tokens. Left out, they are read from the columns `hash_ids` and `hash_block_size` if there.
     """
@@ -40,10 +41,8 @@ class Columns:
     time_unit: str | None = None
 
     def __post_init__(self) -> None:
-        units = (*TIME_UNITS, TIMESTAMP)
-        if self._unit() not in units:
-            given = f"time_unit {self.time_unit!r}" if self.time_unit else f"the unit of {self.arrival!r}"
-            raise ValueError(f"{given} is not known: set time_unit to one of {', '.join(units)}")
+        if self.time_unit and (reason := unit_problem(self._unit(), self.arrival)):
+            raise ValueError(reason)
         if self.hash_block_size < 0:
             raise ValueError(f"hash_block_size is {self.hash_block_size}: give the tokens per block, at least 1")
 
@@ -64,6 +63,12 @@ class Columns:
             hash_block_size=self.hash_block_size,
             optional=frozenset() if self.hash_ids else frozenset({_HASH_IDS, HASH_BLOCK_SIZE}),
         ).read(path)
+
+    def problem_with(self, trace: str) -> str | None:
+        """Why the file named `trace` can't be read like this, as far as its name tells; None if it may be."""
+        if trace.endswith((".csv", ".jsonl", ".csv.gz", ".jsonl.gz")):
+            return unit_problem(self._unit(), self.arrival)
+        return None
 
     def _unit(self) -> str:
         return self.time_unit or self.arrival.rpartition("_")[2]

@@ -74,7 +74,7 @@ class Gamma:
 
     def __post_init__(self) -> None:
         _require_positive("rate_per_s", self.rate_per_s)
-        _require_positive("cv", self.cv, "(`constant` has a cv of 0)")
+        _require_cv(self.cv, "`constant`")
 
     def arrival_ns(self, num_requests: int, rng: np.random.Generator) -> IntArray:
         """Arrival times, int64[num_requests] in ns; the first gap starts at 0."""
@@ -166,8 +166,9 @@ class ClosedLoop:
     ramp_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.concurrency < 1:
-            raise ValueError(f"concurrency is {self.concurrency}: give the requests in the system, at least 1")
+        if not 1 <= self.concurrency <= 2**40:
+            given = _short(self.concurrency)
+            raise ValueError(f"concurrency is {given}: give the requests in the system, at least 1 and at most 2**40")
         if not 0 <= self.ramp_s <= 1e9:
             raise ValueError(f"ramp_s is {self.ramp_s}: give seconds up to 1e9, 0 for all at once")
 
@@ -202,6 +203,7 @@ class Uniform:
 
     def __post_init__(self) -> None:
         _require_tokens("low", self.low)
+        _require_tokens("high", self.high)
         if self.high < self.low:
             raise ValueError(f"high is {self.high} and low is {self.low}: give a high of at least the low")
 
@@ -223,8 +225,9 @@ class Lognormal:
     max: int | None = None
 
     def __post_init__(self) -> None:
-        _require_positive("mean", self.mean)
-        _require_positive("cv", self.cv, "(`fixed` has a cv of 0)")
+        if not 0 < self.mean < 2**40:
+            raise ValueError(f"mean is {_short(self.mean)}: give a number of tokens above 0 and below 2**40")
+        _require_cv(self.cv, "`fixed`")
         if self.max is not None:
             _require_tokens("max", self.max)
 
@@ -275,11 +278,22 @@ def _require_century(last_ns: float) -> None:
         raise ValueError("the last request would arrive in more than a century: raise rate_per_s")
 
 
-def _require_positive(name: str, value: float, otherwise: str = "") -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value}: give a number above 0 {otherwise}".rstrip())
+def _require_positive(name: str, value: float) -> None:
+    if not 1e-300 <= value <= 1e18:
+        raise ValueError(f"{name} is {_short(value)}: give a number above 0 and at most 1e18")
+
+
+def _require_cv(value: float, constant: str) -> None:
+    """Within bounds whose squares, and the shapes and scales that follow from them, are finite."""
+    if not 1e-6 <= value <= 1e9:
+        raise ValueError(f"cv is {_short(value)}: give a number above 0, from 1e-6 to 1e9 ({constant} has a cv of 0)")
 
 
 def _require_tokens(name: str, value: int) -> None:
     if not 1 <= value < 2**40:
-        raise ValueError(f"{name} is {value}: give a number of tokens, at least 1 and below 2**40")
+        raise ValueError(f"{name} is {_short(value)}: give a number of tokens, at least 1 and below 2**40")
+
+
+def _short(value: float) -> str:
+    """A number as a message shows it: whole numbers may have thousands of digits."""
+    return f"{value}" if isinstance(value, float) or abs(value) < 10**40 else f"a number of {value.bit_length()} bits"

@@ -38,6 +38,10 @@ def find_trace(path: str | Path, beside: Path, environ: Mapping[str, str]) -> Pa
     for place in places:
         if place.is_file():
             return place
+    for place in places:
+        if place.is_dir():
+            inside = ", ".join(sorted(p.name for p in place.iterdir() if p.is_file())[:5]) or "no file"
+            raise ScenarioError(Problem(f"trace {str(path)!r} is a folder", hint=f"name a file: it holds {inside}"))
     looked = ", ".join(map(str, places))
     raise ScenarioError(Problem(f"trace {str(path)!r} is not there; looked for {looked}", hint=_PUBLIC_COPIES))
 
@@ -66,8 +70,11 @@ def rate_scale(table: RequestTable, scale: float) -> RequestTable:
     ScenarioError unless the scale is a positive number that leaves the times below 2**62 ns.
     """
     latest = float(table.arrival_ns.max(initial=0))
-    if not (0 < scale < float("inf")) or latest / scale >= 2**62:
+    if not 0 < scale < float("inf"):
         raise ScenarioError(Problem(f"rate_scale is {scale}", hint="give a number > 0; 2 halves all arrival times"))
+    if latest / scale >= 2**62:
+        message = f"at a rate_scale of {scale} the last request would arrive in more than a century"
+        raise ScenarioError(Problem(message, hint="give a larger one; 2 halves all arrival times"))
     return replace(table, arrival_ns=np.rint(table.arrival_ns / scale).astype(np.int64))
 
 

@@ -26,7 +26,7 @@ _COLUMNS = ColumnMap(
 @register("trace", "vidur")
 @dataclass(frozen=True, slots=True)
 class Vidur:
-    """`arrived_at,num_prefill_tokens,num_decode_tokens`; files of lengths alone have no `arrived_at`.
+    """`arrived_at`, `num_prefill_tokens`, `num_decode_tokens`; files of lengths alone have no `arrived_at`.
 
     Source: microsoft/vidur (Agrawal et al., "Vidur", MLSys 2024), its processed traces.
     """

@@ -73,13 +73,15 @@ _LENGTH = Axis("isl", ramp=1000.0, rising=True)  # the work is quadratic; short 
 _HEADS = Axis("num_heads")
 _TOTAL_CONTEXT = Axis("total_context", rising=True)
 _ATTENTION_KEYS = ("head_dim", "window_size", "attn_dtype", "kv_cache_dtype", "num_key_value_heads")
-_MLA_KEYS = ("architecture", "gemm_type", "kv_cache_dtype", "tp_size")
+_MLA_KEYS = ("architecture", "gemm_type", "kv_cache_dtype")
 
 
 #: Σ context of a decode batch; `step` is the cached length, the new token comes on top.
 _ATTENDED = Derived(("batch_size", "step"), lambda batch, step: batch * (step + 1))
 #: The same of the latent-attention modules, whose `step` (2, 4, 8, ...) is the attended length itself.
 _ATTENDED_LATENT = Derived(("batch_size", "step"), lambda batch, step: batch * step)
+#: Width of one expert on one rank: kernels of 8,192 on two ranks are those of 4,096 on one.
+_LOCAL_WIDTH = Derived(("inter_size", "moe_tp_size"), lambda width, ranks: width // ranks)
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -102,8 +104,9 @@ FAMILIES: tuple[Family, ...] = (
            library="nccl"),
     Family(
         "moe", "moe", "moe_perf",
-        ("moe_dtype", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size", "distribution"),
-        (Axis("num_tokens", rising=True),),
+        ("moe_dtype", "hidden_size", "topk", "num_experts", "moe_ep_size", "distribution"),
+        (Axis("local_width"), Axis("num_tokens", rising=True)),
+        derived={"local_width": _LOCAL_WIDTH},
     ),
     Family(
         "moe_a2a", "comm", "moe_a2a_perf",
@@ -113,6 +116,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("mla_context", "mla", "mla_context_module_perf", _MLA_KEYS, (_HEADS, _LENGTH, _BATCH)),
     Family("mla_generation", "mla", "mla_generation_module_perf", _MLA_KEYS, (_HEADS, _BATCH, _TOTAL_CONTEXT),
            derived={"total_context": _ATTENDED_LATENT}, weight="batch_size"),
+    Family("mla_context_kernel", "mla", "context_mla_perf", ("kv_cache_dtype",), (_HEADS, _LENGTH, _BATCH)),
+    Family("mla_generation_kernel", "mla", "generation_mla_perf", ("kv_cache_dtype",),
+           (_HEADS, _BATCH, _TOTAL_CONTEXT), derived={"total_context": _ATTENDED}, weight="batch_size"),
     Family("streaming", "quantize", "scale_matrix_perf", ("quant_dtype",),
            (Axis("m", rising=True), Axis("k", rising=True)), library="vllm"),
 )  # fmt: skip

@@ -31,12 +31,6 @@ class Estimate:
     ns: FloatArray
     origin: npt.NDArray[np.int8]
 
-    @classmethod
-    def minimum(cls, one: Estimate, other: Estimate) -> Estimate:
-        """The smaller time of two, with its origin."""
-        first = one.ns <= other.ns
-        return cls(np.where(first, one.ns, other.ns), np.where(first, one.origin, other.origin))
-
 
 class RaggedGrid:
     """Times at scattered points of a product grid with holes, interpolated axis by axis.

@@ -1,7 +1,7 @@
 """Times of single operators from the measured tables: which table an operator reads, and at which of its points.
 
-Between the tables and the `kernels` model, which sums operators and answers steps. It returns None for an operator that
-isn't measured, and never falls back on anything itself.
+Between the tables and `deployed`, which adds floors and the fallback. It returns None for an operator that isn't
+measured, and never falls back on anything itself.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import numpy as np
 from mist.model import dtype_bytes
 from mist.perf import Deployment
 from mist.perf.measured.families import Axis
-from mist.perf.measured.grid import EXTRAPOLATED, Estimate, FloatArray, RaggedGrid
-from mist.perf.measured.tables import OperatorTables
-from mist.perf.operators import Operator
+from mist.perf.measured.grid import EXTRAPOLATED, INTERPOLATED, Estimate, FloatArray, RaggedGrid
+from mist.perf.measured.tables import OperatorTables, Table
+from mist.perf.operators import Operator, windowed_area
 
-#: All-reduce tables count elements of this size.
+#: Tables of collectives count elements of this size.
 ELEMENT_BYTES = 2.0
 #: Bytes that the streaming kernel moves for each element: it reads 16 bits and writes 8.
 STREAMED_BYTES = 3.0
 
-_TABLE_DTYPE = {"bf16": "bfloat16", "fp16": "bfloat16", "fp8": "fp8", "fp4": "nvfp4"}
+TABLE_DTYPE = {"bf16": "bfloat16", "fp16": "bfloat16", "fp8": "fp8", "fp4": "nvfp4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,68 +31,86 @@ class MeasuredAttention:
 
     Prefill: prompt lengths, then sequences. Decode: sequences, then Σ context; `inner` are the measured values.
     `scale`: a table of fewer KV heads stands in, with as many more sequences: a kernel sees sequences times KV heads.
+    `window`: prompts are read from a table without one, at the length whose work is the same.
     """
 
     grid: RaggedGrid
     axis: Axis
     heads: float
-    outer_scale: float
-    inner_scale: float
     outer: FloatArray
     inner: FloatArray
+    outer_scale: float = 1.0
+    inner_scale: float = 1.0
+    window: int = 0
 
     def at(self, outer: float, inner: FloatArray) -> Estimate:
         """Time, ns, at one outer value and each of `inner`."""
-        x = self.axis.scaled(np.array([outer * self.outer_scale]))[0]
+        outer *= self.outer_scale
+        stands_in = self.inner_scale != 1
+        if self.window and outer > self.window:
+            outer, stands_in = (2 * windowed_area(int(outer), 0, self.window)) ** 0.5, True
+        x = self.axis.scaled(np.array([outer]))[0]
         found = self.grid.at((self.heads, float(x)), inner * self.inner_scale)
-        if self.inner_scale == 1:
-            return found
-        return Estimate(found.ns, np.full(len(inner), EXTRAPOLATED, np.int8))
+        return Estimate(found.ns, np.full(len(inner), EXTRAPOLATED, np.int8)) if stands_in else found
 
 
-def per_row(
-    tables: OperatorTables, o: Operator, rows: FloatArray, deployment: Deployment, graph: bool
-) -> Estimate | None:
+def per_row(tables: OperatorTables, o: Operator, rows: FloatArray, deployment: Deployment) -> Estimate | None:
     """Time of one launch of a per-row operator for each number of `rows`, ns; None where it isn't measured."""
     if o.kind == "gemm":
         return _gemm(tables, o, rows)
-    if o.kind == "allreduce":
-        return _all_reduce(tables, o, rows, deployment.platform.tp, graph)
     if o.kind == "elementwise":
         return _streaming(tables, o, rows)
+    if o.kind in ("allreduce", "allgather") and o.shape[1] <= deployment.platform.device.scale_up_domain:
+        return _collective(tables, o, rows, graph=deployment.cuda_graph)
+    if o.kind == "alltoall":
+        return _all_to_all(tables, o, rows, deployment)
     return None
 
 
 def attention(tables: OperatorTables, o: Operator, deployment: Deployment) -> MeasuredAttention | None:
     """The measured times of an attention operator; None where its head size or KV dtype isn't measured."""
+    heads, kv_heads, head_size = o.shape
+    if o.kind == "attention_encoder":
+        return equal_sequences(tables.table("encoder_attention"), heads, head_dim=head_size)
     prefill = o.kind == "attention_prefill"
     table = tables.table("context_attention" if prefill else "generation_attention")
-    kv_dtype = _TABLE_DTYPE.get(deployment.kv_dtype)
+    kv_dtype = TABLE_DTYPE.get(deployment.kv_dtype)
     if table is None or kv_dtype is None:
         return None
-    heads, kv_heads, head_size = o.shape
     keys: dict[str, int | str] = {
-        "head_dim": head_size, "window_size": 0, "attn_dtype": "bfloat16", "kv_cache_dtype": kv_dtype
+        "head_dim": head_size, "window_size": o.window, "attn_dtype": "bfloat16", "kv_cache_dtype": kv_dtype
     }  # fmt: skip
-    measured = [v for v in table.key_values("num_key_value_heads", **keys) if v <= kv_heads]
-    if not measured:
+    for window in dict.fromkeys((o.window, 0)):
+        keys["window_size"] = window
+        measured = [v for v in table.key_values("num_key_value_heads", **keys) if v <= kv_heads]
+        if measured:
+            keys["num_key_value_heads"] = measured[-1]
+            stand_in = o.window if prefill and window != o.window else 0
+            scale = kv_heads / measured[-1]
+            return equal_sequences(table, heads / scale, 1.0 if prefill else scale, scale, stand_in, **keys)
+    return None
+
+
+def equal_sequences(
+    table: Table | None, heads: float, outer_scale: float = 1.0, inner_scale: float = 1.0, window: int = 0,
+    **keys: int | str,
+) -> MeasuredAttention | None:  # fmt: skip
+    """The points of an attention table (its axes: heads, outer, inner) that match `keys`; None if there are none."""
+    grid = table.grid(**keys) if table else None
+    if table is None or grid is None:
         return None
-    keys["num_key_value_heads"] = measured[-1]
-    grid = table.grid(**keys)
-    assert grid is not None
-    scale = kv_heads / measured[-1]
-    outer_scale = 1.0 if prefill else scale
     outer, inner = table.family.axes[1:]
     return MeasuredAttention(
-        grid, outer, heads / scale, outer_scale, scale,
+        grid, outer, heads,
         np.array(table.key_values(outer.column, **keys)) / outer_scale,
-        np.array(table.key_values(inner.column, **keys)) / scale,
+        np.array(table.key_values(inner.column, **keys)) / inner_scale,
+        outer_scale, inner_scale, window,
     )  # fmt: skip
 
 
 def _gemm(tables: OperatorTables, o: Operator, rows: FloatArray) -> Estimate | None:
     """Weights narrower than the compute dtype (weight-only quantisation) are other kernels, which aren't measured."""
-    table, dtype = tables.table("gemm"), _TABLE_DTYPE.get(o.dtype)
+    table, dtype = tables.table("gemm"), TABLE_DTYPE.get(o.dtype)
     n, k = o.shape
     if table is None or dtype is None or o.weight_bytes < n * k * dtype_bytes(o.dtype):
         return None
@@ -104,7 +122,10 @@ def _streaming(tables: OperatorTables, o: Operator, rows: FloatArray) -> Estimat
     """Norms, activations and the like by their bytes per row: the time of the one measured kernel that only streams."""
     table = tables.table("streaming")
     grid = table.grid(quant_dtype="fp8") if table else None
-    return _along_rows(grid, (), o.bytes[o.driver] / STREAMED_BYTES, rows) if grid else None
+    if grid is None:
+        return None
+    found = _along_rows(grid, (), o.bytes[o.driver] / STREAMED_BYTES, rows)
+    return Estimate(found.ns, np.maximum(found.origin, np.int8(INTERPOLATED)))
 
 
 def _along_rows(grid: RaggedGrid, outer: tuple[float, ...], inner: float, rows: FloatArray) -> Estimate:
@@ -116,20 +137,53 @@ def _along_rows(grid: RaggedGrid, outer: tuple[float, ...], inner: float, rows: 
     return Estimate(line.ns, np.maximum(line.origin, np.int8(worst)))
 
 
-def _all_reduce(tables: OperatorTables, o: Operator, rows: FloatArray, ranks: int, graph: bool) -> Estimate | None:
-    """The faster of the engine's own all-reduce and NCCL's, as engines choose by size."""
+def _collective(tables: OperatorTables, o: Operator, rows: FloatArray, *, graph: bool) -> Estimate | None:
+    """NCCL's time, and for an all-reduce the engine's own kernel's where that is faster, as engines choose by size."""
+    ranks = o.shape[1]
     elements = o.bytes[o.driver] * rows / ELEMENT_BYTES
     grids = []
     custom, nccl = tables.table("custom_allreduce"), tables.table("nccl")
-    if custom is not None:
+    if custom is not None and o.kind == "allreduce":
         backends = custom.categories["backend"]
         wanted = [b for b in backends if b.endswith("graph" if graph else "eager")] or backends
         grids += [custom.grid(num_gpus=ranks, backend=backend) for backend in wanted]
     if nccl is not None:
-        grids.append(nccl.grid(op_name="all_reduce", nccl_dtype="half", num_gpus=ranks))
-    best: Estimate | None = None
-    for grid in grids:
-        if grid is not None:
-            found = grid.at((), elements)
-            best = found if best is None else Estimate.minimum(best, found)
+        name = "all_reduce" if o.kind == "allreduce" else "all_gather"
+        grids.append(nccl.grid(op_name=name, nccl_dtype="half", num_gpus=ranks))
+    return _fastest(grids, elements)
+
+
+def _all_to_all(tables: OperatorTables, o: Operator, rows: FloatArray, deployment: Deployment) -> Estimate | None:
+    """The faster of DeepEP's kernels, of any number of SMs; for one rank per attention group, one group per rank."""
+    table, platform = tables.table("moe_a2a"), deployment.platform
+    layers = [g for g in deployment.model.layers if g.experts]
+    if table is None or platform.tp > 1 or platform.ep != o.shape[1] or not layers:
+        return None
+    experts = layers[0].experts
+    assert experts is not None
+    keys: dict[str, int | str] = {
+        "phase": o.name, "ep_size": platform.ep, "node_num": -(-platform.ep // platform.device.scale_up_domain),
+        "hidden_size": layers[0].hidden_size, "topk": experts.top_k, "num_experts": experts.num_experts,
+    }  # fmt: skip
+    backends = table.categories["comm_backend"]
+    grids = [
+        table.grid(**keys, comm_backend=backend, sms=sms)
+        for backend in backends for sms in table.key_values("sms", **keys, comm_backend=backend)
+    ]  # fmt: skip
+    return _fastest(grids, rows)
+
+
+def _fastest(grids: list[RaggedGrid | None], x: FloatArray) -> Estimate | None:
+    """The smallest time at each of `x`; a line that ends before it counts only where all of them do."""
+    found = [grid.at((), x) for grid in grids if grid is not None]
+    if not found:
+        return None
+    best = found[0]
+    for other in found[1:]:
+        better = np.where(
+            (other.origin == EXTRAPOLATED) == (best.origin == EXTRAPOLATED),
+            other.ns < best.ns,
+            other.origin < EXTRAPOLATED,
+        )
+        best = Estimate(np.where(better, other.ns, best.ns), np.where(better, other.origin, best.origin))
     return best

@@ -26,7 +26,7 @@ from mist.perf.measured.package import TablesFolder, version_key
 
 CACHE_VARIABLE = "MIST_CACHE"
 #: Raised whenever converted files change their meaning.
-FORMAT = 4
+FORMAT = 5
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -1,134 +1,31 @@
 """Operators of one deployment as lists: per-row operators by rows, prefill attention by length, decode by Σ context.
 
-Built once per client from the measured tables and a fallback's prices, clamped to the data-sheet floor and monotone;
-the `kernels` model reads the lists for every step. It never looks at a step itself.
+Built once per client from the prices of `deployed`, and monotone; the `kernels` model reads the lists for every step
+and asks for the parts of a time to explain it. It never looks at a step itself.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from mist.perf import ORIGINS, Deployment, PerfModel
+from mist.perf import ORIGINS
+from mist.perf.measured.deployed import PricedAttention, Pricing
 from mist.perf.measured.families import BY_NAME
 from mist.perf.measured.grid import EXTRAPOLATED, INTERPOLATED, Estimate, FloatArray, RaggedGrid, half_way
-from mist.perf.measured.pricing import attention, per_row
-from mist.perf.measured.tables import OperatorTables
-from mist.perf.operators import Operator, StepSums
+from mist.perf.operators import Operator, windowed_area
 
-#: Codes of `ORIGINS` behind the three of an `Estimate`.
-ROOFLINE, CLAMPED = 3, 4
-
-#: Points at which the fallback is asked, in rows; it is taken as linear between them.
-_SAMPLES = np.unique(np.geomspace(1, 2**22, 133).round())
-#: Lengths, numbers of sequences and sums of contexts at which the fallback prices attention.
-_FALLBACK_NODES = np.array([2.0**i for i in range(25)])
 #: What one more prompt of a length costs is the slope from one sequence to this many.
 _MANY_SEQUENCES = 64.0
 
+#: An operator, its share of a time in ns, and the code of that share's origin.
+Part = tuple[Operator, float, int]
 
-class OperatorPricing(PerfModel, Protocol):
-    """What `kernels` asks of its fallback beyond a performance model."""
-
-    def operator_ns(self, operator: Operator, sums: StepSums) -> float:
-        """Time of all launches of `operator` in a step with these sums, ns."""
-        ...
-
-
-class _AttentionTimes(Protocol):
-    """One layer of attention of equal sequences: prefill by (length, sequences), decode by (sequences, Σ context)."""
-
-    @property
-    def outer(self) -> FloatArray: ...
-
-    @property
-    def inner(self) -> FloatArray: ...
-
-    def at(self, outer: float, inner: FloatArray) -> Estimate: ...
-
-
-class Pricing:
-    """Prices operators of one deployment: measured where there is a table, else by the fallback, never below floor."""
-
-    def __init__(
-        self, tables: OperatorTables, deployment: Deployment, fallback: OperatorPricing, cuda_graph: bool
-    ) -> None:
-        self.tables, self.deployment, self.fallback, self.cuda_graph = tables, deployment, fallback, cuda_graph
-        platform = deployment.platform
-        self.device = platform.device
-        self.byte_ns = 1e9 / self.device.memory_bytes_per_s
-        # every rank receives at least what it doesn't hold
-        self.link_ns = (platform.tp - 1) / platform.tp * 1e9 / self.device.link_bytes_per_s
-
-    def rows(self, o: Operator, rows: FloatArray) -> Estimate:
-        """All launches of a per-row operator for each number of `rows`; origins are codes of `ORIGINS`."""
-        found = per_row(self.tables, o, rows, self.deployment, self.cuda_graph)
-        if found is None:
-            samples = _SAMPLES[: int(np.searchsorted(_SAMPLES, rows.max())) + 1]
-            times = [self.fallback.operator_ns(o, StepSums(**{o.driver: float(x)})) for x in samples]
-            found = Estimate(np.interp(rows, samples, times), np.full(len(rows), ROOFLINE, np.int8))
-        else:
-            found = Estimate(o.repeats * found.ns, found.origin)
-        if o.kind == "allreduce":
-            return _clamp(found, o.repeats * o.bytes[o.driver] * rows * self.link_ns)
-        compute = o.flop.get(o.driver, 0.0) * rows * self.flop_ns(o)
-        return _clamp(found, o.repeats * np.maximum(compute, o.weight_bytes * self.byte_ns))
-
-    def attention(self, o: Operator) -> _Attention:
-        """All layers of an attention operator."""
-        return _Attention(o, attention(self.tables, o, self.deployment) or _FallbackAttention(o, self.fallback), self)
-
-    def flop_ns(self, o: Operator) -> float:
-        """Data-sheet time of one FLOP of an operator."""
-        return 1e9 / self.device.peak(o.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class _FallbackAttention:
-    """An attention operator that isn't measured: one launch as the fallback prices it."""
-
-    o: Operator
-    fallback: OperatorPricing
-    outer: FloatArray = field(default_factory=lambda: _FALLBACK_NODES)
-    inner: FloatArray = field(default_factory=lambda: _FALLBACK_NODES)
-
-    def at(self, outer: float, inner: FloatArray) -> Estimate:
-        times = [self.fallback.operator_ns(self.o, _sums(self.o, outer, float(x))) / self.o.repeats for x in inner]
-        return Estimate(np.array(times), np.full(len(inner), ROOFLINE, np.int8))
-
-
-@dataclass(frozen=True, slots=True)
-class _Attention:
-    """All layers of an attention operator, never below their floor."""
-
-    o: Operator
-    times: _AttentionTimes
-    price: Pricing
-
-    def at(self, outer: float, inner: FloatArray) -> Estimate:
-        found = self.times.at(outer, inner)
-        ns = np.maximum.accumulate(self.o.repeats * found.ns)
-        return _clamp(Estimate(ns, found.origin), self.floor_ns(outer, inner))
-
-    def floor_ns(self, outer: float, inner: FloatArray) -> FloatArray:
-        """FLOP over peak or KV bytes over bandwidth, whichever is more."""
-        sums = [_sums(self.o, outer, float(x)) for x in inner]
-        compute = np.array([self.o.flop_of(s) for s in sums]) * self.price.flop_ns(self.o)
-        memory = np.array([self.o.compulsory_bytes_of(s) for s in sums]) * self.price.byte_ns
-        return np.maximum(compute, memory)
-
-
-def _sums(o: Operator, outer: float, inner: float) -> StepSums:
-    """Decode: `outer` sequences with `inner` tokens of context in all; prefill: `inner` prompts of `outer` tokens."""
-    if o.driver == "decodes":
-        return StepSums(decodes=outer, decode_context=inner)
-    tokens = inner * outer
-    return StepSums(prefill_tokens=tokens, prefill_context=tokens, prefill_area=tokens * outer / 2)
+#: For a number of sequences: ns at each node of Σ context, ns per token behind it, code of the origin of each interval.
+DecodeRow = tuple[list[float], list[float], list[int]]
 
 
 class RowTable:
@@ -152,15 +49,27 @@ class RowTable:
         if rows < len(self.ns):
             self.uses[rows] += 1
             return self.ns[rows]
-        shares = self._shares(np.array([float(rows)]))[:, 0]
-        ns = max(float(shares.sum()), self.ns[-1])
-        self.beyond_ns += shares * (ns / shares.sum())
+        ns, shares = self._beyond(rows)
+        self.beyond_ns += shares
         return ns
+
+    def parts(self, rows: int) -> list[Part]:
+        """Each operator's share of `time(rows)`; not counted as used."""
+        found = [(o, self._price.rows(o, np.array([float(rows)]))) for o in self._operators]
+        ns = self.ns[rows] if rows < len(self.ns) else self._beyond(rows)[0]
+        times = scaled([float(e.ns[0]) for _, e in found], ns if rows else 0.0)
+        return [(o, time, int(e.origin[0])) for (o, e), time in zip(found, times, strict=True)]
 
     def used_ns(self) -> FloatArray:
         """Time answered so far by origin."""
         used: FloatArray = self.by_origin @ np.array(self.uses, np.float64) + self.beyond_ns
         return used
+
+    def _beyond(self, rows: int) -> tuple[float, FloatArray]:
+        shares = self._shares(np.array([float(rows)]))[:, 0]
+        total = float(shares.sum())
+        ns = max(total, self.ns[-1])
+        return ns, shares * (ns / total if total else 0.0)
 
     def _shares(self, rows: FloatArray) -> FloatArray:
         shares = np.zeros((len(ORIGINS), len(rows)))
@@ -172,15 +81,20 @@ class RowTable:
 
 
 class PrefillTable:
-    """Prefill attention by chunk length, all layers; what `chunk` gives rises with its length.
+    """Prefill attention of one window by chunk length, all its layers; what `chunk` gives rises with its length.
 
-    `area_ns`: time of one (new token, context token) pair in bulk. `launch_ns`: what is left of a launch besides its
-    floor, at least. `origin`: code of `ORIGINS` of chunks without context.
+    `area_ns`: time of one (new token, context token) pair in bulk; `kv_ns`: of a token's KV at data-sheet bandwidth.
+    `launch_ns`: what is left of a launch besides its floor, at least. `origin`: code of `ORIGINS` of chunks without
+    context. `reads_cache`: prefills read cached KV as decodes do.
     """
 
     def __init__(self, price: Pricing, operators: list[Operator], last: int) -> None:
+        self.window = operators[0].window
+        self.reads_cache = any("prefill_context" in o.kv_bytes for o in operators)
+        self._operators = operators
         self._curves = [_PrefillCurves(price.attention(o)) for o in operators]
         self.area_ns: float = sum(c.area_ns for c in self._curves)
+        self.kv_ns = sum(o.repeats * o.kv_bytes.get("prefill_context", 0.0) for o in operators) * price.byte_ns
         self.launch_ns = sum(c.launch_ns for c in self._curves)
         self.origin = max(c.origin for c in self._curves)
         self._lists: list[list[float]] = [x.tolist() for x in self._at(np.arange(last + 1, dtype=np.float64))]
@@ -193,6 +107,50 @@ class PrefillTable:
         one, more, per_context = self._at(np.array([float(c)]))
         return max(float(one[0]), first[-1]), max(float(more[0]), further[-1]), max(float(per_context[0]), context[-1])
 
+    def time(self, chunks: Sequence[tuple[int, int]]) -> tuple[float, float, int]:
+        """(new tokens alone, with their contexts, attended tokens): the first two in ns.
+
+        The longest chunk, every other at the cost of one more of its length, and what their contexts add: without a
+        window the larger of the longest single one (few tiles: the kernel waits for the slowest) and all of them at the
+        bulk rate, within a window the latter.
+        """
+        window, (first, beside, per_context) = self.window, self._lists
+        size = len(first)
+        longest = longest_beside = further = slowest = area = 0.0
+        attended = 0
+        for c, s in chunks:
+            alone, more, slope = (first[c], beside[c], per_context[c]) if c < size else self.chunk(c)
+            if alone > longest:
+                longest = alone
+            if more > longest_beside:
+                longest_beside = more
+            further += more
+            if not window:
+                attended += s + c
+                if s:
+                    area += c * s
+                    if s * slope > slowest:
+                        slowest = s * slope
+            elif s:
+                area += windowed_area(c, s, window) - windowed_area(c, 0, window)
+                attended += min(s, window) + c
+            else:
+                attended += c
+        new_ns = longest + further - longest_beside
+        bulk_ns = area * self.area_ns
+        return new_ns, new_ns + (slowest if slowest > bulk_ns else bulk_ns), attended
+
+    def parts(self, chunks: Sequence[tuple[int, int]], ns: float, origin: int) -> list[Part]:
+        """Each operator's share of `ns`, by what its own curve says of the chunks."""
+        weights = []
+        for curve in self._curves:
+            first = curve.at(np.array([float(c) for c, _ in chunks]))[0]
+            area = sum(windowed_area(c, s, self.window) if self.window else c * s for c, s in chunks)
+            weights.append(float(first.sum()) + area * curve.area_ns)
+        times = scaled(weights, ns)
+        origins = [max(origin, curve.origin) if origin == EXTRAPOLATED else curve.origin for curve in self._curves]
+        return list(zip(self._operators, times, origins, strict=True))
+
     def _at(self, lengths: FloatArray) -> list[FloatArray]:
         curves = [c.at(lengths) for c in self._curves]
         return [np.maximum.accumulate(sum(parts)) for parts in zip(*curves, strict=True)]
@@ -201,7 +159,8 @@ class PrefillTable:
 class _PrefillCurves:
     """One prefill operator by length c: the first sequence, each further one, and what a token of context adds."""
 
-    def __init__(self, part: _Attention) -> None:
+    def __init__(self, part: PricedAttention) -> None:
+        self._window = part.o.window
         nodes, one = part.times.outer, np.ones(1)
         found = [part.at(length, np.array([1.0, _MANY_SEQUENCES])) for length in nodes]
         ns = np.array([f.ns for f in found])
@@ -213,12 +172,18 @@ class _PrefillCurves:
         self.origin = max(INTERPOLATED, int(np.median([f.origin[0] for f in found])))
         base = half_way(nodes)
         area_floor = part.o.repeats * part.o.flop["prefill_area"] * part.price.flop_ns(part.o)
-        self.area_ns = max(2 * (first[-1] - first[base]) / (nodes[-1] ** 2 - nodes[base] ** 2), area_floor)
+        work = self._areas(nodes[[base, -1]])
+        self.area_ns = max(float((first[-1] - first[base]) / (work[1] - work[0])), area_floor)
         self._lengths, self._slopes = self._context_slopes(nodes[-1])
 
     def at(self, lengths: FloatArray) -> list[FloatArray]:
         slopes = np.maximum(np.interp(lengths, self._lengths, self._slopes), self.area_ns * lengths)
         return [_along(self._first, lengths), _along(self._further, lengths), slopes]
+
+    def _areas(self, lengths: FloatArray) -> FloatArray:
+        """(Query, key) pairs of prompts within the window."""
+        ramp = np.minimum(lengths, self._window) if self._window else lengths
+        return ramp * ramp / 2 + (lengths - ramp) * self._window
 
     def _context_slopes(self, longest: float) -> tuple[FloatArray, FloatArray]:
         """What a token of context before a chunk of c costs: d time / d (c²/2) at c, times c.
@@ -241,24 +206,31 @@ def _along(curve: RaggedGrid, lengths: FloatArray) -> FloatArray:
 
 
 class DecodeTable:
-    """Decode attention, all layers: for each number of sequences, times at `nodes` of Σ context and rates between.
+    """Decode attention of one window, all its layers: for each number of sequences, times at `nodes` of Σ context.
 
-    `rows[n]`: (ns at each node, ns per token of context behind it, code of `ORIGINS` of each interval).
+    `rows[n]` for each number of sequences; `full[n]`, with a window: (ns, code) of sequences that fill it.
     """
 
     def __init__(self, price: Pricing, operators: list[Operator], last: int) -> None:
+        self.window = operators[0].window
+        self._operators = operators
         parts = [price.attention(o) for o in operators]
         nodes = np.unique(np.concatenate([[1.0], *(part.times.inner for part in parts)]))
         self.nodes: list[float] = nodes.tolist()
-        self._floor_rate = sum(float(part.floor_ns(1.0, np.ones(1))[0]) for part in parts)
+        kv_bytes = sum(o.repeats * o.kv_bytes["decode_context"] for o in operators)
+        work = sum(o.repeats * o.flop["decode_context"] * price.flop_ns(o) for o in operators)
+        self._floor_rate = max(kv_bytes * price.byte_ns, work)
         self._grids = [_DecodeGrid(part, nodes) for part in parts]
         ns, origins = self._at(np.arange(last + 1, dtype=np.float64))
-        self._highest = ns[-1]
+        self._highest, self._highest_rate = ns[-1], 0.0
         self.rows = self._rows(ns, origins)
+        self._highest_rate = self.rows[-1][1][-1]
         self.launch_ns = float(max(0.0, (ns - self._floor_rate * nodes).min()))
-        self._beyond: dict[int, tuple[list[float], list[float], list[int]]] = {}
+        self._beyond: dict[int, DecodeRow] = {}
+        last_full = last + 1 if self.window else 0
+        self.full: list[tuple[float, int]] = [(0.0, 0), *(self.time(n, n * self.window) for n in range(1, last_full))]
 
-    def row(self, n: int) -> tuple[list[float], list[float], list[int]]:
+    def row(self, n: int) -> DecodeRow:
         """As `rows[n]`, for any number of sequences."""
         if n < len(self.rows):
             return self.rows[n]
@@ -267,11 +239,24 @@ class DecodeTable:
             self._beyond[n] = self._rows(np.maximum(ns, self._highest), origins)[0]
         return self._beyond[n]
 
-    def time(self, n: int, context: int) -> float:
-        """ns of `n` sequences that attend to `context` tokens in all."""
-        times, rates, _ = self.row(n)
+    def time(self, n: int, context: float) -> tuple[float, int]:
+        """ns of `n` sequences that attend to `context` tokens in all, each to the window at most; and its origin."""
+        if self.window and context > self.window * n:
+            context = self.window * n
+        times, rates, origins = self.row(n)
         k = bisect_right(self.nodes, context) - 1
-        return times[k] + (context - self.nodes[k]) * rates[k]
+        return times[k] + (context - self.nodes[k]) * rates[k], origins[k]
+
+    def parts(self, n: int, context: float) -> list[Part]:
+        """Each operator's share of `time(n, context)`."""
+        ns, _ = self.time(n, context)
+        if self.window:
+            context = min(context, self.window * n)
+        k = bisect_right(self.nodes, context) - 1
+        found = [grid.at(np.array([float(n)])) for grid in self._grids]
+        times = scaled([float(np.interp(context, self.nodes, f.ns[0])) for f in found], ns)
+        origins = [_interval_codes(f.origin)[0][k] for f in found]
+        return list(zip(self._operators, times, origins, strict=True))
 
     def _at(self, sequences: FloatArray) -> tuple[FloatArray, npt.NDArray[np.int8]]:
         """[sequences, nodes] times, rising along both, and their origins."""
@@ -280,20 +265,19 @@ class DecodeTable:
         origins = np.max([f.origin for f in found], axis=0)
         return np.maximum.accumulate(np.maximum.accumulate(ns, axis=0), axis=1), origins
 
-    def _rows(self, ns: FloatArray, origins: npt.NDArray[np.int8]) -> list[tuple[list[float], list[float], list[int]]]:
+    def _rows(self, ns: FloatArray, origins: npt.NDArray[np.int8]) -> list[DecodeRow]:
         nodes = np.array(self.nodes)
         base = half_way(nodes)
         last = np.maximum((ns[:, -1] - ns[:, base]) / (nodes[-1] - nodes[base]), self._floor_rate)
+        last = np.maximum.accumulate(np.maximum(last, self._highest_rate))  # rises with the sequences too
         rates = np.concatenate([np.diff(ns, axis=1) / np.diff(nodes), last[:, None]], axis=1)
-        codes = np.maximum(origins, np.roll(origins, -1, axis=1))
-        codes[:, -1] = np.maximum(origins[:, -1], EXTRAPOLATED)
-        return list(zip(ns.tolist(), rates.tolist(), codes.tolist(), strict=True))
+        return list(zip(ns.tolist(), rates.tolist(), _interval_codes(origins), strict=True))
 
 
 class _DecodeGrid:
     """One decode operator: [measured numbers of sequences, nodes of Σ context], interpolated along the sequences."""
 
-    def __init__(self, part: _Attention, nodes: FloatArray) -> None:
+    def __init__(self, part: PricedAttention, nodes: FloatArray) -> None:
         self._sequences = part.times.outer
         found = [part.at(n, nodes) for n in self._sequences]
         ns, self._origin = np.array([f.ns for f in found]), np.array([f.origin for f in found])
@@ -310,6 +294,15 @@ class _DecodeGrid:
         return Estimate(np.array([c.ns for c in columns]).T, np.maximum(origin, np.int8(INTERPOLATED)))
 
 
-def _clamp(found: Estimate, floor: FloatArray | Sequence[float]) -> Estimate:
-    low = np.asarray(floor)
-    return Estimate(np.maximum(found.ns, low), np.where(found.ns < low, np.int8(CLAMPED), found.origin))
+def _interval_codes(origins: npt.NDArray[np.int8]) -> list[list[int]]:
+    """[sequences, nodes] origins of the intervals behind each node: the worse of both ends; the last is open."""
+    codes = np.maximum(origins, np.roll(origins, -1, axis=1))
+    codes[:, -1] = np.maximum(origins[:, -1], EXTRAPOLATED)
+    found: list[list[int]] = codes.tolist()
+    return found
+
+
+def scaled(weights: Sequence[float], total: float) -> list[float]:
+    """`total` split in proportion to `weights`, evenly where they are all 0."""
+    whole = sum(weights)
+    return [total * w / whole if whole else total / len(weights) for w in weights]

@@ -1,0 +1,182 @@
+"""Every operator of one deployment priced: measured where there is a table, else by the fallback; never below floor.
+
+Between the lookups in the tables and the lists that are built from these prices. It never looks at a step itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from mist.perf import Deployment, PerfModel
+from mist.perf.measured.experts import FUSED, fused_experts, fused_ns, local_width
+from mist.perf.measured.grid import Estimate, FloatArray
+from mist.perf.measured.latent import DECODE_MODULE, PREFILL_MODULE, latent_attention
+from mist.perf.measured.pricing import attention, per_row
+from mist.perf.measured.tables import OperatorTables
+from mist.perf.operators import NETWORK_KINDS, Operator, StepSums
+
+#: Codes of `ORIGINS` behind the three of an `Estimate`.
+ROOFLINE, CLAMPED = 3, 4
+
+#: Points at which the fallback is asked, in rows; it is taken as linear between them.
+_SAMPLES = np.unique(np.geomspace(1, 2**22, 133).round())
+#: Lengths, numbers of sequences and sums of contexts at which the fallback prices attention.
+_FALLBACK_NODES = np.array([2.0**i for i in range(25)])
+
+
+class OperatorPricing(PerfModel, Protocol):
+    """What `kernels` asks of its fallback beyond a performance model."""
+
+    expert_imbalance: float
+
+    def operator_ns(self, operator: Operator, sums: StepSums) -> float:
+        """Time of all launches of `operator` in a step with these sums, ns."""
+        ...
+
+
+class AttentionTimes(Protocol):
+    """One layer of attention of equal sequences: prefill by (length, sequences), decode by (sequences, Σ context)."""
+
+    @property
+    def outer(self) -> FloatArray: ...
+
+    @property
+    def inner(self) -> FloatArray: ...
+
+    def at(self, outer: float, inner: FloatArray) -> Estimate: ...
+
+
+class Pricing:
+    """Prices the `operators` of one deployment. `distribution`: over experts, as the tables name them."""
+
+    def __init__(
+        self, tables: OperatorTables, deployment: Deployment, operators: Sequence[Operator],
+        fallback: OperatorPricing, distribution: str,
+    ) -> None:  # fmt: skip
+        self.tables, self.deployment, self.operators, self.fallback = tables, deployment, operators, fallback
+        self.device = deployment.platform.device
+        self.byte_ns = 1e9 / self.device.memory_bytes_per_s
+        self._experts = fused_experts(tables, operators, deployment, distribution)
+
+    def rows(self, o: Operator, rows: FloatArray) -> Estimate:
+        """All launches of a per-row operator for each number of `rows`; origins are codes of `ORIGINS`."""
+        if self._experts is not None and o.name in FUSED:
+            return self._fused_share(o, rows)
+        found = per_row(self.tables, o, rows, self.deployment)
+        if found is None:
+            return _clamp(Estimate(self._fallback_ns(o, rows), _roofline(rows)), self._floor_ns(o, rows))
+        return _clamp(Estimate(o.repeats * found.ns, found.origin), self._floor_ns(o, rows))
+
+    def attention(self, o: Operator) -> PricedAttention:
+        """All layers of an attention operator."""
+        times: AttentionTimes | None
+        if o.kind == "attention_encoder" or not any(g.latent for g in self.deployment.model.layers):
+            times = attention(self.tables, o, self.deployment)
+        else:
+            names = PREFILL_MODULE if o.kind == "attention_prefill" else DECODE_MODULE
+            times = latent_attention(self.tables, o, self.deployment, self._others_ns(o, names))
+        return PricedAttention(o, times or _FallbackAttention(o, self.fallback), self)
+
+    def flop_ns(self, o: Operator) -> float:
+        """Data-sheet time of one FLOP of an operator."""
+        return 1e9 / self.device.peak(o.dtype)
+
+    def _fused_share(self, o: Operator, rows: FloatArray) -> Estimate:
+        """The measured time of all experts' operators, split as the fallback prices them; the floor is that of all."""
+        assert self._experts is not None
+        fused = [other for other in self.operators if other.name in FUSED]
+        prices = {other.name: self._fallback_ns(other, rows) for other in fused}
+        share = prices[o.name] / np.maximum(sum(prices.values()), 1e-9)
+        tokens = rows * self.deployment.platform.attn_dp
+        found = fused_ns(self._experts, local_width(self.deployment), tokens)
+        floor = np.sum([self._floor_ns(other, rows) for other in fused], axis=0)
+        priced = _clamp(Estimate(o.repeats * found.ns, found.origin), floor)
+        return Estimate(priced.ns * share, priced.origin)
+
+    def _fallback_ns(self, o: Operator, rows: FloatArray) -> FloatArray:
+        samples = _SAMPLES[: int(np.searchsorted(_SAMPLES, rows.max())) + 1]
+        return np.interp(rows, samples, [self.fallback.operator_ns(o, driven(o.driver, float(x))) for x in samples])
+
+    def _floor_ns(self, o: Operator, rows: FloatArray) -> FloatArray:
+        """What no device beats: FLOP over peak, touched weights and KV over bandwidth, received bytes over the link."""
+        if o.kind in NETWORK_KINDS:
+            ranks, device = (o.shape[1] if o.kind != "message" else 1), self.device
+            received = o.repeats * o.bytes[o.driver] * rows * ((ranks - 1) / ranks if ranks > 1 else 1.0)
+            links = [device.link_bytes_per_s]
+            if o.kind == "message" or ranks > device.scale_up_domain:
+                links.append(device.inter_node_bytes_per_s)
+            return received * 1e9 / max(links)
+        touched = o.experts.touched_share(o.groups * rows) if o.experts else 1.0
+        memory = o.weight_bytes * touched + o.kv_bytes.get(o.driver, 0.0) * rows
+        compute = o.flop.get(o.driver, 0.0) * rows * self.flop_ns(o)
+        return o.repeats * np.maximum(compute, memory * self.byte_ns)
+
+    def _others_ns(self, attention: Operator, names: Sequence[str]) -> Callable[[FloatArray], FloatArray]:
+        """What the operators of these names take in one layer, ns, by tokens (all of them new)."""
+        others = [o for o in self.operators if o.name in names]
+        times = np.sum([self.rows(o, _SAMPLES).ns / attention.repeats for o in others], axis=0)
+        return lambda tokens: np.interp(tokens, _SAMPLES, times)
+
+
+@dataclass(frozen=True, slots=True)
+class _FallbackAttention:
+    """An attention operator that isn't measured: one launch as the fallback prices it."""
+
+    o: Operator
+    fallback: OperatorPricing
+    outer: FloatArray = field(default_factory=lambda: _FALLBACK_NODES)
+    inner: FloatArray = field(default_factory=lambda: _FALLBACK_NODES)
+
+    def at(self, outer: float, inner: FloatArray) -> Estimate:
+        times = [self.fallback.operator_ns(self.o, _equal(self.o, outer, float(x))) / self.o.repeats for x in inner]
+        return Estimate(np.array(times), _roofline(inner))
+
+
+@dataclass(frozen=True, slots=True)
+class PricedAttention:
+    """All layers of an attention operator, never below their floor."""
+
+    o: Operator
+    times: AttentionTimes
+    price: Pricing
+
+    def at(self, outer: float, inner: FloatArray) -> Estimate:
+        """Time, ns, rising along `inner`."""
+        found = self.times.at(outer, inner)
+        ns = np.maximum.accumulate(self.o.repeats * found.ns)
+        return _clamp(Estimate(ns, found.origin), self.floor_ns(outer, inner))
+
+    def floor_ns(self, outer: float, inner: FloatArray) -> FloatArray:
+        """FLOP over peak or KV bytes over bandwidth, whichever is more."""
+        sums = [_equal(self.o, outer, float(x)) for x in inner]
+        compute = np.array([self.o.flop_of(s) for s in sums]) * self.price.flop_ns(self.o)
+        memory = np.array([self.o.compulsory_bytes_of(s) for s in sums]) * self.price.byte_ns
+        return np.maximum(compute, memory)
+
+
+def driven(driver: str, x: float) -> StepSums:
+    """The sums of which one is `x`, all others 0."""
+    given: dict[str, Any] = {driver: x}
+    return StepSums(**given)
+
+
+def _equal(o: Operator, outer: float, inner: float) -> StepSums:
+    """Decode: `outer` sequences with `inner` tokens of context in all; prefill: `inner` prompts of `outer` tokens."""
+    if o.driver == "decodes":
+        return StepSums(decodes=outer, decode_context=inner)
+    one = StepSums(prefill_context=outer, prefill_area=outer * outer / 2, chunks=((int(outer), 0),)).windowed(o.window)
+    return StepSums(
+        prefill_tokens=inner * outer, prefill_context=inner * outer, prefill_area=inner * one.prefill_area
+    )  # fmt: skip
+
+
+def _roofline(x: FloatArray) -> Any:
+    return np.full(len(x), ROOFLINE, np.int8)
+
+
+def _clamp(found: Estimate, floor: FloatArray) -> Estimate:
+    return Estimate(np.maximum(found.ns, floor), np.where(found.ns < floor, np.int8(CLAMPED), found.origin))
