@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
@@ -24,6 +24,9 @@ from mist.scenario.nodes import is_text
 from mist.scenario.schema import ScenarioFile, Slo, Workload
 from mist.scenario.source import KeyPath, Source, key_path, override, read_file, read_mapping
 from mist.workload.trace import find_trace
+
+if TYPE_CHECKING:
+    from mist.scenario.result import Result
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -66,6 +69,12 @@ class Scenario:
     def folder(self) -> Path:
         """Where relative paths start."""
         return self.source.folder
+
+    def run(self, *, check: bool = False) -> Result:
+        """Simulate it to the end; `check` recounts every conservation law on the way."""
+        from mist.scenario.build import run
+
+        return run(self, check=check)
 
     def problem(self, path: KeyPath, message: str, hint: str = "") -> Problem:
         """A problem with what was written at `path`, such as ("clients", "gpu", "tp"), for a ScenarioError."""
