@@ -194,3 +194,14 @@ def test_attention_groups_have_caches_of_their_own() -> None:
 def test_what_kernels_can_not_price_is_told() -> None:
     found = notes(perf=["kernels", "roofline"], gpu={"device": "mi300x"})
     assert any(note.startswith("gpu: step times by roofline, not by kernels: ") for note in found)
+
+
+@pytest.mark.parametrize(("model", "kind"), [("llama-3.1-8b", "prefill"), ("BAAI/bge-large-en-v1.5", "embed")])
+def test_a_pipeline_without_decode_generates_nothing(model: str, kind: str) -> None:
+    """The workload's outputs are nobody's then: they neither have to be generated nor have to fit."""
+    gpu = {"model": model, "serves": [kind], "max_model_len": 100}
+    summary = mist.run(scenario(gpu=gpu, pipeline=[kind]), check=True).summary()
+    assert summary["requests"]["finished"] == 50
+    assert summary["throughput"]["output_tokens_per_s"] == 0
+    assert summary["ttft_s"]["mean"] is None
+    assert list(summary["stages"]) == [kind]

@@ -16,7 +16,7 @@ from mist.kernel import Kernel
 from mist.memory.kv_cache import KVCache
 from mist.perf import PerfModel
 from mist.records import CUT, DONE, PREEMPTED, Records
-from mist.request import Batch, ClientView, StageResult, Step, Task, Wait
+from mist.request import DECODE, Batch, ClientView, StageResult, Step, Task, Wait
 from mist.residents import Residents
 
 
@@ -115,7 +115,7 @@ class Client:
 
     def _never_fits(self, task: Task) -> str:
         # The client generates, so it may compare the true length with its memory, as an engine does with max_tokens.
-        output = task.request.oracle_output_tokens
+        output = task.request.oracle_output_tokens if DECODE in self._stage_kind else 0
         if task.target_tokens + output > self.max_model_len:
             return f"more tokens than max_model_len {self.max_model_len:,} of {self.name}"
         kv = self.residents.kv

@@ -25,6 +25,7 @@ from mist.metrics import ClientInfo, summarise
 from mist.metrics.words import counted
 from mist.perf import ORIGINS, Deployment, PerfModel
 from mist.records import Records
+from mist.request import DECODE
 from mist.scenario.clients import Pool
 from mist.scenario.pricing import price
 from mist.scenario.remarks import remarks
@@ -68,7 +69,7 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         open_loop=_is_open_loop(scenario),
         slo={metric: targets for metric, targets in scenario.slo.model_dump().items() if targets},
         provenance=_provenance(records, fleet.models),
-        oracle_output_tokens=workload.output_tokens,
+        oracle_output_tokens=workload.output_tokens if DECODE in scenario.stages else None,
     )
     metrics["notes"] += [*cut, *_rejections(records), *workload.notes, *fleet.remarks, *remarks(scenario)]
     ended = time.perf_counter()
