@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import time
 from pathlib import Path
 
 import pytest
@@ -106,9 +105,7 @@ def _problems(text: str) -> tuple[object, ...]:
     ],
 )
 def test_what_cannot_be_read(text: str, line: int, says: str) -> None:
-    began = time.perf_counter()
     found = refused(text)
-    assert time.perf_counter() - began < 5
     assert found[0][0] == line
     assert says in found[0][2]
 
@@ -120,9 +117,7 @@ def test_a_tab_gets_its_own_remedy() -> None:
 def test_an_alias_bomb_is_stopped() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
-    began = time.perf_counter()
     assert "aliases expanded" in refused("\n".join(lines))[0][2]
-    assert time.perf_counter() - began < 5
 
 
 def test_files(tmp_path: Path) -> None:

