@@ -205,3 +205,15 @@ def test_a_pipeline_without_decode_generates_nothing(model: str, kind: str) -> N
     assert summary["throughput"]["output_tokens_per_s"] == 0
     assert summary["ttft_s"]["mean"] is None
     assert list(summary["stages"]) == [kind]
+
+
+def test_an_encoder_decodes_nothing() -> None:
+    with pytest.raises(ScenarioError, match="is an encoder: it decodes nothing"):
+        mist.run(scenario(gpu={"model": "BAAI/bge-large-en-v1.5"}))
+
+
+def test_parallel_degrees_are_blamed_themselves() -> None:
+    with pytest.raises(ScenarioError, match=r"clients.gpu.pp: .* 32 layers, too few for pp = 33"):
+        mist.run(scenario(gpu={"pp": 33}))
+    with pytest.raises(ScenarioError, match=r"clients.gpu.ep: .* no experts"):
+        mist.run(scenario(gpu={"ep": 2}))

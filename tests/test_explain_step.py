@@ -144,3 +144,19 @@ def test_all_unreadable_names_come_at_once() -> None:
     result = run("nomodel", "nodevice", "--decode", "1x10", "--engine", "noengine")
     assert result.exit_code == 2
     assert all(name in result.output for name in ("nomodel", "nodevice", "noengine"))
+
+
+@pytest.mark.parametrize(
+    ("option", "text"), [("--decode", "5"), ("--prefill", "8x512"), ("--prefill", "512@99999999999999")]
+)
+def test_each_option_takes_its_own_kind_of_work(option: str, text: str) -> None:
+    result = CliRunner().invoke(main, ["explain-step", "llama-3.1-8b", "h100-sxm", option, text])
+    assert result.exit_code == 2, result.output
+    assert repr(text) in result.stderr
+
+
+def test_a_step_that_memory_or_the_model_forbids_is_remarked() -> None:
+    remarks = explain_step("llama-3.1-8b", "h100-sxm", parse_step("4000x128000")).remarks
+    assert any("the KV cache holds" in remark for remark in remarks)
+    remarks = explain_step("llama-2-7b", "h100-sxm", parse_step("5000")).remarks
+    assert any("has a context of 4,096 tokens, not 5,000" in remark for remark in remarks)

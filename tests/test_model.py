@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from mist.model import LayerGroup, ModelSpec, dtype_bytes
+from mist.model.quantization import UNKNOWN, checkpoint_dtype
 
 LLAMA_70B: dict[str, Any] = {
     "model_type": "llama", "num_hidden_layers": 80, "hidden_size": 8192, "num_attention_heads": 64,
@@ -220,3 +221,23 @@ def test_an_unknown_model_type_is_refused(kind: str) -> None:
 
 def test_an_encoder_is_read_as_one() -> None:
     assert llama_70b(model_type="bert").is_encoder
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"])
+def test_absurd_sizes_are_refused_at_once(key: str) -> None:
+    config = {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 100,
+    }  # fmt: skip
+    ModelSpec.from_hf_config("small", config)
+    with pytest.raises(ValueError, match=rf"{key} of 1e\+30 is no model's"):
+        ModelSpec.from_hf_config("huge", {**config, key: 10**30})
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [{"quant_method": "hqq", "bits": 3}, "fp8", [1], {"quant_method": "gptq", "bits": 3}, {"config_groups": 7}],
+)
+def test_a_quantisation_that_is_not_known_is_not_guessed(scheme: object) -> None:
+    assert checkpoint_dtype(scheme) == UNKNOWN
+    assert checkpoint_dtype(None) == "bf16"

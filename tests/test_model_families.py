@@ -112,7 +112,7 @@ def test_weights_of_experts_alone_are_quantised_where_the_checkpoint_is_so() -> 
           "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float"}}}}, "fp8", False),
         ({"quant_method": "compressed-tensors", "ignore": ["lm_head", "re:.*self_attn.*"],
           "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int"}}}}, "int4", True),
-        ({"quant_method": "something new"}, "bf16", False),
+        ({"quant_method": "something new"}, "unknown", False),
     ],
 )  # fmt: skip
 def test_quantisation_of_checkpoints(quantization: Any, dtype: str, experts_only: bool) -> None:

@@ -348,7 +348,7 @@ CLIENT = "  gpu: {device: h100-sxm, model: llama-3.1-8b}"
         ("model: llama-3.1-8b", "model: case.yaml", (1, 1), "is missing"),
         ("model: llama-3.1-8b", "model: llama-3.1-70b", (8, 17), "does not fit on 1 x h100-sxm"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, tp: 3", (8, 52), "32 attention heads"),
-        ("model: llama-3.1-8b", "model: llama-3.1-8b, pp: 33", (8, 3), "32 layers"),
+        ("model: llama-3.1-8b", "model: llama-3.1-8b, pp: 33", (8, 52), "32 layers"),
         ("model: llama-3.1-8b", "model: ./mamba.json", (1, 16), "'mamba' is not supported"),
         ("model: llama-3.1-8b", "model: ./cut.json", (3, 16), "not valid JSON"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, weights_dtype: fp9", (8, 63), "no dtype 'fp9'"),

@@ -206,6 +206,9 @@ def explain_step(
     from mist.scenario.explain import explain_step as explain
     from mist.scenario.explain import parse_step
 
+    for text, only in ((prefill, "tokens"), (decode, "count")):
+        if text is not None:
+            parse_step(text, only)
     given = [text for text in (prefill, decode, mixed) if text is not None]
     if not given:
         raise click.UsageError("give a step: --prefill 2048, --decode 32x2048 or --mixed 512@0+64x2048")

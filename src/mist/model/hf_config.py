@@ -363,6 +363,10 @@ def _unknown_family(config: Config) -> list[str]:
     return [f"model_type: {kind!r} is not supported (known: {', '.join(sorted(known))})"]
 
 
+#: sizes beyond which a config is a mistake
+_MOST_LAYERS, _LARGEST_SIZE = 4096, 2**30
+
+
 def _malformed(config: Config) -> list[str]:
     missing = [f"{key} is missing" for key in _REQUIRED if key not in config]
     given = {key: config[key] for key in (*_REQUIRED, *_OPTIONAL_SIZES) if config.get(key) is not None}
@@ -370,6 +374,11 @@ def _malformed(config: Config) -> list[str]:
         f"{_spelled(config, key)} must be a whole number of at least 1, not {value!r}"
         for key, value in given.items()
         if not isinstance(value, int) or isinstance(value, bool) or value < (0 if key in _MAY_BE_ZERO else 1)
+    ]
+    wrong += [
+        f"{_spelled(config, key)} of {value:.0e} is no model's"
+        for key, value in given.items()
+        if isinstance(value, int) and value > (_MOST_LAYERS if key == "num_hidden_layers" else _LARGEST_SIZE)
     ]
     wrong += [f"{key} is null" for key in _REQUIRED if key in config and config[key] is None]
     if config.get("kv_lora_rank"):

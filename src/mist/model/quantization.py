@@ -1,6 +1,7 @@
 """What a checkpoint's `quantization_config` says: the dtype of its matrices, and whether only experts are quantised.
 
-Read with a Hugging Face config. It never refuses a scheme: one that it doesn't know counts as 16 bits.
+Read with a Hugging Face config. It never guesses: a scheme that it doesn't know is `UNKNOWN`, and whoever runs the
+checkpoint has to say its dtype.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ _METHODS = {"fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4", "quark": "mxfp4
 _ALGORITHMS = {"FP8": "fp8", "NVFP4": "fp4", "W4A16_AWQ": "int4"}
 #: keys of bitsandbytes
 _LOADED = {"load_in_8bit": "int8", "load_in_4bit": "int4", "_load_in_8bit": "int8", "_load_in_4bit": "int4"}
+#: the dtype of a checkpoint whose quantisation can't be read
+UNKNOWN = "unknown"
+
 _IGNORED = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
 
 
 def checkpoint_dtype(quantization: Any) -> str:
-    """The dtype of the matrices that are quantised, bf16 without a known scheme."""
-    if not isinstance(quantization, Mapping):
+    """The dtype of the matrices that are quantised; bf16 without any quantisation, `UNKNOWN` with one not known."""
+    if quantization is None:
         return "bf16"
+    if not isinstance(quantization, Mapping):
+        return UNKNOWN
     method = str(quantization.get("quant_method", "")).lower()
     if method in _METHODS:
         return _METHODS[method]
@@ -35,7 +41,7 @@ def checkpoint_dtype(quantization: Any) -> str:
         return "fp8" if is_float else "int8"
     if bits == 4:
         return "fp4" if is_float else "int4"
-    return "bf16"
+    return UNKNOWN
 
 
 def quantizes_experts_only(quantization: Any) -> bool:

@@ -26,6 +26,7 @@ from mist.engine import EngineProfile, KVCapacity
 from mist.errors import Problem, ScenarioError, nearest
 from mist.hardware import Device, Platform
 from mist.model import DTYPE_BYTES, ModelSpec
+from mist.model.quantization import UNKNOWN
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
@@ -159,6 +160,8 @@ class Pool(Section):
     @model_validator(mode="after")
     def _complete(self) -> Pool:
         weights_dtype = self.model.checkpoint_dtype if self.weights_dtype == "auto" else self.weights_dtype
+        if weights_dtype == UNKNOWN:
+            raise problem(f"the quantisation of {self.model.name} isn't known", "give weights_dtype", ("model",))
         client = self.model_copy(
             update={
                 "weights_dtype": weights_dtype,
@@ -241,7 +244,8 @@ class Pool(Section):
         refused = [*self.batching.refused(("batching", self.batching.name)), *self._oversized()]
         yield from refused
         if reason := self.model.parallel_problem(self.tp, self.pp, self.ep, self.attn_dp) or self.platform.problem():
-            yield ("tp",), Problem(reason, hint=self._tp_hint())
+            key = next((key for key in ("pp", "ep", "attn_dp") if f"{key} = " in reason), "tp")
+            yield (key,), Problem(reason, hint=self._tp_hint() if key == "tp" else f"lower {key}, or leave it out")
         elif not refused and self.kv_capacity().missing_bytes:
             devices = f"{self.platform.num_devices} x {self.device.name}"
             message = f"{self.model.name} does not fit on {devices}: {self.kv_capacity()}"

@@ -19,6 +19,7 @@ from mist.errors import Problem, ScenarioError, nearest
 from mist.hardware import Device, Platform
 from mist.metrics import SCHEMA_VERSION
 from mist.model import DTYPE_BYTES, ModelSpec
+from mist.model.quantization import UNKNOWN
 from mist.perf import Deployment, OperatorTime
 from mist.request import Step
 from mist.scenario import catalogue
@@ -111,16 +112,18 @@ class Explanation:
         )
 
 
-def parse_step(text: str) -> Step:
+def parse_step(text: str, only: str = "") -> Step:
     """A step from text such as `512@0+64x2048`: prefills `tokens[@context before]`, decodes `sequences x context`.
 
-    Every prefill is taken to end in the step and to sample a token. ScenarioError says what is wrong with the text.
+    Every prefill is taken to end in the step and to sample a token; `only` "tokens" or "count" allows prefills or
+    decodes alone. ScenarioError says what is wrong with the text.
     """
     step = Step()
     for term in text.replace(" ", "").split("+"):
         found = _TERM.fullmatch(term)
-        if found is None:
-            raise ScenarioError(Problem(f"a step can't have {term!r}", hint=_GRAMMAR))
+        if found is None or (only and not found[only]):
+            what = {"tokens": "a prefill", "count": "decodes"}.get(only, "a step")
+            raise ScenarioError(Problem(f"{term!r} is not {what}", hint=_GRAMMAR))
         if found["tokens"]:
             c, s = int(found["tokens"]), int(found["before"] or 0)
             step.chunks.append((c, s))
@@ -133,7 +136,9 @@ def parse_step(text: str) -> Step:
             step.num_sampled += n
         if not all(int(value) for key, value in found.groupdict().items() if value and key != "before"):
             raise ScenarioError(Problem(f"{term!r} is no work", hint="give whole numbers of at least 1"))
-    if step.num_tokens > MAX_STEP_TOKENS or step.decode_context > MAX_STEP_TOKENS**2:
+        if int(found["before"] or found["context"] or 0) > MAX_STEP_TOKENS:
+            raise ScenarioError(Problem(f"{term!r} has a longer context than any model", hint=_GRAMMAR))
+    if step.num_tokens > MAX_STEP_TOKENS:
         raise ScenarioError(Problem(f"no step holds {step.num_tokens:,} tokens", hint=f"at most {MAX_STEP_TOKENS:,}"))
     return step
 
@@ -168,8 +173,11 @@ def explain_step(
     platform = Platform(hardware, tp=tp, pp=pp, ep=ep, attn_dp=attn_dp)
     if reason := platform.problem() or spec.parallel_problem(tp, pp, ep, attn_dp):
         raise ScenarioError(Problem(reason, hint="choose degrees that divide the model and the nodes evenly"))
-    if spec.is_encoder and step.num_decodes:
-        raise ScenarioError(Problem(f"{spec.name} is an encoder: it decodes nothing", hint="give a --prefill"))
+    if spec.is_encoder and (step.num_decodes or any(context for _, context in step.chunks)):
+        hint = "give a --prefill without a context before it"
+        raise ScenarioError(Problem(f"{spec.name} is an encoder: it decodes nothing and keeps no context", hint=hint))
+    if weights_dtype == "auto" and spec.checkpoint_dtype == UNKNOWN:
+        raise ScenarioError(Problem(f"the quantisation of {spec.name} isn't known", hint="give --weights-dtype"))
     seqs, tokens = profile.limits_for(hardware, spec)
     deployment = Deployment(
         spec,
@@ -190,7 +198,7 @@ def explain_step(
         host_ns=profile.step_overhead_ns + profile.token_overhead_ns * step.num_sampled,
         floor_ns=prepared.floor_time(step),
         operators=tuple(prepared.explain(step)),
-        remarks=(*priced.refusals, *_memory_remarks(deployment, profile, tokens, seqs)),
+        remarks=(*priced.refusals, *_remarks(deployment, profile, step, tokens, seqs)),
     )  # fmt: skip
 
 
@@ -224,11 +232,23 @@ def _specs(name: str) -> list[Spec]:
         raise ScenarioError(Problem(f"there is no performance model {name!r}", hint=hint)) from None
 
 
-def _memory_remarks(d: Deployment, engine: EngineProfile, max_num_batched_tokens: int, max_num_seqs: int) -> list[str]:
+def _remarks(
+    d: Deployment, engine: EngineProfile, step: Step, max_num_batched_tokens: int, max_num_seqs: int
+) -> list[str]:
+    """What speaks against ever seeing this step: memory, and contexts beyond the model's."""
     capacity = engine.kv_blocks(
         d.model, d.platform, d.weights_dtype, d.kv_dtype, max_num_batched_tokens, max_num_seqs
     )  # fmt: skip
-    return [f"it does not fit into memory: {capacity}"] if capacity.missing_bytes else []
+    found = []
+    tokens = step.decode_context + sum(c + s for c, s in step.chunks)
+    if capacity.missing_bytes:
+        found.append(f"out of memory: {capacity}")
+    elif tokens > capacity.num_tokens and not d.model.is_encoder:
+        found.append(f"the KV cache holds {capacity.num_tokens:,} tokens, and this step attends to {tokens:,}")
+    longest = max([c + s for c, s in step.chunks] + [-(-step.decode_context // max(1, step.num_decodes))])
+    if longest > d.model.max_context:
+        found.append(f"{d.model.name} has a context of {d.model.max_context:,} tokens, not {longest:,}")
+    return found
 
 
 def _operator_json(o: OperatorTime) -> dict[str, Any]:

@@ -173,6 +173,9 @@ class Scenario:
             if stage not in known:
                 message = f"there is no stage {stage!r}"
                 yield ("clients", name, "serves", index), Problem(message, hint=nearest(stage, known))
+        if client.model.is_encoder and DECODE in self.stages and DECODE in client.serves:
+            message = f"{client.model.name} is an encoder: it decodes nothing"
+            yield ("clients", name, "model"), Problem(message, hint="take a decoder, or pipeline: [prefill]")
         if {PREFILL, DECODE} <= set(self.stages) and (PREFILL in client.serves) != (DECODE in client.serves):
             message = "prefill and decode on different clients is not available yet"
             yield ("clients", name, "serves"), Problem(message, hint="serve both: [prefill, decode]")
