@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from mist.hardware import Device
-from mist.scenario import catalogue, nodes
+from mist.scenario import catalogue
 from mist.units import GIB
 
 ENTRIES = {entry.name: entry for entry in catalogue.entries("devices")}
@@ -98,26 +98,11 @@ def test_every_device_is_in_the_documentation() -> None:
     assert missing == []
 
 
-def test_each_file_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    parsed: Counter[str] = Counter()
-    parse = nodes.parse
-
-    def counting(text: str, place: str) -> Any:
-        parsed[place] += 1
-        return parse(text, place)
-
-    monkeypatch.setattr(catalogue, "parse", counting)
-    caches = (catalogue._catalogue, catalogue._index)
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        for name in (*DEVICE_IDS, *SHORT_NAMES, *ENTRIES):
-            device(name)
-        assert len(parsed) == len(ENTRIES)
-        assert set(parsed.values()) == {1}
-    finally:
-        for cache in caches:
-            cache.cache_clear()
+def test_each_file_is_parsed_once(parsed_files: Counter[str]) -> None:
+    for name in (*DEVICE_IDS, *SHORT_NAMES, *ENTRIES):
+        device(name)
+    assert len(parsed_files) == len(ENTRIES)
+    assert set(parsed_files.values()) == {1}
 
 
 def test_devices_of_the_measured_points_resolve() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from mist.model import DTYPE_BYTES, ModelSpec
-from mist.scenario import catalogue, nodes
+from mist.scenario import catalogue
 
 ENTRIES = {entry.name: entry for entry in catalogue.entries("models")}
 DATA: dict[str, dict[str, Any]] = {name: entry.source.data() for name, entry in ENTRIES.items()}
@@ -134,26 +134,11 @@ def test_kv_bytes_of_a_token(name: str, expected: int) -> None:
     assert spec(name).kv_bytes_per_token("bf16") == expected
 
 
-def test_each_file_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    parsed: Counter[str] = Counter()
-    parse = nodes.parse
-
-    def counting(text: str, place: str) -> Any:
-        parsed[place] += 1
-        return parse(text, place)
-
-    monkeypatch.setattr(catalogue, "parse", counting)
-    caches = (catalogue._catalogue, catalogue._index)
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        for name in (*COMMON_NAMES, *ENTRIES):
-            spec(name)
-        assert len(catalogue.names("models")) == len(parsed)
-        assert set(parsed.values()) == {1}
-    finally:
-        for cache in caches:
-            cache.cache_clear()
+def test_each_file_is_parsed_once(parsed_files: Counter[str]) -> None:
+    for name in (*COMMON_NAMES, *ENTRIES):
+        spec(name)
+    assert len(catalogue.names("models")) == len(parsed_files)
+    assert set(parsed_files.values()) == {1}
 
 
 def test_what_is_left_out_is_not_in_the_catalogue() -> None:

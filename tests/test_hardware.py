@@ -186,7 +186,7 @@ def test_collectives_within_a_node_follow_the_formulas() -> None:
 def test_devices_of_a_platform() -> None:
     own = Device.from_mapping(NODES)
     platform = Platform(own, tp=2, pp=4, ep=2, attn_dp=2)
-    assert (platform.num_stage_devices, platform.num_devices, platform.num_domains) == (4, 16, 4)
+    assert (platform.num_stage_devices, platform.num_devices) == (4, 16)
     assert all(platform.crosses_domains(boundary) for boundary in range(3))
     assert [Platform(own, tp=2, pp=4).crosses_domains(boundary) for boundary in range(3)] == [False, True, False]
     assert Platform(own, tp=8).problem() is None

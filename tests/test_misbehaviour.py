@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from kit import play, table
+from mist import registry
 from mist.batching.chunked import Chunked
 from mist.cli import main
 from mist.errors import InvariantError
@@ -98,3 +101,28 @@ def test_the_folder_of_the_scenario_is_no_place_for_results(tmp_path: Path) -> N
     assert result.exit_code == 2
     assert "this run reads it" in result.stderr
     assert scenario.read_text() == SCENARIO
+
+
+class _Broken:
+    name, value = "odd", "odd_plugin:register"
+
+    def load(self) -> None:
+        raise ImportError("no module named odd_plugin")
+
+
+def test_an_installed_plugin_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [_Broken()])
+    monkeypatch.setattr(registry, "_imported", set())
+    result = CliRunner().invoke(main, ["list", "policies"])
+    assert result.exit_code == 2
+    assert "the installed plug-in odd (odd_plugin:register) failed: ImportError: no module named" in result.stderr
+
+
+def test_installed_plugins_serve_python_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    plugin = SimpleNamespace(name="mine", value="mine", load=lambda: loaded.append("mine"))
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [plugin])
+    monkeypatch.setattr(registry, "_imported", set())
+    registry.names("routing")
+    registry.names("batching")
+    assert loaded == ["mine"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,104 +17,9 @@ from mist.errors import ScenarioError
 from mist.scenario import Scenario, load
 from mist.scenario.named import parameters
 from mist.scenario.schema import json_schema
+from scenarios import LARGE, SMALL, TRACED, places, problems, read
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
-
-SMALL = """\
-name: small
-seed: 3
-workload:
-  arrivals: {poisson: {rate_per_s: 4}}
-  num_requests: 100
-  lengths: azure-conversation
-clients:
-  gpu: {device: h100-sxm, model: llama-3.1-8b}
-"""
-
-LARGE = """\
-name: large
-seed: 11
-workload:
-  concurrency: 16
-  num_requests: 50
-  input_tokens: {lognormal: {mean: 900, cv: 1.5, max: 8000}}
-  output_tokens: 128
-pipeline: [prefill, decode]
-clients:
-  big:
-    device: h100-sxm
-    count: 2
-    tp: 4
-    model: meta-llama/Llama-3.1-70B-Instruct
-    weights_dtype: fp8
-    kv_dtype: fp8
-    serves: [prefill, decode]
-    engine: vllm-0.10
-    batching: {chunked: {max_num_batched_tokens: 512, max_num_seqs: 64}}
-    kv_cache: {num_blocks: 4000, block_size: 32, watermark: 0.01, enable_prefix_caching: false}
-    perf: [roofline]
-    max_model_len: 16384
-  own:
-    device:
-      name: card
-      peak_tflops: {bf16: 400, fp8: 800}
-      memory_bytes: 96 GiB
-      memory_bytes_per_s: 3 TB/s
-    model: llama-3.1-8b
-    engine: {name: mine, step_overhead_ns: 1 ms, max_num_seqs: 32}
-    kv_cache: {capacity_tokens: 100000}
-routing: {prefill: least_outstanding, decode: {round_robin: {}}}
-slo: {ttft_s: {p50: 0.5, p99: 1.5}, e2e_s: {mean: 20}}
-warmup_s: 5
-window_s: 10:60
-max_time_s: 3600
-perf: {roofline: {}}
-"""
-
-TRACED = """\
-workload:
-  trace: trace.csv
-  columns: {arrival: at_s, input_tokens: prompt, output_tokens: answer}
-  rate_scale: 0.5
-  limit: 2
-clients:
-  a100:
-    device: a100-sxm-80gb
-    model: ./config.json
-    batching: static
-routing: round_robin
-window_s: 30
-warmup_s: 1
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "trace.csv").write_text("at_s,prompt,answer\n0,10,5\n1.5,20,6\n3,30,7\n")
-    config = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 512, "num_attention_heads": 8,
-              "num_key_value_heads": 4, "intermediate_size": 1024, "vocab_size": 32000,
-              "max_position_embeddings": 4096}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "mamba.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    (tmp_path / "cut.json").write_text(json.dumps(config, indent=0)[:40])
-    return tmp_path
-
-
-def read(folder: Path, text: str, *sets: str) -> Scenario:
-    path = folder / "case.yaml"
-    path.write_text(text)
-    return load(path, sets)
-
-
-def problems(folder: Path, text: str, *sets: str) -> list[Any]:
-    with pytest.raises(ScenarioError) as caught:
-        read(folder, text, *sets)
-    return list(caught.value.problems)
-
-
-def places(found: list[Any]) -> list[tuple[int, int]]:
-    return [(p.line, p.column) for p in found]
-
 
 # what a valid scenario becomes
 
@@ -448,147 +351,6 @@ def test_a_plugin_is_validated_by_its_fields(folder: Path, monkeypatch: pytest.M
     assert places(problems(folder, SMALL + "routing: {mine_for_test: {spill: 1, turn: 2}}\n")) == [(9, 37)]
     assert places(problems(folder, SMALL + "routing: mine_for_test\n")) == [(9, 10)]
     assert "mine_for_test" in json.dumps(json_schema())
-
-
-# mutations: valid, or a ScenarioError with place and remedy; never anything else
-
-VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 3, 2.5, -0.5, 1e9, 10**30, 1e300, "", " ", "x", "1", "h100-sxm", "llama-3.1-8b",
-    "chunked", "round_robin", "prefill", "10:20", "../", "/", "~", "~nobody/x", "\x7f", "é" * 300, [], [1],
-    ["prefill"], [[]], {}, {"x": 1}, {"chunked": {}}, {"poisson": {"rate_per_s": "x"}}, {"": {}}, {"roofline": 3},
-    {"a": {"b": {"c": []}}},
-]  # fmt: skip
-RAW = [".nan", "-.inf", "1e999", "!!python/none x", "*gone", "&a [*a]", "{", "'", "%", "@x", "`x", "\tx", "a: b: c"]
-
-
-def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    if path:
-        yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from nodes(inner, (*path, key))
-
-
-def parent(tree: Any, path: tuple[Any, ...]) -> Any:
-    for key in path[:-1]:
-        tree = tree[key]
-    return tree
-
-
-def drop(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
-    del parent(tree, path)[path[-1]]
-    return yaml.safe_dump(tree, sort_keys=False)
-
-
-def replace(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
-    parent(tree, path)[path[-1]] = rng.choice(VALUES)
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-def misspell(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
-    holder = parent(tree, path)
-    if isinstance(holder, dict):
-        name = str(path[-1])
-        at = rng.randrange(len(name))
-        holder[name[:at] + name[at + 1 :]] = holder.pop(name)
-    elif isinstance(holder[path[-1]], str):
-        holder[path[-1]] += "x"
-    return yaml.safe_dump(tree, sort_keys=False)
-
-
-def misname(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
-    holder = parent(tree, path)
-    value = holder[path[-1]]
-    if isinstance(value, str):
-        at = rng.randrange(len(value))
-        holder[path[-1]] = value[:at] + rng.choice("xyz-./") + value[at + 1 :]
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        holder[path[-1]] = rng.choice([-value, 0, value * 10**6, value + 0.5, str(value)])
-    return yaml.safe_dump(tree, sort_keys=False)
-
-
-def negate(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
-    for leaf in nodes(tree):
-        holder = parent(tree, leaf)
-        if isinstance(holder[leaf[-1]], int | float):
-            holder[leaf[-1]] = -1 - holder[leaf[-1]]
-    return yaml.safe_dump(tree, sort_keys=False)
-
-
-def unreadable(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
-    parent(tree, path)[path[-1]] = "MARK"
-    return yaml.safe_dump(tree, sort_keys=False).replace("MARK", rng.choice(RAW))
-
-
-def double(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
-    rows = yaml.safe_dump(tree, sort_keys=False).splitlines(keepends=True)
-    at = rng.randrange(len(rows))
-    return "".join([*rows[: at + 1], *rows[at:]])
-
-
-def truncate(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
-    text = yaml.safe_dump(tree, sort_keys=False)
-    return text[: rng.randrange(len(text))]
-
-
-def scramble(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
-    text = list(yaml.safe_dump(tree, sort_keys=False))
-    for _ in range(rng.randrange(1, 6)):
-        text[rng.randrange(len(text))] = rng.choice("\t\n :{}[]&*'\"#-,x9\x00\x85\u2028é")
-    return "".join(text)
-
-
-def bomb(tree: Any, path: tuple[Any, ...], rng: random.Random) -> str:
-    levels = "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]\n" for i in range(1, 9))
-    return f"b0: &b0 [1, 2]\n{levels}" + yaml.safe_dump(tree, sort_keys=False)
-
-
-MUTATIONS: list[tuple[Callable[[Any, tuple[Any, ...], random.Random], str], int]] = [
-    (drop, 60), (replace, 250), (misspell, 60), (misname, 100), (negate, 3), (unreadable, 40), (double, 40),
-    (truncate, 40), (scramble, 100), (bomb, 3),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("mutate", "count"), MUTATIONS, ids=lambda value: getattr(value, "__name__", ""))
-def test_mutations(folder: Path, mutate: Any, count: int) -> None:
-    bases = [yaml.safe_load(text) for text in (SMALL, LARGE, TRACED)]
-    refused = 0
-    for index in range(count):
-        rng = random.Random(f"{mutate.__name__} {index}")
-        tree = copy.deepcopy(bases[index % len(bases)])
-        refused += settle(folder, mutate(tree, rng.choice(list(nodes(tree))), rng).encode("utf-8"))
-    assert refused >= count // 3
-
-
-def test_mutated_bytes(folder: Path) -> None:
-    for index in range(60):
-        rng = random.Random(index)
-        raw = bytearray([SMALL, LARGE, TRACED][index % 3].encode())
-        for _ in range(3):
-            raw[rng.randrange(len(raw))] = rng.randrange(128, 256)
-        assert settle(folder, bytes(raw))
-
-
-def settle(folder: Path, raw: bytes) -> bool:
-    """Whether the scenario is refused, as it must be if it isn't valid; the resolved form of a valid one reads back."""
-    path = folder / "case.yaml"
-    path.write_bytes(raw)
-    try:
-        scenario = load(path)
-    except ScenarioError as error:
-        found = error.problems
-    else:
-        found = ()
-    if found:
-        for problem in found:
-            assert problem.file, str(problem)
-            assert problem.hint, str(problem)
-            assert problem.line or "empty" in problem.message or "no such file" in problem.message, str(problem)
-            assert not re.search(r"Traceback|pydantic|Error\(|<class|object at", str(problem)), str(problem)
-        return True
-    (folder / "again.yaml").write_text(scenario.to_yaml(), encoding="utf-8")
-    assert load(folder / "again.yaml").resolved() == scenario.resolved()
-    return False
 
 
 # JSON Schema

@@ -296,7 +296,6 @@ def _load_plugins(plugins: Iterable[str]) -> None:
     from mist import registry
     from mist.errors import ScenarioError
 
-    registry.load_plugins()
     problems: list[Problem] = []
     for plugin in plugins:
         try:

@@ -141,11 +141,6 @@ class Platform:
     def num_devices(self) -> int:
         return self.num_stage_devices * self.pp
 
-    @property
-    def num_domains(self) -> int:
-        """Scale-up domains (nodes, unless a rack is one) that the devices span."""
-        return -(-self.num_devices // self.device.scale_up_domain)
-
     def problem(self) -> str | None:
         """Why the devices can't be arranged like this, or None: a group must fill whole domains or fit into one."""
         domain, name = self.device.scale_up_domain, self.device.name

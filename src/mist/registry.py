@@ -66,14 +66,6 @@ def names(kind: str) -> list[str]:
     return sorted(_registered[kind])
 
 
-def load_plugins() -> None:
-    """Import every installed distribution's `mist.plugins` entry points."""
-    from importlib.metadata import entry_points
-
-    for entry in entry_points(group="mist.plugins"):
-        entry.load()
-
-
 def load_plugin_file(path: str | Path) -> None:
     """Run a Python file that registers implementations; ScenarioError where it can't be run."""
     path = Path(path)
@@ -89,12 +81,27 @@ def load_plugin_file(path: str | Path) -> None:
 
 
 def _import_home(kind: str) -> None:
+    """Import what ships of a kind, and once the installed plug-ins; ScenarioError names one that fails."""
     if kind in _imported:
         return
+    if not _imported:
+        _imported.add("")
+        _import_entry_points()
     module = importlib.import_module(HOMES[kind])
     for info in pkgutil.iter_modules(getattr(module, "__path__", [])):
         importlib.import_module(f"{HOMES[kind]}.{info.name}")
     _imported.add(kind)
+
+
+def _import_entry_points() -> None:
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group="mist.plugins"):
+        try:
+            entry.load()
+        except Exception as error:
+            story = f"{type(error).__name__}: {error}"
+            raise ScenarioError(f"the installed plug-in {entry.name} ({entry.value}) failed: {story}") from error
 
 
 def _origin(implementation: Any) -> str:

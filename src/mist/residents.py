@@ -157,8 +157,7 @@ class Residents:
 
     def leave(self, task: Task, num_tokens: int) -> None:
         """`task`, which holds `num_tokens` in the KV cache, stops running and releases its blocks."""
-        self.kv.release(task, num_tokens, self.kv.blocks_for(num_tokens), resumes=False)
-        del self.running[task.admission]
+        self._release(task, num_tokens, num_tokens, resumes=False)
 
     def held_blocks(self, task: Task) -> int:
         """KV blocks that a running task holds now, what this step computes for it included."""
@@ -198,12 +197,12 @@ class Residents:
             del self.prefilling_tasks[task.admission]
             tokens = task.computed_tokens
             self.pending_tokens += tokens
-            self._free(task, tokens, tokens + self._scheduled.pop(task.admission, 0))
+            self._release(task, tokens, tokens + self._scheduled.pop(task.admission, 0), resumes=True)
         else:
             tokens = self.cohort.context(task)
             task.generated_tokens += self.cohort.step - task.join_step
             self.cohort.leave(task)
-            self._free(task, tokens, tokens + self._grown)
+            self._release(task, tokens, tokens + self._grown, resumes=True)
             task.target_tokens = tokens + 1  # the token sampled last isn't in the cache yet
             self.pending_tokens += task.target_tokens
         task.admission = task.join_step = task.finish_step = -1
@@ -213,6 +212,6 @@ class Residents:
         task.request.num_preemptions += 1
         self.waiting.appendleft(task)
 
-    def _free(self, task: Task, num_tokens: int, reserved_tokens: int) -> None:
-        self.kv.release(task, num_tokens, self.kv.blocks_for(reserved_tokens), resumes=True)
+    def _release(self, task: Task, num_tokens: int, reserved_tokens: int, *, resumes: bool) -> None:
+        self.kv.release(task, num_tokens, self.kv.blocks_for(reserved_tokens), resumes=resumes)
         del self.running[task.admission]

@@ -21,8 +21,6 @@ from mist.model import ModelSpec
 from mist.scenario.nodes import parse
 from mist.scenario.source import KeyPath, Source, read_file
 
-KINDS = ("devices", "models", "engines", "workloads")
-
 _LIKE_A_PATH = re.compile(r"^[./~]|\.(ya?ml|json)(\.gz)?$|\\")
 
 
