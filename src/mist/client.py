@@ -86,7 +86,10 @@ class Client:
         self._append_task = records.tasks.append
         self._stage_kind = {kind: i for i, kind in enumerate(records.stage_kinds)}
         self._step_ns = engine.step_overhead_ns
+        self._prefill_ns = engine.prefill_overhead_ns
         self._token_ns = engine.token_overhead_ns
+        #: arrived since the step in flight was decided, where the engine decides on the next one at its start
+        self._unseen: list[Task] = []
 
     @property
     def _policy(self) -> str:
@@ -108,10 +111,20 @@ class Client:
             self._enqueue(task, now)
 
     def _enqueue(self, task: Task, now: int) -> None:
+        if self.engine.async_scheduling and not self.idle:
+            self._unseen.append(task)
+            return
         self.front_end_tokens -= task.target_tokens
         self.residents.enqueue(task)
         if self.idle:
             self.kernel.wake(self)
+
+    def _see(self) -> None:
+        """The next batch may hold what arrived before this one was decided."""
+        for task in self._unseen:
+            self.front_end_tokens -= task.target_tokens
+            self.residents.enqueue(task)
+        self._unseen.clear()
 
     def _never_fits(self, task: Task) -> str:
         # The client generates, so it may compare the true length with its memory, as an engine does with max_tokens.
@@ -145,6 +158,10 @@ class Client:
             self.now = now
             residents.begin()
             batch = self.batching.next_batch(residents, residents.cohort, residents, now)
+            if self._unseen:
+                self._see()
+                if isinstance(batch, Wait):
+                    continue
             if isinstance(batch, Wait):
                 self._go_idle(batch, now)
                 return
@@ -194,6 +211,8 @@ class Client:
             raise InvariantError(f"{self._policy} returned an empty batch at {now} ns")
         device = self.perf.step_time(step)
         host = self._step_ns + self._token_ns * step.num_sampled
+        if batch.chunks:
+            host += self._prefill_ns
         self._step_row = (now, residents.kv.used)
         if self.watcher is not None:
             self.watcher.step_started(self, step, device, now)
@@ -281,7 +300,7 @@ class Client:
     def cut(self, now: int) -> list[Task]:
         """The simulation stops at `now`: close the segments of all tasks here, and return these tasks."""
         residents = self.residents
-        tasks = [*residents.running.values(), *residents.waiting]
+        tasks = [*residents.running.values(), *residents.waiting, *self._unseen]
         for task in tasks:
             self._record_segment(task, now, CUT)
             if task.join_step >= 0:

@@ -15,6 +15,10 @@ from mist.model import ACTIVATION_BYTES, LayerGroup, ModelSpec
 from mist.units import GIB
 
 
+#: classes of operators whose time an engine version changes
+OPERATOR_CLASSES = ("gemm", "experts", "attention_prefill", "attention_decode", "elementwise", "network")
+
+
 @dataclass(frozen=True, slots=True)
 class KVCapacity:
     """Where the memory of one device goes, in bytes, and the KV blocks that fit into the rest (0 if none does)."""
@@ -26,12 +30,16 @@ class KVCapacity:
     overhead_bytes: int
     block_bytes: int
     block_size: int
+    is_of_free: bool = False
 
     @property
     def kv_bytes(self) -> int:
         """What is left for KV; negative where weights and activations alone don't fit."""
-        budget = int(self.gpu_memory_utilization * self.memory_bytes)
-        return budget - self.weight_bytes - self.activation_bytes - self.overhead_bytes
+        used = self.weight_bytes + self.activation_bytes + self.overhead_bytes
+        if self.is_of_free:
+            free = self.memory_bytes - used
+            return int(self.gpu_memory_utilization * free) if free > 0 else free
+        return int(self.gpu_memory_utilization * self.memory_bytes) - used
 
     @property
     def num_blocks(self) -> int:
@@ -47,11 +55,12 @@ class KVCapacity:
         return max(0, self.block_bytes - self.kv_bytes)
 
     def __str__(self) -> str:
-        terms = (
-            f"{self.gpu_memory_utilization:g} x {self.memory_bytes / GIB:.1f} GiB"
-            f" - weights {self.weight_bytes / GIB:.2f} - activations {self.activation_bytes / GIB:.2f}"
-            f" - overhead {self.overhead_bytes / GIB:.2f} = {self.kv_bytes / GIB:.2f} GiB per device"
+        used = (
+            f"{self.memory_bytes / GIB:.1f} GiB - weights {self.weight_bytes / GIB:.2f}"
+            f" - activations {self.activation_bytes / GIB:.2f} - overhead {self.overhead_bytes / GIB:.2f}"
         )
+        used = f"({used})" if self.is_of_free else used
+        terms = f"{self.gpu_memory_utilization:g} x {used} = {self.kv_bytes / GIB:.2f} GiB per device"
         if self.missing_bytes:
             return f"{terms}: does not fit, {self.missing_bytes / GIB:.2f} GiB are missing"
         return f"{terms}: {self.num_blocks:,} blocks of {self.block_size}, {self.num_tokens:,} tokens of KV"
@@ -61,22 +70,33 @@ class KVCapacity:
 class EngineProfile:
     """An engine version: host time, defaults of its limits, memory rule. `sources` says where each figure is from.
 
-    Host time: `step_overhead_ns` per step, `token_overhead_ns` per sampled row of it, `request_overhead_ns` before a
-    request joins the queue; `overlapped` engines prepare a step while the device runs the one before, so that a step
-    takes the longer of the two rather than their sum.
+    `engine` and `first_version` say which releases it stands for, `first_date` from when on where only a date is known,
+    `harness` static_batch that it stands for a benchmark of single batches alone.
+    Host time: `step_overhead_ns` per step, `prefill_overhead_ns` more per step with prefills, `token_overhead_ns` per
+    sampled row, `request_overhead_ns` before a request joins the queue; `overlapped` engines prepare a step while the
+    device runs the one before, so that a step takes the longer of the two rather than their sum. With
+    `async_scheduling` the next step is decided when one starts: what arrives meanwhile joins the step after it.
+    Device time: `time_factors` by class of operator, this version's kernels over those that are measured.
     Limits: `large_device_*` replace the defaults on devices of `large_device_bytes` and more, but not on
     `small_devices`; with `fit_whole_prompts` a step may always hold a prompt of the model's longest context.
-    Memory: `overhead_bytes` for what is neither weights nor activations (context, communicators, graphs).
+    Memory: `gpu_memory_utilization` is a share of the whole, or with `utilization_of_free` of what weights and
+    activations leave; `overhead_bytes` for what is neither weights nor activations (context, communicators, graphs).
     `cuda_graph`: steps replay captured graphs; without, the host launches every kernel of a step.
     """
 
     name: str
     engine: str = ""
     era: str = ""
+    first_version: str = ""
+    first_date: str = ""
+    harness: str = ""
     step_overhead_ns: int = 0
     token_overhead_ns: int = 0
+    prefill_overhead_ns: int = 0
     request_overhead_ns: int = 0
     overlapped: bool = False
+    async_scheduling: bool = False
+    time_factors: Mapping[str, float] = field(default_factory=dict)
     batching: str = "chunked"
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -86,6 +106,7 @@ class EngineProfile:
     small_devices: tuple[str, ...] = ()
     fit_whole_prompts: bool = False
     gpu_memory_utilization: float = 0.9
+    utilization_of_free: bool = False
     enable_prefix_caching: bool = False
     block_size: int = 16
     watermark: float = 0.0
@@ -133,6 +154,7 @@ class EngineProfile:
                 overhead_bytes=self.overhead_bytes,
                 block_bytes=size * (kv_bytes or round(ACTIVATION_BYTES * model.hidden_size)),
                 block_size=size,
+                is_of_free=self.utilization_of_free,
             )
             for stage_weights, kv_bytes in zip(weights, token_bytes, strict=True)
         ]
@@ -157,6 +179,11 @@ class EngineProfile:
             else:
                 values[key] = data[key] if isinstance(data[key], Mapping) else str(data[key] or "")
         values["small_devices"] = tuple(map(str, data.get("small_devices") or ()))
+        for name, factor in dict(values.get("time_factors") or {}).items():
+            if name not in OPERATOR_CLASSES:
+                reader.problem("time_factors", f"has no {name!r}; known: {', '.join(OPERATOR_CLASSES)}")
+            elif isinstance(factor, bool) or not isinstance(factor, int | float) or not 0.1 <= factor <= 100:
+                reader.problem("time_factors", f"has {name}: {factor!r}, where 0.1 to 100 would do")
         for key in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if values.get(key) == 0:
                 reader.problem(key, "must be at least 1")

@@ -6,7 +6,8 @@ It knows nothing of queues, policies or time of day; engine host overheads are a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mist.hardware import Platform
@@ -20,12 +21,21 @@ ORIGINS = ("measured", "interpolated", "extrapolated", "roofline", "clamped")
 #: what an operator's time may follow from
 BOUNDS = ("compute", "memory", "network", "launch")
 
+#: the classes of operators that an engine version may run slower or faster than those that are known, by kind
+OPERATOR_CLASSES = {
+    "gemm": "gemm", "grouped_gemm": "experts", "attention_prefill": "attention_prefill",
+    "attention_decode": "attention_decode", "attention_encoder": "attention_prefill", "elementwise": "elementwise",
+    "allreduce": "network", "allgather": "network", "alltoall": "network", "message": "network",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
     """What a performance model is prepared for: a model in given dtypes on a platform, with the engine's limits.
 
-    With `cuda_graph` the device replays a captured step; without, the host launches every kernel of it.
+    With `cuda_graph` the device replays a captured step; without, the host launches every kernel of it. `engine` is
+    whose kernels run ("" any); `time_factors` by class of operator (`OPERATOR_CLASSES`) is how long its version of them
+    takes, over those that a performance model knows.
     """
 
     model: ModelSpec
@@ -35,6 +45,12 @@ class Deployment:
     max_num_batched_tokens: int
     max_num_seqs: int
     cuda_graph: bool = True
+    engine: str = ""
+    time_factors: Mapping[str, float] = field(default_factory=dict)
+
+    def time_factor(self, kind: str) -> float:
+        """What the known time of an operator of this kind is multiplied by."""
+        return self.time_factors.get(OPERATOR_CLASSES[kind], 1.0)
 
 
 @dataclass(frozen=True, slots=True)

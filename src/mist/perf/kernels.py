@@ -21,6 +21,8 @@ from mist.perf.operators import Operator, StepSums, forward_pass
 from mist.registry import register
 from mist.request import Step
 
+#: whose kernels were measured; the first stands in for engines without tables
+FRAMEWORKS = ("vllm", "sglang", "trtllm")
 #: Tokens that are tabulated at least; steps beyond the tables are computed by the same rules.
 MIN_TABULATED_TOKENS = 8192
 #: Tokens of context, all prefills of a step together, up to which their expansion (latent attention) is tabulated.
@@ -32,13 +34,13 @@ _MAX_PREFILL_CONTEXT = 2**18
 class Kernels:
     """Sums of measured operator times.
 
-    `framework`: whose kernels; `version`: of its tables, "" the newest for the device. `tables`: a folder to read in
+    `framework`: whose kernels, "" the engine's or else vLLM's; `version`: of its tables, "" the newest for the device. `tables`: a folder to read in
     place of the installed package's. `system`: whose tables, "" those of the deployment's device. `distribution` of
     tokens over experts, as the tables name it: others stand in where it wasn't measured. `eager_launch_ns`: what a
     kernel costs the host where no graph is replayed. `fallback` prices the operators that aren't measured.
     """
 
-    framework: Literal["vllm", "sglang", "trtllm"] = "vllm"
+    framework: Literal["", "vllm", "sglang", "trtllm"] = ""
     version: str = ""
     system: str = ""
     tables: str = ""
@@ -181,7 +183,10 @@ class Kernels:
         system = self.system or SYSTEMS.get(name, "")
         if not system:
             return f"no operators were measured on {name}"
-        tables = OperatorTables(folder, system, self.framework, self.version)
+        framework = self.framework or (deployment.engine if deployment.engine in FRAMEWORKS else FRAMEWORKS[0])
+        tables = OperatorTables(folder, system, framework, self.version)
+        if not self.framework and framework != FRAMEWORKS[0] and tables.problem():
+            tables = OperatorTables(folder, system, FRAMEWORKS[0], self.version)
         return tables.problem() or tables
 
     def _by_window(self, driver: str) -> list[list[Operator]]:

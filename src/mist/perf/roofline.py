@@ -194,20 +194,20 @@ class Roofline:
 
     def _per_launch(self, o: Operator, rows: FloatArray) -> tuple[FloatArray, FloatArray, float]:
         """(compute, memory or network, launch) of one launch of a row-driven operator, ns, for each number of rows."""
-        device = self._device
+        device, factor = self._device, self._deployment.time_factor(o.kind)
         if o.kind in NETWORK_KINDS:
-            network = np.array([_network_ns(o, self._platform, o.bytes[o.driver] * x) for x in rows])
-            launch = 0.0 if o.kind == "message" else _network_launch_ns(o, device)
+            network = factor * np.array([_network_ns(o, self._platform, o.bytes[o.driver] * x) for x in rows])
+            launch = 0.0 if o.kind == "message" else factor * _network_launch_ns(o, device)
             return np.zeros_like(rows), network - launch, launch
         # a GEMM has an efficiency on each side of the ridge, a memory-bound kernel only one
         kind = _CLASSES.get(o.kind, o.kind)
         memory_class = "gemm_memory" if kind == "gemm" else kind
         weights = o.weight_bytes * o.experts.touched_share(o.groups * rows) if o.experts else o.weight_bytes
-        flop_per_s = device.peak(o.dtype) * device.efficiency_of(kind, o.dtype)
-        bytes_per_s = device.memory_bytes_per_s * device.efficiency_of(memory_class, o.dtype)
-        compute = o.flop.get(o.driver, 0.0) * rows / flop_per_s * 1e9
-        memory = (weights + o.bytes[o.driver] * rows) / bytes_per_s * 1e9
-        return compute, memory, device.launch_ns(kind, o.dtype)
+        flop_ns = 1e9 / (device.peak(o.dtype) * min(1.0, device.efficiency_of(kind, o.dtype) / factor))
+        byte_ns = 1e9 / (device.memory_bytes_per_s * min(1.0, device.efficiency_of(memory_class, o.dtype) / factor))
+        compute = o.flop.get(o.driver, 0.0) * rows * flop_ns
+        memory = (weights + o.bytes[o.driver] * rows) * byte_ns
+        return compute, memory, factor * device.launch_ns(kind, o.dtype)
 
     def _row_driven_ns(self, driver: str, rows: FloatArray) -> FloatArray:
         """Summed time of the operators that depend on one driver alone; 0 rows take no time."""
@@ -239,13 +239,14 @@ class Roofline:
         prefill, decode = kind == "attention_prefill", kind == "attention_decode"
         compute = device.efficiency_of("attention_prefill" if prefill else "gemm", kv_dtype if prefill else o.dtype)
         memory = device.efficiency_of("attention_decode" if decode else "gemm_memory", kv_dtype)
-        flop_ns = 1e9 * o.repeats / (device.peak(o.dtype) * compute)
-        byte_ns = 1e9 * o.repeats / (device.memory_bytes_per_s * memory)
+        factor = self._deployment.time_factor(o.kind)
+        flop_ns = 1e9 * o.repeats / (device.peak(o.dtype) * min(1.0, compute / factor))
+        byte_ns = 1e9 * o.repeats / (device.memory_bytes_per_s * min(1.0, memory / factor))
         ramp = device.attention_ramp_tokens if prefill else 0.0
         work, context, rows = _PREFILL if o.driver in _PREFILL else _DECODE
         return _Linear(
             window=o.window,
-            launch=o.repeats * device.launch_ns(kind, kv_dtype if prefill or decode else o.dtype),
+            launch=factor * o.repeats * device.launch_ns(kind, kv_dtype if prefill or decode else o.dtype),
             work_flop=o.flop.get(work, 0.0) * flop_ns,
             context_flop=o.flop.get(context, 0.0) * flop_ns,
             row_flop=(o.flop.get(rows, 0.0) + o.flop.get(work, 0.0) * ramp) * flop_ns,

@@ -200,6 +200,8 @@ def _perf_model(scenario: Scenario, name: str, pool: Pool) -> tuple[PerfModel, l
         limits.max_num_batched_tokens,
         limits.max_num_seqs,
         cuda_graph=pool.engine.cuda_graph,
+        engine=pool.engine.engine,
+        time_factors=pool.engine.time_factors,
     )
     priced = price(pool.perf, deployment)
     if priced.model is None:

@@ -187,6 +187,8 @@ def explain_step(
         max(tokens, step.num_tokens),
         max(seqs, step.num_sampled),
         cuda_graph=profile.cuda_graph,
+        engine=profile.engine,
+        time_factors=profile.time_factors,
     )
     priced = price(_specs(perf), deployment)
     prepared = priced.model

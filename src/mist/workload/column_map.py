@@ -41,7 +41,7 @@ class ColumnMap:
 
     `time_unit` is s, ms, us, ns or timestamp; any other text fits columns of time stamps alone. `hash_ids` holds lists
     of block ids (in CSV separated by spaces), one per `hash_block_size` tokens; 0 means that the column
-    `hash_block_size` says how many. Columns in `optional` may be absent.
+    `hash_block_size` says how many. Columns in `optional` may be absent; "" for `arrival` is a file without times.
     """
 
     arrival: str
@@ -64,7 +64,7 @@ class ColumnMap:
         if not len(rows.lines):
             rows.problems.fail("no requests in it", hint="a trace has one request a line after the header")
         notes = []
-        if self.arrival not in rows.columns:
+        if self.arrival and self.arrival not in rows.columns:
             notes.append(f"the trace has no column {self.arrival!r}: all its requests arrive at once")
         order = np.argsort(arrival_ns, kind="stable")
         num_late = int(np.count_nonzero(np.diff(arrival_ns) < 0))
@@ -80,7 +80,7 @@ class ColumnMap:
         )
 
     def _names(self) -> list[str]:
-        names = [self.arrival, self.input_tokens, self.output_tokens]
+        names = [name for name in (self.arrival, self.input_tokens, self.output_tokens) if name]
         if self.hash_ids:
             names += [self.hash_ids] if self.hash_block_size else [self.hash_ids, HASH_BLOCK_SIZE]
         return names

@@ -25,7 +25,7 @@ _HASH_IDS = "hash_ids"
 @register("trace", "columns")
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """A file's columns by name.
+    """A file's columns by name; `arrival: null` where it has no times, for a workload with `arrivals` of its own.
 
     `time_unit` is s, ms, us, ns or timestamp (UTC); left out, it is the ending of the arrival column's name, or the
     column's type in a Parquet file.
@@ -33,7 +33,7 @@ class Columns:
     `hash_block_size` tokens. Left out, they are read from the columns `hash_ids` and `hash_block_size` if there.
     """
 
-    arrival: str = "arrival_ns"
+    arrival: str | None = "arrival_ns"
     input_tokens: str = "input_tokens"
     output_tokens: str = "output_tokens"
     hash_ids: str | None = None
@@ -41,7 +41,7 @@ class Columns:
     time_unit: str | None = None
 
     def __post_init__(self) -> None:
-        if self.time_unit and (reason := unit_problem(self._unit(), self.arrival)):
+        if self.arrival and self.time_unit and (reason := unit_problem(self._unit(), self.arrival)):
             raise ValueError(reason)
         if self.hash_block_size < 0:
             raise ValueError(f"hash_block_size is {self.hash_block_size}: give the tokens per block, at least 1")
@@ -55,7 +55,7 @@ class Columns:
     def read(self, path: Path) -> RequestTable:
         """The whole trace; ScenarioError tells every record that can't be used."""
         return ColumnMap(
-            arrival=self.arrival,
+            arrival=self.arrival or "",
             input_tokens=self.input_tokens,
             output_tokens=self.output_tokens,
             time_unit=self._unit(),
@@ -66,12 +66,12 @@ class Columns:
 
     def problem_with(self, trace: str) -> str | None:
         """Why the file named `trace` can't be read like this, as far as its name tells; None if it may be."""
-        if trace.endswith((".csv", ".jsonl", ".csv.gz", ".jsonl.gz")):
+        if self.arrival and trace.endswith((".csv", ".jsonl", ".csv.gz", ".jsonl.gz")):
             return unit_problem(self._unit(), self.arrival)
         return None
 
     def _unit(self) -> str:
-        return self.time_unit or self.arrival.rpartition("_")[2]
+        return self.time_unit or (self.arrival or "").rpartition("_")[2]
 
 
 def write_trace(table: RequestTable, path: Path) -> None:

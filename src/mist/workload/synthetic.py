@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -152,6 +152,43 @@ class Bursty:
         sine: FloatArray = np.sin(times_ns * (2 * math.pi / (self.period_s * NS_PER_S)))
         swell: FloatArray = np.maximum(sine, 0) ** self.sharpness
         return 1 + (self.burst_factor - 1) * swell
+
+
+@register("arrivals", "staged")
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """One rate after another, as load generators ramp: `stages` are [requests per s, seconds]; the last one goes on.
+
+    `process` within a stage: `poisson`, or `constant` for equal gaps.
+    """
+
+    stages: Sequence[tuple[float, float]]
+    process: Literal["poisson", "constant"] = "poisson"
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages is empty: give [requests per s, seconds] for each, such as [[8, 600], [20, 600]]")
+        for rate, seconds in self.stages:
+            _require_positive("a rate of stages", rate)
+            _require_positive("a duration of stages", seconds)
+
+    @property
+    def mean_rate_per_s(self) -> float:
+        """The rate over all stages, each once."""
+        return sum(rate * s for rate, s in self.stages) / sum(s for _, s in self.stages)
+
+    def arrival_ns(self, num_requests: int, rng: np.random.Generator) -> IntArray:
+        """Arrival times, int64[num_requests] in ns: unit gaps, stretched so that each stage has its rate."""
+        gaps = rng.exponential(1.0, num_requests) if self.process == "poisson" else np.ones(num_requests)
+        if self.process == "constant":
+            gaps[:1] = 0.0  # as `constant`: the first one comes at 0
+        rates, seconds = (np.array(column, dtype=np.float64) for column in zip(*self.stages, strict=True))
+        expected = np.concatenate([[0.0], np.cumsum(rates * seconds)])
+        starts = np.concatenate([[0.0], np.cumsum(seconds)])
+        counts = np.cumsum(gaps)
+        stage = np.minimum(np.searchsorted(expected, counts, side="right") - 1, len(rates) - 1)
+        times_s = starts[stage] + (counts - expected[stage]) / rates[stage]
+        return np.rint(times_s * NS_PER_S).astype(np.int64)
 
 
 @register("arrivals", "closed_loop")

@@ -69,7 +69,8 @@ class Pricing:
         found = per_row(self.tables, o, rows, self.deployment)
         if found is None:
             return _clamp(Estimate(self._fallback_ns(o, rows), _roofline(rows)), self._floor_ns(o, rows))
-        return _clamp(Estimate(o.repeats * found.ns, found.origin), self._floor_ns(o, rows))
+        times = self.deployment.time_factor(o.kind) * o.repeats * found.ns
+        return _clamp(Estimate(times, found.origin), self._floor_ns(o, rows))
 
     def attention(self, o: Operator) -> PricedAttention:
         """All layers of an attention operator."""
@@ -79,7 +80,9 @@ class Pricing:
         else:
             names = PREFILL_MODULE if o.kind == "attention_prefill" else DECODE_MODULE
             times = latent_attention(self.tables, o, self.deployment, self._others_ns(o, names))
-        return PricedAttention(o, times or _FallbackAttention(o, self.fallback), self)
+        if times is None:
+            return PricedAttention(o, _FallbackAttention(o, self.fallback), self, 1.0)
+        return PricedAttention(o, times, self, self.deployment.time_factor(o.kind))
 
     def flop_ns(self, o: Operator) -> float:
         """Data-sheet time of one FLOP of an operator."""
@@ -94,7 +97,8 @@ class Pricing:
         tokens = rows * self.deployment.platform.attn_dp
         found = fused_ns(self._experts, local_width(self.deployment), tokens)
         floor = np.sum([self._floor_ns(other, rows) for other in fused], axis=0)
-        priced = _clamp(Estimate(o.repeats * found.ns, found.origin), floor)
+        times = self.deployment.time_factor(o.kind) * o.repeats * found.ns
+        priced = _clamp(Estimate(times, found.origin), floor)
         return Estimate(priced.ns * share, priced.origin)
 
     def _fallback_ns(self, o: Operator, rows: FloatArray) -> FloatArray:
@@ -138,16 +142,17 @@ class _FallbackAttention:
 
 @dataclass(frozen=True, slots=True)
 class PricedAttention:
-    """All layers of an attention operator, never below their floor."""
+    """All layers of an attention operator, `factor` times as long as known, never below their floor."""
 
     o: Operator
     times: AttentionTimes
     price: Pricing
+    factor: float
 
     def at(self, outer: float, inner: FloatArray) -> Estimate:
         """Time, ns, rising along `inner`."""
         found = self.times.at(outer, inner)
-        ns = np.maximum.accumulate(self.o.repeats * found.ns)
+        ns = np.maximum.accumulate(self.factor * self.o.repeats * found.ns)
         return _clamp(Estimate(ns, found.origin), self.floor_ns(outer, inner))
 
     def floor_ns(self, outer: float, inner: FloatArray) -> FloatArray:

@@ -1,0 +1,409 @@
+"""One operating point as a scenario, from its columns alone; and which engine profile stands for an engine's version.
+
+Between the points that were measured and the runs that are compared with them. What the columns leave empty is the
+engine's default; what can't be run is a `Skip` with its reason. It never looks at a measured value of a latency or rate.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mist.engine import EngineProfile
+from mist.errors import ScenarioError
+from mist.scenario import catalogue
+from mist.scenario.value import Scenario
+from mist.validation.points import Point, Skip, parse_stages
+
+#: requests of a steady state, where the point doesn't say how many were sent: rounds of the concurrency, and the least
+STEADY_ROUNDS = 6
+STEADY_REQUESTS = 400
+#: coefficient of variation of lengths of which only the mean is known: conversations (ShareGPT has about 1)
+MEAN_ONLY_CV = 1.0
+#: context that whole prompts are provided for, as engines are set up where a model allows far more
+CUSTOMARY_CONTEXT = 8192
+#: engines that are another one inside, and the weight formats that a dtype of the schema stands for
+ENGINE_ALIASES = {"nim": "trtllm", "llmboost": "vllm", "optimum-habana": "gaudi", "": "static"}
+WEIGHT_ALIASES = {"q4": "int4", "q8": "q8_0"}
+#: a link between prefill and decode workers, bytes per second and latency where the row names none
+HAND_OFF = {"bandwidth": "50 GB/s", "latency": "2 ms"}
+
+Overrides = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A point made runnable: the scenario, the engine profile's name, and whether the load was beyond the system.
+
+    `warmup_requests` of the first arrivals are left out of latencies where a steady state is meant.
+    """
+
+    scenario: Scenario
+    engine: str
+    saturated: bool
+    warmup_requests: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Draft:
+    """What is known of a point before it becomes a scenario."""
+
+    point: Point
+    folder: Path
+    profile: dict[str, Any]
+    pool: dict[str, Any] = field(default_factory=dict)
+    workload: dict[str, Any] = field(default_factory=dict)
+    warmup_requests: int = 0
+    #: tokens of the longest request, its answer included
+    longest: int = 0
+
+
+def setting_of(point: Point, folder: Path, overrides: Overrides | None = None, perf: Any = None) -> Setting:
+    """The scenario of `point`; paths of request lists start at `folder`.
+
+    `overrides` change fields of engine profiles by name (calibration does), `perf` is the list of performance models.
+    Skip says why the point can't be run.
+    """
+    profile = engine_profile(point)
+    draft = _Draft(point, folder, {**profile, **(overrides or {}).get(str(profile["name"]), {})})
+    _LOADS.get(point["load"], _unknown_load)(draft)
+    pools = _pools(draft)
+    mapping: dict[str, Any] = {
+        "name": point.name, "workload": draft.workload, "pipeline": ["prefill", "decode"], "clients": pools,
+        **_hand_off(draft),
+    }  # fmt: skip
+    if perf is not None:
+        mapping["perf"] = perf
+    try:
+        scenario = Scenario.from_mapping(mapping, folder=folder)
+    except ScenarioError as error:
+        raise Skip("; ".join(problem.message for problem in error.problems)) from None
+    return Setting(scenario, str(profile["name"]), _saturated(point, scenario), draft.warmup_requests)
+
+
+# --- the engine ---
+
+
+def engine_profile(point: Point) -> dict[str, Any]:
+    """The catalogue's profile for the point's engine, version and date, as its mapping; Skip where there is none.
+
+    Of the engine's profiles the newest that isn't newer than the version, without a version than the date, and without
+    both the newest; a harness of static batches has one of its own where there is one.
+    """
+    engine = ENGINE_ALIASES.get(point["engine"], point["engine"])
+    if engine == "unknown":
+        engine = "gaudi" if point["device"].startswith("gaudi") else "static"
+    found = [dict(e.source.data()) for e in catalogue.entries("engines")]
+    known = [p for p in found if p.get("engine") == engine]
+    if not known:
+        raise Skip(f"there is no profile of the engine {point['engine']!r}")
+    harness = "static_batch" if point["load"] == "static_batch" else ""
+    mine = [p for p in known if p.get("harness", "") == harness] or known
+    version, date = version_of(point["engine_version"]), point["date"]
+    if version:
+        mine.sort(key=lambda p: version_of(str(p.get("first_version", ""))))
+        not_newer = [p for p in mine if version_of(str(p.get("first_version", ""))) <= version]
+    else:
+        mine.sort(key=lambda p: str(p.get("first_date", "")))
+        not_newer = [p for p in mine if not date or str(p.get("first_date", "")) <= date]
+    return (not_newer or mine[:1])[-1]
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """The numbers of a release such as 0.6.3.post2 or v1.2.0rc5; () for a commit or nothing."""
+    if match := re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", text):
+        return tuple(int(part) for part in match.groups() if part)
+    return ()
+
+
+# --- the load ---
+
+
+def _static_batch(draft: _Draft) -> None:
+    size = draft.point.count("batch_size")
+    if not size:
+        raise Skip("batch_size is empty")
+    draft.workload |= {"arrivals": "all_at_once", "num_requests": size}
+    draft.profile["max_num_seqs"] = max(size, int(draft.profile.get("max_num_seqs", 256)))
+    draft.profile["large_device_max_num_seqs"] = max(size, int(draft.profile.get("large_device_max_num_seqs", 0)))
+    _lengths(draft)
+
+
+def _offline(draft: _Draft) -> None:
+    draft.workload |= {"arrivals": "all_at_once", "num_requests": draft.point.count("num_requests", 1000)}
+    _lengths(draft)
+
+
+def _closed_loop(draft: _Draft) -> None:
+    concurrency = draft.point.count("concurrency")
+    if not concurrency:
+        raise Skip("concurrency is empty")
+    num_requests = draft.point.count("num_requests")
+    if not num_requests:
+        draft.warmup_requests = concurrency
+        num_requests = concurrency + max(STEADY_ROUNDS * concurrency, min(STEADY_REQUESTS, 20 * concurrency))
+    draft.workload |= {"concurrency": concurrency, "num_requests": num_requests}
+    _lengths(draft)
+
+
+def _open_loop(draft: _Draft) -> None:
+    point = draft.point
+    process = {"": "poisson", "poisson": "poisson", "constant": "constant"}.get(point["arrival"])
+    if process is None:
+        raise Skip(f"an open loop with arrivals {point['arrival']!r}")
+    if point["workload_file"]:
+        _from_file(draft)
+    if point["stages"]:
+        stages = parse_stages(point["stages"])
+        draft.workload["arrivals"] = {"staged": {"stages": [list(s) for s in stages], "process": process}}
+        sent = round(sum(rate * seconds for rate, seconds in stages))
+    else:
+        rate = point.number("rate_per_s")
+        if not rate:
+            raise Skip("rate_per_s and stages are empty")
+        draft.workload["arrivals"] = {process: {"rate_per_s": rate}}
+        sent = STEADY_REQUESTS * 2
+    if "trace" not in draft.workload:
+        draft.workload["num_requests"] = point.count("num_requests") or sent
+        _lengths(draft)
+
+
+def _trace(draft: _Draft) -> None:
+    if not draft.point["workload_file"]:
+        raise Skip("workload_file is empty")
+    _from_file(draft)
+
+
+def _unknown_load(draft: _Draft) -> None:
+    raise Skip(f"the load is {draft.point['load']!r}")
+
+
+_LOADS: dict[str, Callable[[_Draft], None]] = {
+    "static_batch": _static_batch, "offline": _offline, "closed_loop": _closed_loop, "open_loop": _open_loop,
+    "trace": _trace,
+}  # fmt: skip
+
+
+def _from_file(draft: _Draft) -> None:
+    path = Path("workloads") / draft.point["workload_file"]
+    if not (draft.folder / path).is_file():
+        path = Path(draft.point["workload_file"])
+    if not (draft.folder / path).is_file():
+        raise Skip(f"there is no request list {draft.point['workload_file']}")
+    lists = _columns(draft.folder / path)
+    draft.longest = max(map(sum, zip(lists["input_tokens"], lists["output_tokens"], strict=True)), default=0)
+    columns: dict[str, str | None] = {key: key for key in ("input_tokens", "output_tokens")}
+    timed = all(lists["arrival_s"])
+    columns |= {"arrival": "arrival_s", "time_unit": "s"} if timed else {"arrival": None}
+    draft.workload |= {"trace": str(path), "columns": columns}
+
+
+def _columns(path: Path) -> dict[str, list[int]]:
+    """Tokens of a request list, and for each request whether it has an arrival time."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        found = {key: [int(row[key]) for row in rows] for key in ("input_tokens", "output_tokens")}
+        return found | {"arrival_s": [int(bool(row.get("arrival_s"))) for row in rows]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Skip(f"the request list {path.name} can't be used: {error}") from None
+
+
+def _lengths(draft: _Draft) -> None:
+    point = draft.point
+    for side, key in (("isl", "input_tokens"), ("osl", "output_tokens")):
+        draft.workload[key] = _length(point, side)
+        draft.longest += _longest(draft.workload[key])
+    cached = point.count("prefix_cached_tokens")
+    if cached:
+        draft.workload["cached_tokens"] = cached
+
+
+def _longest(length: Any) -> int:
+    return length if isinstance(length, int) else int(next(iter(length.values())).get("max") or length["uniform"]["high"])
+
+
+def _length(point: Point, side: str) -> Any:
+    mean = point.number(side)
+    if mean is None:
+        raise Skip(f"{side} is empty")
+    kind = point[f"{side}_dist"] or "fixed"
+    if kind.startswith("uniform:"):
+        try:
+            low, high = (int(float(part)) for part in kind.split(":")[1:])
+        except ValueError:
+            raise Skip(f"{side}_dist is {kind!r}") from None
+        return {"uniform": {"low": low, "high": high}}
+    # a prompt with a given cached part has but its few own tokens to vary
+    if kind == "mean" and mean > 1 and not point["prefix_cached_tokens"].strip("0"):
+        return {"lognormal": {"mean": mean, "cv": MEAN_ONLY_CV, "max": round(8 * mean)}}
+    if kind in ("fixed", "mean", "file"):
+        return max(1, round(mean))
+    raise Skip(f"{side}_dist is {kind!r}")
+
+
+# --- the clients ---
+
+
+def _pools(draft: _Draft) -> dict[str, Any]:
+    point = draft.point
+    if point["spec_decode"] not in ("", "none"):
+        draft.pool["speculation"] = _speculation(point["spec_decode"])
+    if point["power_cap_w"]:
+        raise Skip("power caps aren't modelled")
+    draft.pool |= {
+        "device": _named("devices", point["device"]), "model": _model(draft),
+        "engine": draft.profile, "weights_dtype": _weights(point), "kv_dtype": _kv_dtype(point),
+        "batching": _batching(draft), "kv_cache": _kv_cache(draft),
+    }  # fmt: skip
+    if point["topology"] == "pd":
+        return _worker_pools(draft)
+    tp, pp, attn_dp, dp = (point.count(key, 1) for key in ("tp", "pp", "attn_dp", "dp"))
+    devices = point.count("num_devices", tp * pp * attn_dp * dp)
+    replicas, rest = divmod(devices, tp * pp * attn_dp)
+    if rest or not replicas:
+        raise Skip(f"{devices} devices are not whole replicas of tp {tp} x pp {pp} x attn_dp {attn_dp}")
+    parallel = {"tp": tp, "pp": pp, "attn_dp": attn_dp, "ep": point.count("ep", 1), "count": replicas}
+    return {"gpu": draft.pool | parallel}
+
+
+def _worker_pools(draft: _Draft) -> dict[str, Any]:
+    pools = {}
+    for stage in ("prefill", "decode"):
+        match = re.fullmatch(r"(\d+)xTP(\d+)", draft.point[f"{stage}_pool"])
+        if match is None:
+            raise Skip(f"{stage}_pool is {draft.point[f'{stage}_pool']!r}, not as 2xTP4")
+        count, tp = (int(part) for part in match.groups())
+        pools[stage] = draft.pool | {"serves": [stage], "count": count, "tp": tp, "ep": draft.point.count("ep", 1)}
+    return pools
+
+
+def _hand_off(draft: _Draft) -> dict[str, Any]:
+    if draft.point["topology"] != "pd":
+        return {}
+    link = dict(HAND_OFF)
+    if match := re.fullmatch(r"[a-z-]+:([\d.]+)", draft.point["interconnect"]):
+        link["bandwidth"] = f"{match.group(1)} GB/s"
+    return {"network": {"kv_transfer": link}}
+
+
+def _named(kind: str, name: str) -> str:
+    try:
+        catalogue.read(kind, name, Path("/nonexistent"))
+    except ScenarioError as error:
+        raise Skip(error.problems[0].message) from None
+    return name
+
+
+def _model(draft: _Draft) -> Any:
+    """The catalogue's model; with a longer context where the point's requests are longer than it is said to allow."""
+    name = _named("models", draft.point["model"])
+    model, _ = catalogue.read("models", name, Path())
+    if draft.longest <= model.max_context:
+        return name
+    entry = next(e for e in catalogue.entries("models") if e.name == catalogue.read("models", name, Path())[1])
+    data = dict(entry.source.data())
+    data["config"] = {**data["config"], "max_position_embeddings": draft.longest}
+    return data
+
+
+def _weights(point: Point) -> str:
+    dtype = WEIGHT_ALIASES.get(point["weights_dtype"], point["weights_dtype"])
+    return dtype or "auto"
+
+
+def _kv_dtype(point: Point) -> str:
+    if (point["kv_dtype"] or "auto") == "auto":
+        return "fp16" if point["weights_dtype"] == "fp16" else "bf16"
+    return point["kv_dtype"]
+
+
+def _batching(draft: _Draft) -> Any:
+    """The engine's policy with the limits of the row; chunked prefill turned on or off changes the policy."""
+    point, profile = draft.point, draft.profile
+    name = str(profile.get("batching", "chunked"))
+    chunked = point["chunked_prefill"].lower()
+    if chunked == "true":
+        name = "chunked"
+    elif chunked == "false" and name == "chunked" and version_of(point["engine_version"]) < (0, 8):
+        name = "continuous"
+    profile["batching"] = name
+    steps = point.count("num_scheduler_steps", 1)
+    if steps > 1:  # the host schedules once for several steps
+        for key in ("step_overhead_ns", "token_overhead_ns"):
+            profile[key] = _quantity(profile, key) / steps
+    limits: dict[str, int] = {}
+    if seqs := point.count("max_num_seqs"):
+        limits["max_num_seqs"] = seqs
+    if tokens := point.count("max_num_batched_tokens"):
+        limits["max_num_batched_tokens"] = tokens
+    elif seqs:
+        limits["max_num_batched_tokens"] = 0  # replaced below
+    return _complete_limits(draft, name, limits)
+
+
+def _complete_limits(draft: _Draft, name: str, limits: dict[str, int]) -> Any:
+    device, _ = catalogue.read("devices", _named("devices", draft.point["device"]), Path())
+    model, _ = catalogue.read("models", _named("models", draft.point["model"]), Path())
+    seqs, tokens = EngineProfile.from_mapping({**draft.profile}).limits_for(device, model)
+    limits.setdefault("max_num_seqs", seqs)
+    limits["max_num_batched_tokens"] = limits.get("max_num_batched_tokens") or tokens
+    if name in ("continuous", "static"):  # whole prompts, of a static batch all of them
+        size = draft.point.count("batch_size", 1) if name == "static" else 1
+        least = max(draft.longest, size * round(draft.point.number("isl") or 0))
+        limits["max_num_batched_tokens"] = max(min(limits["max_num_batched_tokens"], CUSTOMARY_CONTEXT), least)
+    if draft.point["load"] != "static_batch":
+        limits["max_num_seqs"] = min(limits["max_num_seqs"], limits["max_num_batched_tokens"])
+    limits["max_num_batched_tokens"] = max(limits["max_num_batched_tokens"], limits["max_num_seqs"])
+    return {name: limits}
+
+
+def _kv_cache(draft: _Draft) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    if share := draft.point.number("gpu_memory_utilization"):
+        settings["gpu_memory_utilization"] = share
+    if draft.point["prefix_tier"] == "cpu":
+        settings["prefix_tier"] = "cpu"
+    elif draft.point["prefix_tier"] not in ("", "hbm"):
+        raise Skip(f"a prefix cache in {draft.point['prefix_tier']!r}")
+    return settings
+
+
+def _speculation(text: str) -> dict[str, Any]:
+    """`method:draft_tokens[:accepted/drafted]`."""
+    parts = text.split(":")
+    try:
+        return {"method": parts[0], "num_draft_tokens": int(parts[1]), "acceptance": float(parts[2])}
+    except (IndexError, ValueError):
+        raise Skip(f"spec_decode is {text!r}: no acceptance is stated") from None
+
+
+def _quantity(profile: Mapping[str, Any], key: str) -> float:
+    value = getattr(EngineProfile.from_mapping(dict(profile)), key)
+    return float(value)
+
+
+# --- saturation ---
+
+
+def _saturated(point: Point, scenario: Scenario) -> bool:
+    """The rule of the schema: by what was offered and measured, of closed loops by the documented KV capacity."""
+    load = point["load"]
+    if load in ("open_loop", "trace"):
+        return point.open_loop_saturated()
+    if load == "closed_loop":
+        tokens = sum(_kv_tokens(pool) for pool in scenario.clients.values() if "decode" in pool.serves)
+        in_flight = point.count("concurrency") * ((point.number("isl") or 0) + (point.number("osl") or 0))
+        return in_flight > tokens
+    return load == "offline"
+
+
+def _kv_tokens(pool: Any) -> float:
+    capacity = pool.kv_capacity()
+    return float(capacity.num_tokens * pool.attn_dp * pool.count)
+
