@@ -73,7 +73,7 @@ class Client:
         self.watcher: Watcher | None = None
         self.emits = True
         self.woken = False
-        self.residents = Residents(kv, self._preempted)
+        self.residents = Residents(kv, self._preempted, reserves_output=engine.reserves_output)
         self.view = ClientView(index, name, kv_blocks=kv.num_blocks)
         #: tokens of tasks that the engine's front end hasn't let in yet
         self.front_end_tokens = 0

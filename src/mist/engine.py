@@ -80,7 +80,8 @@ class EngineProfile:
     Limits: `large_device_*` replace the defaults on devices of `large_device_bytes` and more, but not on
     `small_devices`; with `fit_whole_prompts` a step may always hold a prompt of the model's longest context.
     Memory: `gpu_memory_utilization` is a share of the whole, or with `utilization_of_free` of what weights and
-    activations leave; `overhead_bytes` for what is neither weights nor activations (context, communicators, graphs).
+    activations leave; with `reserves_output` a request is admitted only where its longest answer and those of all that
+    run fit, so that none is ever preempted; `overhead_bytes` for what is neither weights nor activations (context, communicators, graphs).
     `cuda_graph`: steps replay captured graphs; without, the host launches every kernel of a step.
     """
 
@@ -110,6 +111,7 @@ class EngineProfile:
     enable_prefix_caching: bool = False
     block_size: int = 16
     watermark: float = 0.0
+    reserves_output: bool = False
     overhead_bytes: int = 0
     cuda_graph: bool = True
     sources: Mapping[str, str] = field(default_factory=dict)

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from mist.errors import Problem, ScenarioError, nearest
 from mist.model import DTYPE_BYTES
 from mist.units import GB, parse_bytes, parse_bytes_per_s, parse_time_ns
+
+#: a number of bytes, or one for each of many messages
+Size = TypeVar("Size", float, npt.NDArray[np.float64])
 
 #: Fractions of peak for a device of which nothing is measured: rounded medians over H100, H200, A100 and L40S.
 GENERIC_EFFICIENCY = {
@@ -149,7 +155,7 @@ class Platform:
                 return f"{degree} = {ranks} doesn't fill whole groups of the {domain} devices that {name} links"
         return None
 
-    def all_reduce_ns(self, message_bytes: float) -> float:
+    def all_reduce_ns(self, message_bytes: Size) -> Size:
         """Time of an all-reduce of `message_bytes` (the full tensor) over the `tp` ranks, ns; 0 for one rank.
 
         A ring takes 2(N-1)·l + 2(N-1)/N·M/B (Patarasuk and Yuan, JPDC 2009). Where all pairs are joined directly the
@@ -159,7 +165,7 @@ class Platform:
         """
         n, device = self.tp, self.device
         if n == 1:
-            return 0.0
+            return 0.0 * message_bytes
         local = min(n, device.scale_up_domain)
         hop = device.link_latency_ns
         wire = message_bytes * 1e9 / (device.link_bytes_per_s * device.efficiency_of("allreduce", local))
@@ -167,40 +173,40 @@ class Platform:
         if n > local:
             between = self._between_ns(n // local, message_bytes / local)
             return device.launch_ns("allreduce", local) + two_shots + 2 * between
-        best = min(two_shots, (n - 1) * wire + hop) if device.switched else two_shots
+        best: Size = np.minimum(two_shots, (n - 1) * wire + hop) if device.switched else two_shots
         return device.launch_ns("allreduce", n) + best
 
-    def all_gather_ns(self, message_bytes: float, ranks: int) -> float:
+    def all_gather_ns(self, message_bytes: Size, ranks: int) -> Size:
         """Time of an all-gather or a reduce-scatter of `message_bytes` (the full tensor) over `ranks`, ns.
 
         (N-1)·l + (N-1)/N·M/B, l once where all pairs are joined directly; over several domains each gathers what its
         devices brought in from the others.
         """
         if ranks == 1:
-            return 0.0
+            return 0.0 * message_bytes
         device, local = self.device, min(ranks, self.device.scale_up_domain)
         wire = message_bytes * 1e9 / (device.link_bytes_per_s * device.efficiency_of("allreduce", local))
         within = (local - 1) / local * wire + device.link_latency_ns * (1 if device.switched else local - 1)
-        between = self._between_ns(ranks // local, message_bytes / local) if ranks > local else 0.0
-        return device.launch_ns("allreduce", local) + (within if local > 1 else 0.0) + between
+        total: Size = device.launch_ns("allreduce", local) + (within if local > 1 else 0.0 * message_bytes)
+        return total + self._between_ns(ranks // local, message_bytes / local) if ranks > local else total
 
-    def all_to_all_ns(self, sent_bytes: float, ranks: int) -> float:
+    def all_to_all_ns(self, sent_bytes: Size, ranks: int) -> Size:
         """Time of an all-to-all in which each of `ranks` sends `sent_bytes`, spread evenly over all ranks, ns.
 
         (N-1)·l + (N-1)/N·M/B, l once where all pairs are joined directly. Traffic within and between domains overlaps:
         the slower counts.
         """
         if ranks == 1:
-            return 0.0
+            return 0.0 * sent_bytes
         device, local = self.device, min(ranks, self.device.scale_up_domain)
         efficiency = device.efficiency_of("allreduce", local)
         hops = 1 if device.switched else local - 1
         within = (local - 1) / ranks * sent_bytes * 1e9 / (device.link_bytes_per_s * efficiency)
-        times = [within + hops * device.link_latency_ns if local > 1 else 0.0]
+        slower: Size = within + hops * device.link_latency_ns if local > 1 else 0.0 * sent_bytes
         if ranks > local:
             far = (ranks - local) / ranks * sent_bytes * 1e9 / (device.inter_node_bytes_per_s * efficiency)
-            times.append(far + (ranks // local - 1) * device.inter_node_latency_ns)
-        return device.launch_ns("allreduce", local) + max(times)
+            slower = np.maximum(slower, far + (ranks // local - 1) * device.inter_node_latency_ns)
+        return device.launch_ns("allreduce", local) + slower
 
     def crosses_domains(self, boundary: int) -> bool:
         """Whether messages from stage `boundary` (0 is the first) to the next leave a scale-up domain."""
@@ -208,7 +214,7 @@ class Platform:
         first, last = boundary * size, (boundary + 1) * size - 1
         return any(rank // domain != (rank + size) // domain for rank in (first, last))
 
-    def message_ns(self, message_bytes: float, *, crosses_domains: bool) -> float:
+    def message_ns(self, message_bytes: Size, *, crosses_domains: bool) -> Size:
         """Time of a message between two devices, ns: l + M/B of the link that joins them."""
         device = self.device
         latency, peak = device.link_latency_ns, device.link_bytes_per_s
@@ -216,7 +222,7 @@ class Platform:
             latency, peak = device.inter_node_latency_ns, device.inter_node_bytes_per_s
         return latency + message_bytes * 1e9 / (peak * device.efficiency_of("allreduce", 2))
 
-    def _between_ns(self, domains: int, share_bytes: float) -> float:
+    def _between_ns(self, domains: int, share_bytes: Size) -> Size:
         """Ring of `domains` that each device joins with its share, one way round: (N-1)·l + (N-1)/N·M/B."""
         device = self.device
         wire = share_bytes * 1e9 / (device.inter_node_bytes_per_s * device.efficiency_of("allreduce"))

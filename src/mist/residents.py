@@ -18,16 +18,21 @@ class Residents:
     """Tasks of one client: `waiting` (first come first, preempted in front), `running` in order of admission.
 
     A running task is `prefilling` (tokens left to compute) or in the cohort. A running task holds
-    `kv.blocks_for(reserved tokens)` blocks: what it has computed, plus what this step computes for it.
+    `kv.blocks_for(reserved tokens)` blocks: what it has computed, plus what this step computes for it. With
+    `reserves_output` a task is admitted only where all that run could be served to their last token without preemption.
     """
 
     __slots__ = (
-        "_admissions", "_grown", "_has_preempted", "_scheduled", "cohort", "kv", "num_preemptions", "on_preempt",
-        "pending_tokens", "prefilling_tasks", "running", "waiting",
+        "_admissions", "_grown", "_has_preempted", "_promised", "_promises", "_scheduled", "cohort", "kv",
+        "num_preemptions", "on_preempt", "pending_tokens", "prefilling_tasks", "reserves_output", "running", "waiting",
     )  # fmt: skip
 
-    def __init__(self, kv: KVCache, on_preempt: Callable[[Task], None]) -> None:
+    def __init__(self, kv: KVCache, on_preempt: Callable[[Task], None], *, reserves_output: bool = False) -> None:
         self.kv = kv
+        self.reserves_output = reserves_output
+        #: blocks that each running task may come to hold, by admission, and all together
+        self._promises: dict[int, int] = {}
+        self._promised = 0
         self.cohort = Cohort(kv.block_size)
         self.waiting: deque[Task] = deque()
         self.running: dict[int, Task] = {}
@@ -99,6 +104,9 @@ class Residents:
         needed = kv.blocks_for(reserved) - kv.blocks_for(hit.num_tokens)
         if needed + hit.num_unreferenced + kv.watermark_blocks > kv.available:
             return 0
+        promise = self._promise(task)
+        if self._promised + promise + kv.watermark_blocks > kv.num_blocks and self.reserves_output:
+            return 0
         if task is self.waiting[0]:
             self.waiting.popleft()
         else:
@@ -114,10 +122,20 @@ class Residents:
         kv.index(task, reserved)
         self._admissions += 1
         task.admission = self._admissions
+        if promise:
+            self._promises[task.admission] = promise
+            self._promised += promise
         self.running[task.admission] = task
         self.prefilling_tasks[task.admission] = task
         self._scheduled[task.admission] = chunk
         return chunk
+
+    def _promise(self, task: Task) -> int:
+        """Blocks that `task` holds at its last token: the engine knows max_tokens, which its request uses up."""
+        if not self.reserves_output:
+            return 0
+        request = task.request
+        return self.kv.blocks_for(request.input_tokens + max(0, request.oracle_output_tokens - 1))
 
     # --- changes made by the client ---
 
@@ -215,3 +233,4 @@ class Residents:
     def _release(self, task: Task, num_tokens: int, reserved_tokens: int, *, resumes: bool) -> None:
         self.kv.release(task, num_tokens, self.kv.blocks_for(reserved_tokens), resumes=resumes)
         del self.running[task.admission]
+        self._promised -= self._promises.pop(task.admission, 0)

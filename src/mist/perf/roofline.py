@@ -196,7 +196,7 @@ class Roofline:
         """(compute, memory or network, launch) of one launch of a row-driven operator, ns, for each number of rows."""
         device, factor = self._device, self._deployment.time_factor(o.kind)
         if o.kind in NETWORK_KINDS:
-            network = factor * np.array([_network_ns(o, self._platform, o.bytes[o.driver] * x) for x in rows])
+            network = factor * _network_ns(o, self._platform, o.bytes[o.driver] * rows)
             launch = 0.0 if o.kind == "message" else factor * _network_launch_ns(o, device)
             return np.zeros_like(rows), network - launch, launch
         # a GEMM has an efficiency on each side of the ridge, a memory-bound kernel only one
@@ -300,8 +300,8 @@ class Roofline:
         return float(ns[0])
 
 
-def _network_ns(o: Operator, platform: Platform, message_bytes: float) -> float:
-    """Time of one launch of an operator that moves data between devices, ns."""
+def _network_ns(o: Operator, platform: Platform, message_bytes: FloatArray) -> FloatArray:
+    """Times of one launch of an operator that moves data between devices, ns, by size."""
     ranks = o.shape[1]
     if o.kind == "allreduce":
         return platform.all_reduce_ns(message_bytes)

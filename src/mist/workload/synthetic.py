@@ -188,7 +188,7 @@ class Staged:
         counts = np.cumsum(gaps)
         stage = np.minimum(np.searchsorted(expected, counts, side="right") - 1, len(rates) - 1)
         times_s = starts[stage] + (counts - expected[stage]) / rates[stage]
-        return np.rint(times_s * NS_PER_S).astype(np.int64)
+        return _whole(times_s * NS_PER_S)
 
 
 @register("arrivals", "closed_loop")

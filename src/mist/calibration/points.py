@@ -1,0 +1,248 @@
+"""Fits constants of engine profiles to measured points: bounded least squares on the logarithm of simulated / measured.
+
+Above validation, which runs the points: this changes the constants that they are run with, until the misfit is least.
+What comes out is a profile that a user keeps. It never looks at points that it wasn't given, and never fits a device's
+data sheet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import least_squares
+
+from mist.engine import OPERATOR_CLASSES, EngineProfile
+from mist.errors import Problem, ScenarioError, nearest
+from mist.validation.evaluate import Comparison, evaluate
+from mist.validation.points import Point
+from mist.validation.score import kind_of
+
+FloatArray = npt.NDArray[np.float64]
+
+#: what can be fitted: (least, most, scale of a change that matters)
+BOUNDS: dict[str, tuple[float, float, float]] = {
+    "step_overhead_ns": (0.0, 60e6, 0.5e6),
+    "token_overhead_ns": (0.0, 1e6, 20e3),
+    "prefill_overhead_ns": (0.0, 100e6, 2e6),
+    "request_overhead_ns": (0.0, 500e6, 5e6),
+    "overhead_bytes": (0.0, 16 * 2**30, 2**30),
+    **{f"time_factors.{name}": (0.3, 6.0, 0.1) for name in OPERATOR_CLASSES},
+}
+#: kinds of metrics that a fit looks at, and how much: tails and first tokens repeat less well
+WEIGHTS = {"ttft": 0.5, "tpot": 1.0, "itl": 1.0, "e2e": 1.0, "makespan": 1.0, "throughput": 1.0}
+#: correlation of two constants beyond which the data can't tell them apart
+CONFOUNDED = 0.95
+#: log misfit beyond which a point counts linearly instead of quadratically
+_OUTLYING = 0.1
+_MAX_ROUNDS = 6
+#: weight of the assumption that an engine's kernels are as fast as the known ones, and how far off they may well be
+_PRIOR_WEIGHT, _PRIOR_SPREAD = 0.1, 0.3
+
+#: called with the number of whole evaluations done and the misfit of the last
+Progress = Callable[[int, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a fit found: each constant's value and standard error, the misfit before and after, and warnings.
+
+    Errors are median absolute percentage errors over compared values; `left_out_pct` predicts each point from a fit
+    without it (by the linearised model, Cook's formula). `correlations` of pairs that can't be told apart.
+    """
+
+    profile: str
+    values: Mapping[str, float]
+    standard_errors: Mapping[str, float]
+    num_points: int
+    num_values: int
+    before_pct: float
+    after_pct: float
+    left_out_pct: float
+    warnings: tuple[str, ...] = ()
+    residuals: tuple[Comparison, ...] = field(default=(), repr=False)
+
+
+def fit_points(
+    points: Sequence[Point],
+    folder: Path,
+    profile: Mapping[str, Any],
+    constants: Sequence[str],
+    *,
+    perf: Any = None,
+    workers: int = 0,
+    saturated: bool = True,
+    progress: Progress | None = None,
+) -> Fit:
+    """The values of `constants` of `profile` (a mapping, as in a catalogue file) that fit `points` best.
+
+    `saturated` False leaves out values of saturated runs. ScenarioError for an unknown constant, and where no point
+    runs. `workers` as in `evaluate`.
+    """
+    name = str(profile["name"])
+    for constant in constants:
+        if constant not in BOUNDS:
+            raise ScenarioError(Problem(f"{constant!r} can't be fitted", hint=nearest(constant, BOUNDS)))
+    start = np.array([_value(profile, constant) for constant in constants])
+    scales = np.array([BOUNDS[c][2] for c in constants])
+    lows, highs = (np.array([BOUNDS[c][i] for c in constants]) / scales for i in (0, 1))
+    runs = _Runs(points, folder, name, tuple(constants), dict(profile), perf, workers, saturated, progress)
+    first = runs.compared(start)
+    if not first:
+        raise ScenarioError(Problem("none of the points can be run", hint="`mist validate` says why of each"))
+    runs.keep([c.id for c in first])
+    x0 = np.clip(start / scales, lows, highs)
+    found = least_squares(
+        lambda x: runs.residuals(x * scales), x0, jac=lambda x: runs.jacobian(x, scales, lows, highs),
+        bounds=(lows, highs), loss="soft_l1", f_scale=_OUTLYING, max_nfev=_MAX_ROUNDS, xtol=1e-3, ftol=1e-3,
+    )  # fmt: skip
+    values = found.x * scales
+    last = runs.compared(values)
+    covariance, warnings = _covariance(found.jac, found.fun, constants, found.x, lows, highs)
+    return Fit(
+        profile=name,
+        values=dict(zip(constants, values.tolist(), strict=True)),
+        standard_errors=dict(zip(constants, (np.sqrt(np.diag(covariance)) * scales).tolist(), strict=True)),
+        num_points=len({c.point for c in last}),
+        num_values=len(last),
+        before_pct=_median([c.ape for c in first]),
+        after_pct=_median([c.ape for c in last]),
+        left_out_pct=_left_out(found.jac, runs.logs(last)),
+        warnings=warnings,
+        residuals=tuple(last),
+    )
+
+
+def changed(profile: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, Any]:
+    """A copy of a profile's mapping with these constants, given by their dotted names."""
+    found = {**profile}
+    for name, value in values.items():
+        key, _, inner = name.partition(".")
+        number: Any = round(value, 4) if inner else round(value)
+        found[key] = {**found.get(key, {}), inner: number} if inner else number
+    return found
+
+
+class _Runs:
+    """The points, run with given constants; the comparisons that all runs have in common are what is fitted."""
+
+    def __init__(
+        self, points: Sequence[Point], folder: Path, name: str, constants: tuple[str, ...], profile: dict[str, Any],
+        perf: Any, workers: int, saturated: bool, progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self._points, self._folder, self._name = points, folder, name
+        self._constants, self._profile, self._perf, self._workers = constants, profile, perf, workers
+        self._saturated, self._progress = saturated, progress
+        self._ids: list[str] = []
+        self._weights = np.ones(0)
+        self._num_runs = 0
+        self._known: dict[bytes, FloatArray] = {}
+
+    def compared(self, values: FloatArray) -> list[Comparison]:
+        """All comparisons that count, with these values of the constants."""
+        overrides = {self._name: changed(self._profile, dict(zip(self._constants, values.tolist(), strict=True)))}
+        evaluated = evaluate(
+            self._points, self._folder, overrides=overrides, perf=self._perf, workers=self._workers
+        )
+        self._num_runs += 1
+        return [
+            c for each in evaluated for c in each.comparisons
+            if kind_of(c.metric) in WEIGHTS and (self._saturated or not c.saturated) and c.profile == self._name
+        ]  # fmt: skip
+
+    def keep(self, ids: Sequence[str]) -> None:
+        """Fit these comparisons and no others."""
+        self._ids = list(ids)
+
+    def residuals(self, values: FloatArray) -> FloatArray:
+        """Weighted log misfits in the order of the kept ids; what doesn't run with these values misfits by 1."""
+        key = values.tobytes()
+        if key not in self._known:
+            found = {c.id: c for c in self.compared(values)}
+            per_point: dict[str, int] = {}
+            for c in found.values():
+                per_point[c.point] = per_point.get(c.point, 0) + 1
+            rows = []
+            for i in self._ids:
+                c = found.get(i)
+                if c is None:
+                    rows.append(1.0)
+                    continue
+                weight = WEIGHTS[kind_of(c.metric)] / per_point[c.point] ** 0.5
+                rows.append(weight * float(np.log(c.simulated / c.measured)))
+            self._known[key] = np.array(rows + self._priors(values))
+            if self._progress is not None:
+                self._progress(self._num_runs, float(np.median(np.abs(self._known[key]))))
+        return self._known[key]
+
+    def _priors(self, values: FloatArray) -> list[float]:
+        """How far the time factors are from 1, so that what the points don't tell stays there."""
+        factors = [v for c, v in zip(self._constants, values.tolist(), strict=True) if c.startswith("time_factors")]
+        return [_PRIOR_WEIGHT * (value - 1.0) / _PRIOR_SPREAD for value in factors]
+
+    def logs(self, comparisons: Sequence[Comparison]) -> FloatArray:
+        """Unweighted log misfits in the order of the kept ids; NaN where there is none."""
+        found = {c.id: float(np.log(c.simulated / c.measured)) for c in comparisons}
+        return np.array([found.get(i, np.nan) for i in self._ids])
+
+    def jacobian(self, x: FloatArray, scales: FloatArray, lows: FloatArray, highs: FloatArray) -> FloatArray:
+        """Forward differences of about half a scale; backward where the bound is near."""
+        base = self.residuals(x * scales)
+        columns = []
+        for i in range(len(x)):
+            moved = x.copy()
+            step = max(0.5, 0.1 * abs(x[i])) if self._constants[i] != "overhead_bytes" else 1.0
+            if moved[i] + step > highs[i]:
+                step = -step
+            moved[i] += step
+            columns.append((self.residuals(moved * scales) - base) / step)
+        return np.array(columns).T
+
+
+def _value(profile: Mapping[str, Any], constant: str) -> float:
+    key, _, inner = constant.partition(".")
+    value = getattr(EngineProfile.from_mapping(dict(profile)), key)
+    return float(value.get(inner, 1.0) if inner else value)
+
+
+def _covariance(
+    jacobian: FloatArray, residuals: FloatArray, constants: Sequence[str], x: FloatArray, lows: FloatArray,
+    highs: FloatArray,
+) -> tuple[FloatArray, tuple[str, ...]]:  # fmt: skip
+    """Of the constants, in units of their scales; and what the data can't tell."""
+    size = len(constants)
+    normal = jacobian.T @ jacobian
+    variance = float(residuals @ residuals) / max(1, len(residuals) - size)
+    covariance: FloatArray = np.linalg.pinv(normal) * variance
+    warnings = []
+    sizes = np.sqrt(np.diag(normal))
+    for i, constant in enumerate(constants):
+        if sizes[i] < 1e-6:
+            warnings.append(f"{constant} changes nothing at these points: it can't be told from them")
+        elif min(x[i] - lows[i], highs[i] - x[i]) < 1e-6:
+            warnings.append(f"{constant} is at its bound")
+    deviations = np.sqrt(np.maximum(np.diag(covariance), 1e-300))
+    for i in range(size):
+        for j in range(i):
+            correlation = covariance[i, j] / (deviations[i] * deviations[j])
+            if abs(correlation) > CONFOUNDED and sizes[i] >= 1e-6 and sizes[j] >= 1e-6:
+                warnings.append(
+                    f"{constants[j]} and {constants[i]} can't be told apart by these points "
+                    f"(correlation {correlation:+.2f}): fix one of them"
+                )
+    return covariance, tuple(warnings)
+
+
+def _left_out(jacobian: FloatArray, logs: FloatArray) -> float:
+    """Median error in percent of each value as predicted without it: r / (1 - h) with the leverage h."""
+    hat = np.einsum("ij,jk,ik->i", jacobian, np.linalg.pinv(jacobian.T @ jacobian), jacobian)[: len(logs)]
+    left_out = logs / np.maximum(1.0 - hat, 0.05)
+    return _median(np.abs(np.expm1(left_out[np.isfinite(left_out)])) * 100)
+
+
+def _median(values: Sequence[float] | FloatArray) -> float:
+    return float(np.median(values)) if len(values) else float("nan")
