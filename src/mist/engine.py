@@ -61,9 +61,9 @@ class KVCapacity:
 class EngineProfile:
     """An engine version: host time, defaults of its limits, memory rule. `sources` says where each figure is from.
 
-    Host time: `step_overhead_ns` per step, `token_overhead_ns` per sampled row of it, `request_overhead_ns` before a
-    request joins the queue; `overlapped` engines prepare a step while the device runs the one before, so that a step
-    takes the longer of the two rather than their sum.
+    Host time: `step_overhead_ns` per step, `token_overhead_ns` per sequence that samples in it, `request_overhead_ns`
+    before a request joins the queue; `overlapped` engines prepare a step while the device runs the one before, so that
+    a step takes the longer of the two rather than their sum.
     Limits: `large_device_*` replace the defaults on devices of `large_device_bytes` and more, but not on
     `small_devices`; with `fit_whole_prompts` a step may always hold a prompt of the model's longest context.
     Memory: `overhead_bytes` for what is neither weights nor activations (context, communicators, graphs).

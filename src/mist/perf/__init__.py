@@ -26,6 +26,7 @@ class Deployment:
     """What a performance model is prepared for: a model in given dtypes on a platform, with the engine's limits.
 
     With `cuda_graph` the device replays a captured step; without, the host launches every kernel of it.
+    `tokens_per_decode`: of all its steps, what a decode computes there; more than one where it verifies drafts.
     """
 
     model: ModelSpec
@@ -35,6 +36,7 @@ class Deployment:
     max_num_batched_tokens: int
     max_num_seqs: int
     cuda_graph: bool = True
+    tokens_per_decode: int = 1
 
 
 @dataclass(frozen=True, slots=True)
