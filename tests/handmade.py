@@ -219,7 +219,7 @@ class _Play:
         last_step = server.decode_steps if job.join_step >= 0 else -1
         self.records.tasks.append(
             (job.index, job.kind, job.kind, server.index, job.queued, job.started, job.joined, self.now, how,
-             16, job.cached, job.join_step, last_step)
+             16, job.cached, job.join_step, last_step, 1 + last_step - job.join_step if job.join_step >= 0 else 0)
         )  # fmt: skip
 
     def request_row(self, job, status, reason=-1):

@@ -39,11 +39,17 @@ class Sequence:
     preemptions: int = 0
     first_token: int = -1
     decoding: bool = False
+    pace: int = 0  # tokens per step in 2^-32, once drawn
+    path: int = 0  # how far it is since it joined, in the same unit
+    since_join: int = 0
 
 
 @dataclass
 class Reference:
-    """One client. `step_time(num_prefill_tokens, num_decodes, context, num_prefills)` in ns."""
+    """One client. `step_time(num_prefill_tokens, num_decodes, context, num_prefills)` in ns.
+
+    With `drafts` > 0 a decode step computes that many tokens more, and `steps_for(job, tokens)` are those drawn for it.
+    """
 
     policy: str
     max_tokens: int
@@ -54,6 +60,8 @@ class Reference:
     unit_tokens: int = 0
     caching: bool = False
     watermark: int = 0
+    drafts: int = 0
+    steps_for: Callable[[Job, int], int] = lambda job, tokens: tokens
 
     def __post_init__(self) -> None:
         self.pool = [Block() for _ in range(self.num_blocks)]  # what can be taken, first to go first
@@ -201,7 +209,7 @@ class Reference:
         before = [s for s in self.running if s.decoding]
         for seq in before:
             if seq in self.running and seq.decoding:
-                self.grow(seq, 1, now)
+                self.grow(seq, 1 + self.drafts, now)
         return any(s not in self.running for s in before)
 
     def admit_whole(self) -> list[Sequence]:
@@ -227,7 +235,7 @@ class Reference:
             return [], [s for s in self.running if s.decoding]
         everybody = len(self.running)
         self.grow_decodes(now)
-        tokens = self.max_tokens - sum(s.decoding for s in self.running)
+        tokens = self.max_tokens - sum(1 + self.drafts for s in self.running if s.decoding)
         chunks: list[Sequence] = []
         for seq in [s for s in self.running if not s.decoding]:
             if seq in self.running and tokens > 0:
@@ -247,13 +255,17 @@ class Reference:
                 tokens -= chunk
         return chunks, [s for s in self.running if s.decoding]
 
+    def never_fits(self, job: Job) -> bool:
+        drafts = self.drafts if job.output > 1 else 0
+        return self.blocks_for(job.prompt + max(0, job.output - 1) + drafts) + self.watermark > self.num_blocks
+
     def run(self, jobs: list[Job]) -> None:
         arrivals = sorted(jobs, key=lambda j: (j.arrival, j.index))
         now = 0
         while arrivals or self.waiting or self.running:
             while arrivals and arrivals[0].arrival <= now:
                 job = arrivals.pop(0)
-                if self.blocks_for(job.prompt + max(0, job.output - 1)) + self.watermark > self.num_blocks:
+                if self.never_fits(job):
                     self.done[job.index] = (-1, job.arrival, 0, 0)
                 else:
                     self.waiting.append(Sequence(job, job.prompt))
@@ -264,21 +276,26 @@ class Reference:
                 if arrivals:
                     now = arrivals[0].arrival
                 continue
-            context = sum(s.computed + 1 for s in decodes)
+            context = (sum(((s.computed - s.since_join) << 32) + s.path for s in decodes) >> 32) + len(decodes)
+            context += self.drafts * len(decodes)
             tokens = sum(s.scheduled for s in chunks)
             end = now + self.step_time(tokens, len(decodes), context, len(chunks))
             used = self.num_blocks - len(self.pool)
             while arrivals and arrivals[0].arrival < end:  # arrivals at `end` itself come after the step's end
                 job = arrivals.pop(0)
-                if self.blocks_for(job.prompt + max(0, job.output - 1)) + self.watermark > self.num_blocks:
+                if self.never_fits(job):
                     self.done[job.index] = (-1, job.arrival, 0, 0)
                 else:
                     self.waiting.append(Sequence(job, job.prompt))
             self.steps.append((now, end, len(chunks), tokens, len(decodes), context, used, len(self.waiting)))
             now = end
             for seq in decodes:
-                seq.computed += 1
-                seq.generated += 1
+                seq.path += seq.pace
+                tokens = min((seq.path >> 32) - seq.since_join, seq.job.output - seq.generated)
+                assert 1 <= tokens <= 1 + self.drafts
+                seq.computed += tokens
+                seq.since_join += tokens
+                seq.generated += tokens
                 seq.scheduled = 0
                 if seq.generated == seq.job.output:
                     self.finish(seq, now)
@@ -291,6 +308,10 @@ class Reference:
                         if seq.first_token < 0:
                             seq.first_token = now
                     seq.decoding = True
+                    seq.path = seq.since_join = 0
+                    left = seq.job.output - seq.generated
+                    if left and not seq.pace:
+                        seq.pace = -(-(left << 32) // self.steps_for(seq.job, left))
                     if seq.generated == seq.job.output:
                         self.finish(seq, now)
 

@@ -276,8 +276,8 @@ def test_hidden_tokens_before_the_first_visible_one_make_no_gaps():
     for end in (20, 30, 40, 90, 110):
         records.steps.append((0, end - 5, end, 0, 0, 1, 50, 1, 0))
     # a hidden decode (tokens at 10, 20, 30), then the visible one (tokens at 50, 90, 110)
-    records.tasks.append((0, 0, 0, 0, 0, 0, 10, 30, 0, 0, 0, 0, 2))
-    records.tasks.append((0, 1, 0, 0, 30, 40, 50, 110, 0, 0, 0, 3, 5))
+    records.tasks.append((0, 0, 0, 0, 0, 0, 10, 30, 0, 0, 0, 0, 2, 3))
+    records.tasks.append((0, 1, 0, 0, 30, 40, 50, 110, 0, 0, 0, 3, 5, 3))
     records.requests.append((0, 0, 50, 110, FINISHED, -1, 8, 3, 0, 0))
     summary = summarise(records, clients=[ClientInfo("gpu", "gpu")], slo={"itl_s": {"p50": 3.5e-8}})
     assert summary["itl_s"]["p50"] == 3e-8
@@ -287,8 +287,8 @@ def test_hidden_tokens_before_the_first_visible_one_make_no_gaps():
 
 def test_a_way_back_to_the_user_belongs_to_the_last_stage():
     records = Records(client_names=["gpu"], stage_kinds=["prefill", "decode"])
-    records.tasks.append((0, 0, 0, 0, 5, 8, -1, 20, 0, 8, 0, -1, -1))
-    records.tasks.append((0, 1, 1, 0, 23, 23, 23, 40, 0, 0, 0, 0, 0))
+    records.tasks.append((0, 0, 0, 0, 5, 8, -1, 20, 0, 8, 0, -1, -1, 0))
+    records.tasks.append((0, 1, 1, 0, 23, 23, 23, 40, 0, 0, 0, 0, 0, 1))
     records.requests.append((0, 1, 23, 47, FINISHED, -1, 8, 1, 0, 0))
     times = stage_times(records.requests.as_columns(), in_order(records), 2)
     assert times.tolist() == [[[3, 12, 4], [0, 17, 3 + 7]]]
@@ -296,8 +296,8 @@ def test_a_way_back_to_the_user_belongs_to_the_last_stage():
 
 def test_a_segment_that_never_started_only_waited():
     records = Records(client_names=["gpu"], stage_kinds=["prefill"])
-    records.tasks.append((0, 0, 0, 0, 5, -1, -1, 15, 2, 0, 0, -1, -1))
-    records.tasks.append((0, 0, 0, 0, 15, 20, -1, 30, 0, 8, 0, -1, -1))
+    records.tasks.append((0, 0, 0, 0, 5, -1, -1, 15, 2, 0, 0, -1, -1, 0))
+    records.tasks.append((0, 0, 0, 0, 15, 20, -1, 30, 0, 8, 0, -1, -1, 0))
     records.requests.append((0, 5, -1, 30, FINISHED, -1, 8, 0, 0, 0))
     assert stage_times(records.requests.as_columns(), in_order(records), 1).tolist() == [[[15, 10, 0]]]
 
@@ -305,7 +305,7 @@ def test_a_segment_that_never_started_only_waited():
 def test_prefix_hits_are_a_share_of_the_tokens_needed():
     records = Records(client_names=["gpu"], stage_kinds=["prefill"])
     for i, cached in enumerate((0, 48)):
-        records.tasks.append((i, 0, 0, 0, 10 * i, 10 * i, -1, 10 * i + 10, 0, 64 - cached, cached, -1, -1))
+        records.tasks.append((i, 0, 0, 0, 10 * i, 10 * i, -1, 10 * i + 10, 0, 64 - cached, cached, -1, -1, 0))
         records.steps.append((0, 10 * i, 10 * i + 10, 1, 64 - cached, 0, 0, 4, 0))
         records.requests.append((i, 10 * i, -1, 10 * i + 10, FINISHED, -1, 64, 0, cached, 0))
     clients = [ClientInfo("gpu", "gpu", 8, 16)]
@@ -316,10 +316,10 @@ def test_prefix_hits_are_a_share_of_the_tokens_needed():
 
 def test_what_a_preempted_task_finds_of_its_own_is_no_prefix_hit():
     records = Records(client_names=["gpu"], stage_kinds=["prefill"])
-    records.tasks.append((0, 0, 0, 0, 0, 0, -1, 10, 1, 48, 16, -1, -1))
-    records.tasks.append((0, 0, 0, 0, 10, 20, -1, 30, 1, 4, 60, -1, -1))
-    records.tasks.append((0, 0, 0, 0, 30, 40, -1, 50, 0, 4, 60, -1, -1))
-    records.tasks.append((1, 0, 0, 0, 50, 50, -1, 60, 0, 64, 0, -1, -1))
+    records.tasks.append((0, 0, 0, 0, 0, 0, -1, 10, 1, 48, 16, -1, -1, 0))
+    records.tasks.append((0, 0, 0, 0, 10, 20, -1, 30, 1, 4, 60, -1, -1, 0))
+    records.tasks.append((0, 0, 0, 0, 30, 40, -1, 50, 0, 4, 60, -1, -1, 0))
+    records.tasks.append((1, 0, 0, 0, 50, 50, -1, 60, 0, 64, 0, -1, -1, 0))
     for i, (start, tokens) in enumerate(((0, 48), (20, 4), (40, 4), (50, 64))):
         records.steps.append((0, start, start + 10, 1, tokens, 0, 0, 4, 0))
         if i > 1:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from kit import LinearSteps, play, table
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
 from mist.batching.static import Static
+from mist.speculation import Speculation
 from reference import Job, Reference
 
 POLICIES = {"chunked": Chunked, "continuous": Continuous, "static": Static}
@@ -49,9 +51,22 @@ def scenario(seed: int, policy: str, caching: bool) -> tuple[list[Job], dict[str
     return jobs, limits
 
 
-def compare(seed: int, policy: str, caching: bool) -> int:
+def drawn_speculation(seed: int) -> Speculation:
+    rng = random.Random(seed)
+    acceptance = rng.choice([0.0, 1.0, rng.random(), rng.random()])
+    return Speculation(rng.randint(1, 5), acceptance, lambda *key: np.random.default_rng((seed, *key)))
+
+
+def compare(seed: int, policy: str, caching: bool, speculation: Speculation | None = None) -> int:
     jobs, limits = scenario(seed, policy, caching)
     perf = LinearSteps()
+    drafts = speculation.num_draft_tokens if speculation else 0
+    limits["max_num_batched_tokens"] += drafts * limits["max_num_seqs"]
+
+    def steps_for(job: Job, tokens: int) -> int:
+        assert speculation is not None
+        return speculation.num_steps(tokens, speculation.rng_of(job.index, 1))
+
     sizes = {"max_num_seqs": limits["max_num_seqs"], "max_num_batched_tokens": limits["max_num_batched_tokens"]}
     reference = Reference(
         policy,
@@ -63,6 +78,7 @@ def compare(seed: int, policy: str, caching: bool) -> int:
         unit_tokens=limits["unit_tokens"],
         caching=caching,
         watermark=limits["watermark"],
+        **({"drafts": drafts, "steps_for": steps_for} if speculation else {}),
     )
     reference.run(jobs)
     run = play(
@@ -74,6 +90,7 @@ def compare(seed: int, policy: str, caching: bool) -> int:
         caching=caching,
         unit_tokens=limits["unit_tokens"],
         watermark=limits["watermark"],
+        speculation=speculation,
     )
     steps = run.records.steps.as_columns()
     got = [tuple(int(steps[name][i]) for name in run.records.steps.columns[1:]) for i in range(len(run.records.steps))]
@@ -100,6 +117,19 @@ def test_equals_the_naive_scheduler(policy: str, caching: bool, part: int) -> No
     assert preemptions > SCENARIOS_PER_CASE // (25 if policy == "static" else 4), "hardly any preemption: proves little"
 
 
+@pytest.mark.parametrize("caching", [False, True], ids=["plain", "prefix-caching"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_speculation_equals_the_naive_scheduler(policy: str, caching: bool) -> None:
+    preemptions = 0
+    for seed in range(500_000, 500_000 + SCENARIOS_PER_CASE):
+        try:
+            preemptions += compare(seed, policy, caching, drawn_speculation(seed))
+        except BaseException:
+            print(f"reproduce: compare({seed}, {policy!r}, {caching}, drawn_speculation({seed}))")
+            raise
+    assert preemptions > SCENARIOS_PER_CASE // (25 if policy == "static" else 4), "hardly any preemption: proves little"
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("caching", [False, True], ids=["plain", "prefix-caching"])
 @pytest.mark.parametrize("policy", POLICIES)
@@ -107,3 +137,4 @@ def test_equals_the_naive_scheduler(policy: str, caching: bool, part: int) -> No
 def test_equals_the_naive_scheduler_at_length(policy: str, caching: bool, part: int) -> None:
     for seed in range(100_000 + part * 2000, 100_000 + (part + 1) * 2000):
         compare(seed, policy, caching)
+        compare(seed, policy, caching, drawn_speculation(seed))

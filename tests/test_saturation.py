@@ -23,7 +23,7 @@ def queue_records(arrivals_s: np.ndarray, service_s: np.ndarray, servers: int = 
         status = UNFINISHED if stop is not None and end > stop else FINISHED
         seen = -1 if stop is not None and start > stop else start
         end = end if stop is None else min(end, stop)
-        records.tasks.append((i, 0, 0, 0, arrival, seen, -1, end, 0, 0, 0, -1, -1))
+        records.tasks.append((i, 0, 0, 0, arrival, seen, -1, end, 0, 0, 0, -1, -1, 0))
         records.requests.append((i, arrival, -1, end, status, -1, 8, 0, 0, 0))
         if seen >= 0:
             records.steps.append((0, start, end, 1, 8, 0, 0, 50, 0))
@@ -148,7 +148,7 @@ def crowd(sojourn_s: np.ndarray, num: int = 3000) -> Records:
     records = Records(client_names=["gpu-0"], stage_kinds=["serve"])
     for i, sojourn in enumerate((sojourn_s * 1e9).astype(np.int64).tolist()):
         arrival = i * 10**9
-        records.tasks.append((i, 0, 0, 0, arrival, arrival, -1, arrival + sojourn, 0, 0, 0, -1, -1))
+        records.tasks.append((i, 0, 0, 0, arrival, arrival, -1, arrival + sojourn, 0, 0, 0, -1, -1, 0))
         records.requests.append((i, arrival, -1, arrival + sojourn, FINISHED, -1, 8, 0, 0, 0))
     assert len(records.requests) == num
     return records

@@ -157,8 +157,8 @@ def test_an_arrow_leads_from_the_request_through_its_steps():
     records.steps.append((0, 10, 20, 1, 8, 0, 0, 1, 0))
     for start in (30, 40, 50):
         records.steps.append((1, start, start + 10, 0, 0, 1, 9, 1, 0))
-    records.tasks.append((0, 0, 0, 0, 5, 10, -1, 20, 0, 8, 0, -1, -1))
-    records.tasks.append((0, 1, 1, 1, 25, 30, 30, 60, 0, 0, 0, 0, 3))
+    records.tasks.append((0, 0, 0, 0, 5, 10, -1, 20, 0, 8, 0, -1, -1, 0))
+    records.tasks.append((0, 1, 1, 1, 25, 30, 30, 60, 0, 0, 0, 0, 3, 4))
     records.requests.append((0, 5, 30, 60, 0, -1, 8, 4, 0, 0))
     arrow = [(e["ph"], e["pid"], e["ts"]) for e in events_of(records) if e["ph"] in "stf"]
     assert arrow == [("s", 1, 5), ("t", 2, 10), ("t", 3, 30), ("f", 3, 50)]

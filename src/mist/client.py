@@ -18,6 +18,7 @@ from mist.perf import PerfModel
 from mist.records import CUT, DONE, PREEMPTED, Records
 from mist.request import DECODE, Batch, ClientView, StageResult, Step, Task, Wait
 from mist.residents import Residents
+from mist.speculation import Speculation, SpeculativeCohort
 
 
 class Next(Protocol):
@@ -44,7 +45,8 @@ class Client:
     """One server: an engine replica on its devices.
 
     `emits`: whether the end of a task here can reach another client; set by the coordinator. `serves`: the stage kinds
-    that it takes. A step lasts max(host, device) with an overlapped engine, else host + device time.
+    that it takes. A step lasts max(host, device) with an overlapped engine, else host + device time. With `speculation`
+    a decode step verifies drafts; `perf` prices them too.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Client:
         max_model_len: int,
         kernel: Kernel,
         records: Records,
+        speculation: Speculation | None = None,
     ) -> None:
         self.index = index
         self.name = name
@@ -73,13 +76,15 @@ class Client:
         self.watcher: Watcher | None = None
         self.emits = True
         self.woken = False
-        self.residents = Residents(kv, self._preempted, reserves_output=engine.reserves_output)
+        cohort = SpeculativeCohort(kv.block_size, speculation) if speculation else None
+        self.residents = Residents(kv, self._preempted, cohort, reserves_output=engine.reserves_output)
+        self._num_drafts = speculation.num_draft_tokens if speculation else 0
         self.view = ClientView(index, name, kv_blocks=kv.num_blocks)
         #: tokens of tasks that the engine's front end hasn't let in yet
         self.front_end_tokens = 0
         self.now = 0
         self.idle = True
-        self.step = Step()
+        self.step = Step(tokens_per_decode=1 + self._num_drafts)
         self._chunks: list[tuple[Task, int]] = []
         self._step_row = (0, 0)
         self._append_step = records.steps.append
@@ -133,6 +138,8 @@ class Client:
             return f"more tokens than max_model_len {self.max_model_len:,} of {self.name}"
         kv = self.residents.kv
         in_cache = task.target_tokens + max(0, output - 1)  # the last token is never computed
+        if output > 1:
+            in_cache += self._num_drafts  # of the step that ends it
         if kv.blocks_for(in_cache) + kv.watermark_blocks > kv.num_blocks:
             capacity = (kv.num_blocks - kv.watermark_blocks) * kv.block_size
             return f"more tokens than the KV cache of {self.name} holds ({capacity:,})"
@@ -209,10 +216,13 @@ class Client:
             self._fill_chunks(batch.chunks, now)
         if not num_decodes and not batch.chunks:
             raise InvariantError(f"{self._policy} returned an empty batch at {now} ns")
-        device = self.perf.step_time(step)
         host = self._step_ns + self._token_ns * step.num_sampled
         if batch.chunks:
             host += self._prefill_ns
+        if self._num_drafts:  # they cost the host next to nothing
+            step.num_sampled += num_decodes * self._num_drafts
+            step.decode_context += num_decodes * self._num_drafts
+        device = self.perf.step_time(step)
         self._step_row = (now, residents.kv.used)
         if self.watcher is not None:
             self.watcher.step_started(self, step, device, now)
@@ -261,7 +271,7 @@ class Client:
         result = StageResult(task.started_ns, now)
         following = self.coordinator.stage_done(task, result, self, now)
         if following is None:
-            self.residents.leave(task, task.computed_tokens)
+            self.residents.leave(task, task.computed_tokens, task.computed_tokens)
             self.view.num_outstanding -= 1
         else:
             self.residents.follow(task, following)
@@ -272,20 +282,19 @@ class Client:
         """A decode whose context is computed emits a token now, and the rest with the cohort's next steps."""
         task.joined_ns = now
         task.generated_tokens += 1
-        num_steps = task.stage.oracle_output_tokens - task.generated_tokens
+        num_tokens = task.stage.oracle_output_tokens - task.generated_tokens
         cohort = self.residents.cohort
-        if num_steps:
-            cohort.join(task, num_steps)
+        if num_tokens:
+            cohort.join(task, num_tokens)
         else:
             task.join_step = cohort.step
             self._decode_done(task, now)
 
     def _decode_done(self, task: Task, now: int) -> None:
         cohort = self.residents.cohort
-        task.generated_tokens += cohort.step - task.join_step
-        context = cohort.context(task)
         self._record_segment(task, now, DONE)
-        self.residents.leave(task, context)
+        self.residents.leave(task, cohort.context(task), cohort.reserved_tokens(task, False))
+        task.generated_tokens += cohort.generated(task)
         self.view.num_outstanding -= 1
         result = StageResult(task.started_ns, now, task.generated_tokens)
         self.coordinator.stage_done(task, result, self, now)
@@ -304,14 +313,17 @@ class Client:
         for task in tasks:
             self._record_segment(task, now, CUT)
             if task.join_step >= 0:
-                task.generated_tokens += residents.cohort.step - task.join_step
+                task.generated_tokens += residents.cohort.generated(task)
         return tasks
 
     def _record_segment(self, task: Task, now: int, how: int) -> None:
         computed = task.computed_tokens - task.cached_tokens - task.inherited_tokens
-        last_step = self.residents.cohort.step if task.join_step >= 0 else -1
+        cohort = self.residents.cohort
+        has_joined = task.join_step >= 0
+        last_step = cohort.step if has_joined else -1
+        generated = 1 + cohort.generated(task) if has_joined else 0
         self._append_task(
             (task.request.index, task.stage_index, self._stage_kind[task.stage.kind], self.index,
              task.queued_ns, task.started_ns, task.joined_ns, now, how,
-             computed, task.cached_tokens, task.join_step, last_step)
+             computed, task.cached_tokens, task.join_step, last_step, generated)
         )  # fmt: skip

@@ -15,13 +15,14 @@ class Cohort:
     `step`: decode steps completed. `count`: sequences. `sum_context`: tokens in their KV caches. `calendar`: step ->
     the tasks whose last token that step generates. A sequence that joined at step j with context c holds c + step - j
     tokens, so the sequences whose last block is full are those with (c - j) = -step modulo the block size: `boundary`
-    counts the sequences by (c - j) modulo the block size.
+    counts the sequences by (c - j) modulo the block size. `tokens_per_decode`: tokens that a step computes for each.
     """
 
-    __slots__ = ("block_size", "boundary", "calendar", "count", "step", "sum_context")
+    __slots__ = ("block_size", "boundary", "calendar", "count", "step", "sum_context", "tokens_per_decode")
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
+        self.tokens_per_decode = 1
         self.step = 0
         self.count = 0
         self.sum_context = 0
@@ -30,16 +31,30 @@ class Cohort:
 
     def context(self, task: Task) -> int:
         """Tokens that `task` holds in the KV cache after the steps completed so far."""
-        return task.target_tokens + self.step - task.join_step
+        return task.target_tokens + self.generated(task)
 
-    def join(self, task: Task, num_steps: int) -> None:
-        """Add a fully computed task that has `num_steps` >= 1 decode steps to go."""
-        context = task.target_tokens
+    def generated(self, task: Task) -> int:
+        """Tokens that `task` has generated in the cohort since it joined."""
+        return self.step - task.join_step
+
+    def reserved_tokens(self, task: Task, growing: bool) -> int:
+        """Tokens that `task` has KV blocks for: after the last step, or for the next one if it is `growing`."""
+        return self.context(task) + growing
+
+    def num_new_blocks(self) -> int:
+        """KV blocks that the next step needs for all."""
+        return self.boundary[-self.step % self.block_size]  # those whose last block is full
+
+    def join(self, task: Task, num_tokens: int) -> None:
+        """Add a fully computed task that has `num_tokens` >= 1 to go."""
+        self._enter(task, num_tokens)
+        self.sum_context += task.target_tokens
+        self.boundary[(task.target_tokens - self.step) % self.block_size] += 1
+
+    def _enter(self, task: Task, num_steps: int) -> None:
         task.join_step = self.step
         task.finish_step = finish = self.step + num_steps
         self.count += 1
-        self.sum_context += context
-        self.boundary[(context - self.step) % self.block_size] += 1
         finishing = self.calendar.get(finish)
         if finishing is None:
             self.calendar[finish] = [task]

@@ -73,7 +73,7 @@ class EngineProfile:
     `engine` and `first_version` say which releases it stands for, `first_date` from when on where only a date is known,
     `harness` static_batch that it stands for a benchmark of single batches alone.
     Host time: `step_overhead_ns` per step, `prefill_overhead_ns` more per step with prefills, `token_overhead_ns` per
-    sampled row, `request_overhead_ns` before a request joins the queue; `overlapped` engines prepare a step while the
+    sequence that samples in it, `request_overhead_ns` before a request joins the queue; `overlapped` engines prepare a step while the
     device runs the one before, so that a step takes the longer of the two rather than their sum. With
     `async_scheduling` the next step is decided when one starts: what arrives meanwhile joins the step after it.
     Device time: `time_factors` by class of operator, this version's kernels over those that are measured.

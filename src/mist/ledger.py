@@ -17,6 +17,7 @@ from mist.kernel import FOREVER, Kernel
 from mist.metrics.load import littles_identity
 from mist.records import FINISHED, PREEMPTED, Records
 from mist.request import DECODE, Step, Task, Wait
+from mist.speculation import PACE_BITS, SpeculativeCohort
 
 #: waiting tasks above which they are recounted only every that many steps
 LONG_QUEUE = 256
@@ -99,6 +100,12 @@ class Ledger:
             decoded = here & (tasks["join_step"] >= 0)
             self._equal(f"{client.name}: decode tokens", _sum(steps["num_decodes"], mine),
                         _sum(tasks["last_step"] - tasks["join_step"], decoded))  # fmt: skip
+            num_steps, gained = (
+                (tasks["last_step"] - tasks["join_step"])[decoded],
+                tasks["generated_tokens"][decoded] - 1,
+            )
+            most = client.residents.cohort.tokens_per_decode * num_steps
+            self._true(bool(np.all((num_steps <= gained) & (gained <= most))), f"{client.name}: tokens of decode steps")
             starts, ends = steps["start_ns"][mine], steps["end_ns"][mine]
             self._true(bool(np.all(starts[1:] >= ends[:-1])), f"{client.name}: steps overlap")
         self._equal("requests recorded", len(requests["request"]), self.coordinator.num_arrived)
@@ -112,7 +119,7 @@ class Ledger:
             generates = DECODE in self.coordinator.pipeline.kinds
             wanted = np.asarray(self.coordinator.workload.output_tokens)[requests["request"]] * generates
             self._true(bool(np.all((requests["output_tokens"] == wanted)[finished])), "a request ended short of tokens")
-            emitted = (tasks["joined_ns"] >= 0) * (1 + tasks["last_step"] - tasks["join_step"])
+            emitted = (tasks["joined_ns"] >= 0) * tasks["generated_tokens"]
             self._equal("tokens emitted", int(emitted.sum()), int(requests["output_tokens"].sum()))
         if not self.coordinator.in_system:
             integral, sojourns = littles_identity(requests, int(requests["end_ns"].max(initial=0)))
@@ -136,19 +143,35 @@ class Ledger:
     def _check_cohort(self, client: Client) -> None:
         cohort, residents = client.residents.cohort, client.residents
         decoding = [t for key, t in residents.running.items() if key not in residents.prefilling_tasks]
-        contexts = [cohort.context(t) for t in decoding]
         self._equal(f"{client.name}: cohort count", cohort.count, len(decoding))
-        self._equal(f"{client.name}: cohort context", cohort.sum_context, sum(contexts))
-        boundary = [0] * cohort.block_size
-        for context in contexts:
-            boundary[(context - cohort.step) % cohort.block_size] += 1
-        self._equal(f"{client.name}: cohort block boundaries", cohort.boundary, boundary)
+        if isinstance(cohort, SpeculativeCohort):
+            self._check_paces(client, cohort, decoding)
+        else:
+            contexts = [cohort.context(t) for t in decoding]
+            self._equal(f"{client.name}: cohort context", cohort.sum_context, sum(contexts))
+            boundary = [0] * cohort.block_size
+            for context in contexts:
+                boundary[(context - cohort.step) % cohort.block_size] += 1
+            self._equal(f"{client.name}: cohort block boundaries", cohort.boundary, boundary)
         for task in decoding:
             self._check_calendar(client, task)
 
+    def _check_paces(self, client: Client, cohort: SpeculativeCohort, decoding: Sequence[Task]) -> None:
+        """Exact contexts, and the blocks of the next step, which none of these holds yet or all do."""
+        exact = sum((t.target_tokens << PACE_BITS) + (cohort.step - t.join_step) * t.pace for t in decoding)
+        self._equal(f"{client.name}: cohort context", cohort.sum_context, exact >> PACE_BITS)
+        held, growing = (
+            sum(client.residents.kv.blocks_for(cohort.reserved_tokens(t, growing)) for t in decoding)
+            for growing in (False, True)
+        )
+        self._equal(f"{client.name}: cohort block boundaries", cohort.num_new_blocks(), growing - held)
+
     def _check_calendar(self, client: Client, task: Task) -> None:
         cohort = client.residents.cohort
-        left = task.stage.oracle_output_tokens - task.generated_tokens - (cohort.step - task.join_step)
+        steps = task.stage.oracle_output_tokens - task.generated_tokens
+        if task.pace:
+            steps = -(-(steps << PACE_BITS) // task.pace)
+        left = steps - (cohort.step - task.join_step)
         story = f"{client.name}: request {task.request.index}"
         self._equal(f"{story}: steps to its last token", task.finish_step - cohort.step, left)
         self._true(task in cohort.calendar.get(task.finish_step, []), f"{story} is missing in the calendar")

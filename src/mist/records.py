@@ -54,7 +54,8 @@ class Records:
     requests: one row per request, written when it leaves the system (or at the end, `unfinished`).
     tasks: one row per segment of a task: from its queueing to its end or preemption. A decode segment has
       emitted a token at `joined_ns` (-1: it never joined), then one at the end of each decode step
-      `join_step` + 1 .. `last_step` of its client, counting that client's steps with num_decodes > 0 from 1.
+      `join_step` + 1 .. `last_step` of its client, counting that client's steps with num_decodes > 0 from 1; more than
+      one where it speculates: `generated_tokens` are those of the segment, evenly spread over its decode steps.
     steps: one row per step of a client. `kv_blocks` are the blocks referenced while it ran.
     """
 
@@ -67,7 +68,7 @@ class Records:
     )  # fmt: skip
     tasks: Table = _table(
         "request", "stage_index", "kind", "client", "queued_ns", "started_ns", "joined_ns", "end_ns",
-        "how", "computed_tokens", "cached_tokens", "join_step", "last_step",
+        "how", "computed_tokens", "cached_tokens", "join_step", "last_step", "generated_tokens",
     )  # fmt: skip
     steps: Table = _table(
         "client", "start_ns", "end_ns", "num_prefills", "num_prefill_tokens", "num_decodes",

@@ -87,6 +87,8 @@ class Task:
     #: the cohort's step counter when this decode joined, and after the step of its last token; -1 before the join
     join_step: int = -1
     finish_step: int = -1
+    #: tokens per step where its client speculates, in 2^-32; 0 until drawn
+    pace: int = 0
     #: hashed units at the front of its prompt that it refers to in the prefix cache
     num_indexed: int = 0
 
@@ -119,9 +121,10 @@ class Wait:
 class Step:
     """The work of one iteration of a client, as performance models see it.
 
-    `num_decodes` sequences each compute one token; `decode_context` is the sum of their attended contexts in tokens,
-    the new token included. `chunks` are prefill chunks as (new tokens c, context s already in the KV cache).
-    `num_sampled` rows go through the classifier: every decode, and each prefill that ends in this step.
+    `num_decodes` sequences each compute `tokens_per_decode` tokens (one, and the drafts that it verifies);
+    `decode_context` is the sum of their attended contexts in tokens, the new ones included. `chunks` are prefill chunks
+    as (new tokens c, context s already in the KV cache). `num_sampled` rows go through the classifier: every token of a
+    decode, and one of each prefill that ends in this step.
     """
 
     num_decodes: int = 0
@@ -129,11 +132,12 @@ class Step:
     chunks: list[tuple[int, int]] = field(default_factory=list)
     num_prefill_tokens: int = 0
     num_sampled: int = 0
+    tokens_per_decode: int = 1
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that pass through the dense layers: prefill chunks and one per decode."""
-        return self.num_prefill_tokens + self.num_decodes
+        """Tokens that pass through the dense layers: prefill chunks and decodes."""
+        return self.num_prefill_tokens + self.num_decodes * self.tokens_per_decode
 
 
 @dataclass(slots=True)

@@ -27,13 +27,20 @@ class Residents:
         "num_preemptions", "on_preempt", "pending_tokens", "prefilling_tasks", "reserves_output", "running", "waiting",
     )  # fmt: skip
 
-    def __init__(self, kv: KVCache, on_preempt: Callable[[Task], None], *, reserves_output: bool = False) -> None:
+    def __init__(
+        self,
+        kv: KVCache,
+        on_preempt: Callable[[Task], None],
+        cohort: Cohort | None = None,
+        *,
+        reserves_output: bool = False,
+    ) -> None:
         self.kv = kv
         self.reserves_output = reserves_output
         #: blocks that each running task may come to hold, by admission, and all together
         self._promises: dict[int, int] = {}
         self._promised = 0
-        self.cohort = Cohort(kv.block_size)
+        self.cohort = cohort or Cohort(kv.block_size)
         self.waiting: deque[Task] = deque()
         self.running: dict[int, Task] = {}
         self.prefilling_tasks: dict[int, Task] = {}
@@ -64,9 +71,9 @@ class Residents:
         return self.kv.available
 
     def grow_decodes(self) -> int:
-        """Reserve one more token for every decode; the number of tasks preempted for it."""
-        kv, cohort = self.kv, self.cohort
-        needed = cohort.boundary[-cohort.step % cohort.block_size]  # those whose last block is full
+        """Reserve the tokens of a step for every decode; the number of tasks preempted for it."""
+        kv = self.kv
+        needed = self.cohort.num_new_blocks()
         if needed <= kv.free:
             kv.free -= needed
         elif needed <= kv.available:
@@ -173,15 +180,15 @@ class Residents:
         following.num_indexed = done.num_indexed
         self.running[done.admission] = following
 
-    def leave(self, task: Task, num_tokens: int) -> None:
-        """`task`, which holds `num_tokens` in the KV cache, stops running and releases its blocks."""
-        self._release(task, num_tokens, num_tokens, resumes=False)
+    def leave(self, task: Task, num_tokens: int, reserved_tokens: int) -> None:
+        """`task` stops running and releases its blocks, for `reserved_tokens`, of which it has filled `num_tokens`."""
+        self._release(task, num_tokens, reserved_tokens, resumes=False)
 
     def held_blocks(self, task: Task) -> int:
         """KV blocks that a running task holds now, what this step computes for it included."""
         if task.admission in self.prefilling_tasks:
             return self.kv.blocks_for(task.computed_tokens + self._scheduled.get(task.admission, 0))
-        return self.kv.blocks_for(self.cohort.context(task) + self._grown)
+        return self.kv.blocks_for(self.cohort.reserved_tokens(task, self._grown))
 
     # --- scarcity ---
 
@@ -192,10 +199,10 @@ class Residents:
         for task in list(self.running.values()):
             if task.admission < 0 or task.admission in self.prefilling_tasks:
                 continue  # preempted meanwhile, or not a decode
-            if cohort.context(task) % kv.block_size == 0:
-                if not self._make_room(task, 1):
-                    continue
-                kv.take(1)
+            held = kv.blocks_for(cohort.reserved_tokens(task, False))
+            needed = kv.blocks_for(cohort.reserved_tokens(task, True)) - held
+            if needed and self._make_room(task, needed):
+                kv.take(needed)
         self._grown = True
         return self.num_preemptions - before
 
@@ -218,9 +225,10 @@ class Residents:
             self._release(task, tokens, tokens + self._scheduled.pop(task.admission, 0), resumes=True)
         else:
             tokens = self.cohort.context(task)
-            task.generated_tokens += self.cohort.step - task.join_step
+            reserved = self.cohort.reserved_tokens(task, self._grown)
             self.cohort.leave(task)
-            self._release(task, tokens, tokens + self._grown, resumes=True)
+            task.generated_tokens += self.cohort.generated(task)
+            self._release(task, tokens, reserved, resumes=True)
             task.target_tokens = tokens + 1  # the token sampled last isn't in the cache yet
             self.pending_tokens += task.target_tokens
         task.admission = task.join_step = task.finish_step = -1

@@ -31,10 +31,11 @@ class Queue(Protocol):
 
 
 class CohortView(Protocol):
-    """The sequences that are decoding on this client, as sums."""
+    """The sequences that are decoding on this client, as sums; a step computes `tokens_per_decode` for each."""
 
     count: int
     sum_context: int
+    tokens_per_decode: int
 
 
 class Budget(Protocol):
@@ -51,7 +52,7 @@ class Budget(Protocol):
         ...
 
     def grow_decodes(self) -> int:
-        """Reserve one more token for every decode, preempting from the running tail if blocks run out.
+        """Reserve the tokens of a step for every decode, preempting from the running tail if blocks run out.
 
         Returns the number of tasks preempted. They are waiting again, in front, and nothing is admitted before the
         next step, as in vLLM.

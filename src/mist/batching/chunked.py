@@ -1,7 +1,7 @@
 """Chunked prefill in the order of vLLM v1 (Sarathi-Serve): decodes first, then prefills in chunks, then admissions.
 
-Every step takes one token per decode; admitted prompts and then waiting ones fill what is left of the token budget.
-The budget admits nothing on a step that preempted.
+Every step takes one token per decode, or those that it verifies; admitted prompts and then waiting ones fill what is
+left of the token budget. The budget admits nothing on a step that preempted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Chunked:
         if cohort.count:
             budget.grow_decodes()
         batch = Batch([], decode=True)
-        tokens = self.max_num_batched_tokens - cohort.count
+        tokens = self.max_num_batched_tokens - cohort.count * cohort.tokens_per_decode
         for task in queue.prefilling:
             chunk = min(task.remaining_tokens, tokens)
             if chunk <= 0 or not budget.grow(task, chunk):

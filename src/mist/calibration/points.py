@@ -145,9 +145,7 @@ class _Runs:
     def compared(self, values: FloatArray) -> list[Comparison]:
         """All comparisons that count, with these values of the constants."""
         overrides = {self._name: changed(self._profile, dict(zip(self._constants, values.tolist(), strict=True)))}
-        evaluated = evaluate(
-            self._points, self._folder, overrides=overrides, perf=self._perf, workers=self._workers
-        )
+        evaluated = evaluate(self._points, self._folder, overrides=overrides, perf=self._perf, workers=self._workers)
         self._num_runs += 1
         return [
             c for each in evaluated for c in each.comparisons
@@ -168,12 +166,12 @@ class _Runs:
                 per_point[c.point] = per_point.get(c.point, 0) + 1
             rows = []
             for i in self._ids:
-                c = found.get(i)
-                if c is None:
+                value = found.get(i)
+                if value is None:
                     rows.append(1.0)
                     continue
-                weight = WEIGHTS[kind_of(c.metric)] / per_point[c.point] ** 0.5
-                rows.append(weight * float(np.log(c.simulated / c.measured)))
+                weight = WEIGHTS[kind_of(value.metric)] / per_point[value.point] ** 0.5
+                rows.append(weight * float(np.log(value.simulated / value.measured)))
             self._known[key] = np.array(rows + self._priors(values))
             if self._progress is not None:
                 self._progress(self._num_runs, float(np.median(np.abs(self._known[key]))))
@@ -239,8 +237,8 @@ def _covariance(
 
 def _left_out(jacobian: FloatArray, logs: FloatArray) -> float:
     """Median error in percent of each value as predicted without it: r / (1 - h) with the leverage h."""
-    hat = np.einsum("ij,jk,ik->i", jacobian, np.linalg.pinv(jacobian.T @ jacobian), jacobian)[: len(logs)]
-    left_out = logs / np.maximum(1.0 - hat, 0.05)
+    hat: FloatArray = np.einsum("ij,jk,ik->i", jacobian, np.linalg.pinv(jacobian.T @ jacobian), jacobian)
+    left_out: FloatArray = logs / np.maximum(1.0 - hat[: len(logs)], 0.05)
     return _median(np.abs(np.expm1(left_out[np.isfinite(left_out)])) * 100)
 
 

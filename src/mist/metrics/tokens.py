@@ -40,8 +40,8 @@ class DecodeSteps:
 class Segments:
     """The stretches in which a request generated: one row each, a request's rows together and in order.
 
-    Row i emitted a token at `joined_ns`, then one at the end of each decode step `begin` .. `stop` - 1, which are
-    places in `DecodeSteps.end_ns`; `last_ns` is its last token's time.
+    Row i emitted a token at `joined_ns`, then `tokens` evenly at the ends of the decode steps `begin` .. `stop` - 1
+    (without speculation one each), which are places in `DecodeSteps.end_ns`; `last_ns` is its last token's time.
     """
 
     request: IntColumn
@@ -50,19 +50,22 @@ class Segments:
     begin: IntColumn
     stop: IntColumn
     last_ns: IntColumn
+    tokens: IntColumn
 
     @classmethod
     def of(cls, tasks: Columns, decode_steps: DecodeSteps) -> Segments:
         """From task rows in which a request's rows are together and in order."""
         joined = tasks["joined_ns"] >= 0
-        rows = {name: tasks[name][joined] for name in ("request", "client", "joined_ns", "join_step", "last_step")}
+        names = ("request", "client", "joined_ns", "join_step", "last_step", "generated_tokens")
+        rows = {name: tasks[name][joined] for name in names}
         offset = decode_steps.first[rows["client"]]
         begin = offset + rows["join_step"]
         stop = np.maximum(offset + rows["last_step"], begin)
         last = rows["joined_ns"].copy()
         more = stop > begin
         last[more] = decode_steps.end_ns[stop[more] - 1]
-        return cls(rows["request"], rows["client"], rows["joined_ns"], begin, stop, last)
+        tokens = rows["generated_tokens"] - 1
+        return cls(rows["request"], rows["client"], rows["joined_ns"], begin, stop, last, tokens)
 
     @property
     def follows(self) -> BoolColumn:
@@ -79,7 +82,10 @@ class Segments:
 
 
 def token_gaps(segments: Segments, decode_steps: DecodeSteps) -> tuple[IntColumn, IntColumn]:
-    """Every gap between consecutive output tokens of each request, as (gaps in ns, how often each occurs)."""
+    """Every gap between consecutive output tokens of each request, as (gaps in ns, how often each occurs).
+
+    Tokens that come out together, of one verified draft, have no gap between them.
+    """
     ends = decode_steps.end_ns
     entry, resume = _entry_gaps(segments, decode_steps)
     if not len(ends):
@@ -121,10 +127,13 @@ def tokens_by_client(segments: Segments, decode_steps: DecodeSteps, window: Wind
         first, stop = decode_steps.first[client], decode_steps.first[client + 1]
         inside = np.searchsorted(decode_steps.end_ns[first:stop], (window.start_ns, window.stop_ns))
         low[client], high[client] = first + inside
-    begin = np.maximum(segments.begin, low[segments.client])
-    stop_at = np.minimum(segments.stop, high[segments.client])
+    num_steps = np.maximum(segments.stop - segments.begin, 1)
+    before, until = (
+        segments.tokens * np.clip(bound[segments.client] - segments.begin, 0, num_steps) // num_steps
+        for bound in (low, high)
+    )
     emitted = np.zeros(num_clients, np.int64)
-    np.add.at(emitted, segments.client, np.maximum(stop_at - begin, 0) + window.holds(segments.joined_ns))
+    np.add.at(emitted, segments.client, until - before + window.holds(segments.joined_ns))
     return emitted
 
 

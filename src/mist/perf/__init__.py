@@ -36,6 +36,7 @@ class Deployment:
     With `cuda_graph` the device replays a captured step; without, the host launches every kernel of it. `engine` is
     whose kernels run ("" any); `time_factors` by class of operator (`OPERATOR_CLASSES`) is how long its version of them
     takes, over those that a performance model knows.
+    `tokens_per_decode`: of all its steps, what a decode computes there; more than one where it verifies drafts.
     """
 
     model: ModelSpec
@@ -45,6 +46,7 @@ class Deployment:
     max_num_batched_tokens: int
     max_num_seqs: int
     cuda_graph: bool = True
+    tokens_per_decode: int = 1
     engine: str = ""
     time_factors: Mapping[str, float] = field(default_factory=dict)
 

@@ -88,7 +88,7 @@ class Kernels:
             return RowTable(price, found, last)
 
         self._dense = rows("tokens", num_tokens)
-        self._classifier = rows("sampled", num_seqs)
+        self._classifier = rows("sampled", num_seqs * deployment.tokens_per_decode)
         is_latent = any(o.driver == "prefill_context" for o in self._operators)
         self._decode_rows = rows("decodes", num_seqs) if is_latent else None
         self._prefill_rows = rows("prefill_context", _MAX_PREFILL_CONTEXT) if is_latent else None
@@ -104,7 +104,7 @@ class Kernels:
         """Device time of `step`, ns, rounded up. Prefills and decodes of a mixed step share one attention launch."""
         num_decodes, chunks = step.num_decodes, step.chunks
         dense, classifier = self._dense, self._classifier
-        tokens, sampled = step.num_prefill_tokens + num_decodes, step.num_sampled
+        tokens, sampled = step.num_prefill_tokens + num_decodes * step.tokens_per_decode, step.num_sampled
         try:
             ns = dense.ns[tokens] + classifier.ns[sampled]
         except IndexError:

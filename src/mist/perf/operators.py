@@ -159,7 +159,17 @@ def forward_pass(deployment: Deployment, expert_imbalance: float = 1.0) -> list[
             found.append(_network("logits_gather", "allgather", 1, logits, platform.tp, "sampled"))
     elif model.is_encoder:
         found.append(_gemm("pooler", 1, hidden, hidden, ACTIVATION_DTYPE, a, "sampled"))
-    return list(_folded(found))
+    q = deployment.tokens_per_decode
+    return list(_folded(_of_queries(o, q) if o.driver == "decodes" else o for o in found))
+
+
+def _of_queries(o: Operator, q: int) -> Operator:
+    """An operator of decodes with `q` queries each, in causal order: a context is read once for all of them.
+
+    Their FLOP are those of q queries of the last one's context, q(q - 1)/2 pairs a sequence too many.
+    """
+    rows = {driver: n if driver == "decode_context" else q * n for driver, n in o.bytes.items()}
+    return replace(o, flop={driver: q * n for driver, n in o.flop.items()}, bytes=rows)
 
 
 def _layer(g: LayerGroup, deployment: Deployment, expert_imbalance: float) -> Iterator[Operator]:

@@ -94,8 +94,9 @@ class Roofline:
         self._operators = forward_pass(deployment, self.expert_imbalance)
         num_tokens = max(deployment.max_num_batched_tokens, MIN_TABULATED_TOKENS)
         seqs = np.arange(deployment.max_num_seqs + 1, dtype=np.float64)
+        sampled = np.arange(deployment.max_num_seqs * deployment.tokens_per_decode + 1, dtype=np.float64)
         self._dense = self._row_driven_ns("tokens", np.arange(num_tokens + 1, dtype=np.float64)).tolist()
-        self._classifier = self._row_driven_ns("sampled", seqs).tolist()
+        self._classifier = self._row_driven_ns("sampled", sampled).tolist()
         self._decode_rows = self._decode_rows_ns(seqs).tolist()
         self._prefill = [self._linear(o) for o in self._operators if o.driver in _PREFILL]
         self._decode = [self._linear(o) for o in self._operators if o.kind == "attention_decode"]
@@ -107,7 +108,8 @@ class Roofline:
         """Device time of `step`, ns, rounded up; what a step is with several stages or groups: see `PerfModel`."""
         num_decodes, chunks = step.num_decodes, step.chunks
         try:
-            ns = self._dense[step.num_prefill_tokens + num_decodes] + self._classifier[step.num_sampled]
+            tokens = step.num_prefill_tokens + num_decodes * step.tokens_per_decode
+            ns = self._dense[tokens] + self._classifier[step.num_sampled]
             if num_decodes:
                 ns += self._decode_rows[num_decodes]
         except IndexError:

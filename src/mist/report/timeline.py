@@ -180,7 +180,7 @@ def _life(records: Records, segments: list[list[int]], lane: int, arrival: int, 
     """The nested slices of one request; stretches without length are left out."""
     before = arrival
     for segment in segments:
-        _, _, kind, client, queued, started, _, ended, how, computed, cached, _, _ = segment
+        _, _, kind, client, queued, started, _, ended, how, computed, cached, *_ = segment
         name, server = records.stage_kinds[kind], json.dumps(records.client_names[client])
         admitted = started if started >= 0 else ended
         if queued > before:

@@ -24,6 +24,7 @@ from mist.memory.kv_cache import KVCache
 from mist.metrics import ClientInfo, summarise
 from mist.metrics.words import counted
 from mist.perf import ORIGINS, Deployment, PerfModel
+from mist.perf.drafted import Drafted
 from mist.records import Records
 from mist.request import DECODE
 from mist.scenario.clients import Pool
@@ -31,6 +32,7 @@ from mist.scenario.pricing import price
 from mist.scenario.remarks import remarks
 from mist.scenario.result import Result
 from mist.scenario.value import Scenario
+from mist.speculation import Speculation
 from mist.units import NS_PER_S, seconds_to_ns
 from mist.workload import RequestTable
 from mist.workload.synthetic import draw_table
@@ -71,7 +73,8 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         provenance=_provenance(records, fleet.models),
         oracle_output_tokens=workload.output_tokens if DECODE in scenario.stages else None,
     )
-    metrics["notes"] += [*cut, *_rejections(records), *workload.notes, *fleet.remarks, *remarks(scenario)]
+    metrics["notes"] += [*cut, *_rejections(records), *workload.notes, *_verified(scenario, fleet, records)]
+    metrics["notes"] += [*fleet.remarks, *remarks(scenario)]
     ended = time.perf_counter()
     return Result(
         name=scenario.name,
@@ -158,6 +161,7 @@ def _build_fleet(scenario: Scenario, workload: RequestTable, kernel: Kernel, rec
                 max_model_len=pool.max_model_len,
                 kernel=kernel,
                 records=records,
+                speculation=_speculation(scenario, pool),
             )
             records.client_names.append(name)
             fleet.clients.append(client)
@@ -191,23 +195,47 @@ def _kv_cache(scenario: Scenario, name: str, pool: Pool, num_blocks: int, hash_b
 
 def _perf_model(scenario: Scenario, name: str, pool: Pool) -> tuple[PerfModel, list[str]]:
     """The first of the pool's performance models that supports it, prepared, and a remark on those before it."""
-    limits = pool.batching.build()
-    deployment = Deployment(
-        pool.model,
-        pool.platform,
-        pool.weights_dtype,
-        pool.kv_dtype,
-        limits.max_num_batched_tokens,
-        limits.max_num_seqs,
-        cuda_graph=pool.engine.cuda_graph,
-        engine=pool.engine.engine,
-        time_factors=pool.engine.time_factors,
-    )
-    priced = price(pool.perf, deployment)
-    if priced.model is None:
-        message = "; ".join(priced.refusals)
-        raise ScenarioError(scenario.problem(("clients", name, "perf"), message, "such as perf: roofline"))
-    return priced.model, [f"{name}: step times by {priced.name}, {refusal}." for refusal in priced.refusals]
+
+    def priced(deployment: Deployment, what: str) -> tuple[PerfModel, list[str]]:
+        found = price(pool.perf, deployment)
+        if found.model is None:
+            message = "; ".join(found.refusals)
+            raise ScenarioError(scenario.problem(("clients", name, "perf"), message, "such as perf: roofline"))
+        return found.model, [f"{name}: {what} times by {found.name}, {refusal}." for refusal in found.refusals]
+
+    target, refusals = priced(pool.deployment(), "step")
+    settings = pool.speculation
+    if settings is None:
+        return target, refusals
+    if settings.draft_cost is not None or pool.draft is None:
+        return Drafted(target, settings.num_draft_tokens, draft_cost=settings.draft_cost or 0.0), refusals
+    draft, more = priced(pool.draft, "draft")
+    return Drafted(target, settings.num_draft_tokens, draft), [*refusals, *more]
+
+
+def _speculation(scenario: Scenario, pool: Pool) -> Speculation | None:
+    settings = pool.speculation
+    if settings is None:
+        return None
+    return Speculation(settings.num_draft_tokens, settings.acceptance, partial(random_of, scenario.seed, "speculation"))
+
+
+def _verified(scenario: Scenario, fleet: _Fleet, records: Records) -> list[str]:
+    """How many tokens came out of the steps of each pool that speculates."""
+    tasks = records.tasks.as_columns()
+    decoded = tasks["join_step"] >= 0
+    notes = []
+    for name, settings in ((name, pool.speculation) for name, pool in scenario.clients.items() if pool.speculation):
+        assert settings is not None
+        here = decoded & np.isin(tasks["client"], [i for i, info in enumerate(fleet.infos) if info.pool == name])
+        steps = int((tasks["last_step"] - tasks["join_step"])[here].sum())
+        if steps:
+            mean = int((tasks["generated_tokens"] - 1)[here].sum()) / steps
+            k, share = settings.num_draft_tokens, settings.acceptance
+            notes.append(
+                f"{name}: {mean:.3g} tokens per sequence and decode step, of {k} drafted {share:.3g} accepted."
+            )
+    return notes
 
 
 def _is_open_loop(scenario: Scenario) -> bool:

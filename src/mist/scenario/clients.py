@@ -6,10 +6,10 @@ looks at other sections; whether the clients together can serve the pipeline is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -27,6 +27,7 @@ from mist.errors import Problem, ScenarioError, nearest
 from mist.hardware import Device, Platform
 from mist.model import DTYPE_BYTES, ModelSpec
 from mist.model.quantization import UNKNOWN
+from mist.perf import Deployment
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
@@ -123,6 +124,52 @@ class KVSettings(Section):
         return self.model_copy(update=fill)
 
 
+class SpeculationSettings(Section):
+    """Speculative decoding: drafts for every decode in each of its steps, verified together by the model."""
+
+    num_draft_tokens: Annotated[int, Field(ge=1, le=64)]
+    """tokens drafted for each sequence and step"""
+    acceptance: Annotated[float, Field(ge=0, le=1)]
+    """accepted / drafted tokens; a step then emits 1 + num_draft_tokens x acceptance on average"""
+    method: Literal["draft_model", "eagle", "mtp", "ngram"] = _left_out()
+    """what drafts: a model of its own, a head of one decoder layer (eagle, mtp), or free look-ups (ngram)"""
+    draft_model: Annotated[ModelSpec, Catalogued("models")] | None = None
+    """the model that drafts, on the same devices: a name of `mist list models`, or the path of a config.json"""
+    draft_cost: Annotated[float, Field(ge=0, le=100)] | None = None
+    """device time of one drafted token over that of the step that verifies, in place of the priced passes"""
+
+    @classmethod
+    def conflicts(cls, given: Set[str]) -> Iterator[Located]:
+        """Something has to draft."""
+        if not given & {"method", "draft_model"}:
+            yield (
+                ("method",),
+                Problem("it isn't said what drafts", hint="method: mtp, eagle or ngram; or a draft_model"),
+            )
+
+    @model_validator(mode="after")
+    def _agrees(self) -> SpeculationSettings:
+        method = self.method or "draft_model"
+        if method == "draft_model" and self.draft_model is None:
+            raise problem("no draft_model is given", "such as draft_model: llama-3.2-1b", ("method",))
+        if method != "draft_model" and self.draft_model is not None:
+            raise problem(f"a draft_model is given, and the method is {method}", "remove one of them", ("method",))
+        if self.draft_model is not None and self.draft_model.is_encoder:
+            raise problem(f"{self.draft_model.name} is an encoder: it drafts nothing", "a decoder", ("draft_model",))
+        return self.model_copy(update={"method": method})
+
+    @property
+    def tokens_per_decode(self) -> int:
+        """Tokens that a step computes for each sequence: the one sampled last, and the drafts."""
+        return 1 + self.num_draft_tokens
+
+    def draft_of(self, model: ModelSpec) -> ModelSpec | None:
+        """What drafts for `model`: a head is its last decoder layer and its classifier; None for look-ups."""
+        if self.method in ("eagle", "mtp"):
+            return replace(model, name=f"{self.method} head of {model.name}", layers=(model.layers[-1].repeated(1),))
+        return self.draft_model
+
+
 class Pool(Section):
     """`count` equal replicas of a model on devices, behind one name."""
 
@@ -156,6 +203,8 @@ class Pool(Section):
     """performance models, the first that supports the client answers; left out, the scenario's"""
     max_model_len: Count = _left_out()
     """longest context in tokens; left out, the model's"""
+    speculation: SpeculationSettings | None = None
+    """speculative decoding, such as {method: mtp, num_draft_tokens: 3, acceptance: 0.6}"""
 
     @model_validator(mode="after")
     def _complete(self) -> Pool:
@@ -188,15 +237,67 @@ class Pool(Section):
     def kv_capacity(self) -> KVCapacity:
         """The KV cache that fits into a device's memory, by the engine's rule; overrides aside."""
         batching = self.batching.build()
-        return self.engine.kv_blocks(
+        capacity = self.engine.kv_blocks(
             self.model,
             self.platform,
             self.weights_dtype,
             self.kv_dtype,
             batching.max_num_batched_tokens,
-            batching.max_num_seqs,
+            batching.max_num_seqs * self.tokens_per_decode,
             gpu_memory_utilization=self.kv_cache.gpu_memory_utilization,
             block_size=self.kv_cache.block_size,
+        )
+        draft = self.draft
+        if self.speculation is None or draft is None:
+            return capacity
+        own = draft.model if self.speculation.draft_model else replace(draft.model, vocab_size=0)  # a head shares both
+        degrees = {"ep": draft.platform.ep, "attn_dp": draft.platform.attn_dp}
+        token_bytes = draft.model.kv_bytes_per_token_per_device(self.kv_dtype, self.tp)
+        return replace(
+            capacity,
+            weight_bytes=capacity.weight_bytes + own.weight_bytes(draft.weights_dtype, self.tp, **degrees),
+            block_bytes=capacity.block_bytes + capacity.block_size * token_bytes,
+        )
+
+    @property
+    def tokens_per_decode(self) -> int:
+        """Tokens that a step computes for each sequence that decodes."""
+        return self.speculation.tokens_per_decode if self.speculation else 1
+
+    def deployment(self) -> Deployment:
+        """What step times are asked for."""
+        limits = self.batching.build()
+        return Deployment(
+            self.model,
+            self.platform,
+            self.weights_dtype,
+            self.kv_dtype,
+            limits.max_num_batched_tokens,
+            limits.max_num_seqs,
+            cuda_graph=self.engine.cuda_graph,
+            tokens_per_decode=self.tokens_per_decode,
+            engine=self.engine.engine,
+            time_factors=self.engine.time_factors,
+        )
+
+    @property
+    def draft(self) -> Deployment | None:
+        """What drafts, on the same devices, decoding token by token; None where nothing of that kind does.
+
+        A dense draft of a mixture runs on the ranks of one attention group. Its weights are in its checkpoint's dtype,
+        those of a head in the model's.
+        """
+        model = self.speculation.draft_of(self.model) if self.speculation else None
+        if self.speculation is None or model is None:
+            return None
+        is_mixture = any(g.experts for g in model.layers)
+        known = self.speculation.draft_model is not None and model.checkpoint_dtype != UNKNOWN
+        return replace(
+            self.deployment(),
+            model=model,
+            platform=self.platform if is_mixture else replace(self.platform, ep=1, attn_dp=1),
+            weights_dtype=model.checkpoint_dtype if known else self.weights_dtype,
+            tokens_per_decode=1,
         )
 
     def _with_tp(self, tp: int) -> Pool:
@@ -222,6 +323,24 @@ class Pool(Section):
                 message = f"no step holds {self.batching.params[key]:,}"
                 yield ("batching", self.batching.name, key), Problem(message, hint=f"at most {MAX_STEP_TOKENS:,}")
 
+    def _unspeculative(self) -> Iterator[Located]:
+        """What speculation can't go with."""
+        if self.speculation is None:
+            return
+        if self.pp > 1:
+            message = "speculative decoding isn't available with pipeline stages"
+            yield ("speculation",), Problem(message, hint="leave pp out, and raise tp instead")
+        if DECODE not in self.serves:
+            yield ("speculation",), Problem("nothing decodes here", hint="remove it, or add decode to serves")
+        seqs, tokens = (self.batching.params.get(key) for key in ("max_num_seqs", "max_num_batched_tokens"))
+        if seqs and tokens and tokens < seqs * self.tokens_per_decode:
+            message = f"{tokens:,} tokens a step don't hold {seqs:,} sequences of {self.tokens_per_decode} each"
+            hint = f"at least {seqs * self.tokens_per_decode:,}, or lower max_num_seqs or num_draft_tokens"
+            yield ("batching", self.batching.name, "max_num_batched_tokens"), Problem(message, hint=hint)
+        draft = self.speculation.draft_model
+        if draft is not None and (reason := draft.parallel_problem(self.tp, 1, 1, 1)):
+            yield ("speculation", "draft_model"), Problem(reason, hint="take another draft, or another tp")
+
     def _kv_dtype(self, weights_dtype: str) -> str:
         if self.kv_dtype != "auto":
             return self.kv_dtype
@@ -237,11 +356,12 @@ class Pool(Section):
             return spec
         seqs, tokens = self.engine.limits_for(self.device, self.model)
         tokens = spec.params["max_num_batched_tokens"] if "max_num_batched_tokens" in spec.given else tokens
-        return spec.with_defaults(max_num_seqs=min(seqs, tokens), max_num_batched_tokens=tokens)
+        fitting = max(1, tokens // self.tokens_per_decode)
+        return spec.with_defaults(max_num_seqs=min(seqs, fitting), max_num_batched_tokens=tokens)
 
     def _misfits(self) -> Iterator[Located]:
         """Parts of this client that don't go together."""
-        refused = [*self.batching.refused(("batching", self.batching.name)), *self._oversized()]
+        refused = [*self.batching.refused(("batching", self.batching.name)), *self._oversized(), *self._unspeculative()]
         yield from refused
         if reason := self.model.parallel_problem(self.tp, self.pp, self.ep, self.attn_dp) or self.platform.problem():
             key = next((key for key in ("pp", "ep", "attn_dp") if f"{key} = " in reason), "tp")

@@ -17,6 +17,7 @@ NOT_VALIDATED = "Expected error: not validated here yet against measured deploym
 def remarks(scenario: Scenario) -> list[str]:
     """Sentences about the pools' memory and about figures that nobody measured or confirmed."""
     found = [remark for name, pool in scenario.clients.items() for remark in _memory(name, pool)]
+    found += [remark for name, pool in scenario.clients.items() for remark in _speculation(name, pool)]
     devices = {pool.device.name: pool.device for pool in scenario.clients.values()}
     found += [remark for device in devices.values() for remark in _figures(device)]
     return [*found, NOT_VALIDATED]
@@ -34,6 +35,16 @@ def _memory(name: str, pool: Pool) -> Iterator[str]:
             f"{name}: the KV cache holds {tokens:,} tokens, fewer than max_model_len {pool.max_model_len:,}: "
             "vLLM would refuse to start until that is lowered; here longer requests are rejected one by one."
         )
+
+
+def _speculation(name: str, pool: Pool) -> Iterator[str]:
+    settings = pool.speculation
+    if settings is None:
+        return
+    if settings.draft_cost is not None:
+        yield f"{name}: a draft is assumed to take {settings.draft_cost:g} of the step that verifies it."
+    elif settings.method in ("eagle", "mtp"):
+        yield f"{name}: drafts are priced as passes of one decoder layer and the classifier: unverified."
 
 
 def _figures(device: Device) -> Iterator[str]:

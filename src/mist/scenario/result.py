@@ -177,7 +177,8 @@ def task_columns(records: Records) -> Columns:
         "client": _names(records.client_names, rows["client"]),
         **{f"{event}_s": _seconds(rows[f"{event}_ns"]) for event in ("queued", "started", "joined", "end")},
         "how": _names(SEGMENT_ENDS, rows["how"]),
-        **{name: rows[name] for name in ("computed_tokens", "cached_tokens", "join_step", "last_step")},
+        **{name: rows[name] for name in ("computed_tokens", "cached_tokens")},
+        **{name: rows[name] for name in ("join_step", "last_step", "generated_tokens")},
     }
 
 

@@ -195,6 +195,9 @@ class Scenario:
             except KeyError:
                 given = Pool.model_fields[key].default
             plain[key] = catalogue.read(f"{key}s", given, self.folder)[1]
+        if "draft_model" in (speculation := plain.get("speculation", {})):
+            given = self.source.at(("clients", name, "speculation", "draft_model"))
+            speculation["draft_model"] = catalogue.read("models", given, self.folder)[1]
         return plain
 
 

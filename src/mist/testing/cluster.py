@@ -26,6 +26,7 @@ from mist.records import Records
 from mist.request import Step
 from mist.routing import RoutingPolicy
 from mist.routing.round_robin import RoundRobin
+from mist.speculation import Speculation
 from mist.workload import RequestTable
 
 
@@ -119,6 +120,7 @@ def play(
     ledger: bool = True,
     serves: Sequence[tuple[str, ...]] | None = None,
     prepare: Callable[[Kernel, list[Client]], None] | None = None,
+    speculation: Speculation | None = None,
 ) -> Run:
     """Run `workload` to the end (or `until_ns`) on equal clients and check every law on the way.
 
@@ -146,6 +148,7 @@ def play(
             max_model_len=max_model_len,
             kernel=kernel,
             records=records,
+            speculation=speculation,
         )
         for i in range(num_clients)
     ]

@@ -92,9 +92,7 @@ def evaluate(
     return [found[i] for i in range(len(points))]
 
 
-def evaluate_point(
-    point: Point, *, folder: Path, overrides: Overrides | None = None, perf: Any = None
-) -> Evaluated:
+def evaluate_point(point: Point, *, folder: Path, overrides: Overrides | None = None, perf: Any = None) -> Evaluated:
     """Run one point and compare; never raises for what is wrong with the point."""
     try:
         setting = setting_of(point, folder, overrides, perf)

@@ -101,9 +101,7 @@ class PointFile:
     not_runnable: list[tuple[str, str]]
 
 
-def read_points(
-    path: Path, *, sources: Iterable[str] = (), trusts: Iterable[str] = (), device: str = ""
-) -> PointFile:
+def read_points(path: Path, *, sources: Iterable[str] = (), trusts: Iterable[str] = (), device: str = "") -> PointFile:
     """The points of a CSV file (.gz too), only those of the named sources and trusts where any are named.
 
     ScenarioError where the file can't be read, isn't a table of points, or holds none of the named sources.

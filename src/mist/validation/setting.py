@@ -225,7 +225,9 @@ def _lengths(draft: _Draft) -> None:
 
 
 def _longest(length: Any) -> int:
-    return length if isinstance(length, int) else int(next(iter(length.values())).get("max") or length["uniform"]["high"])
+    return (
+        length if isinstance(length, int) else int(next(iter(length.values())).get("max") or length["uniform"]["high"])
+    )
 
 
 def _length(point: Point, side: str) -> Any:
@@ -406,4 +408,3 @@ def _saturated(point: Point, scenario: Scenario) -> bool:
 def _kv_tokens(pool: Any) -> float:
     capacity = pool.kv_capacity()
     return float(capacity.num_tokens * pool.attn_dp * pool.count)
-

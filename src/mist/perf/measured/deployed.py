@@ -66,7 +66,7 @@ class Pricing:
         """All launches of a per-row operator for each number of `rows`; origins are codes of `ORIGINS`."""
         if self._experts is not None and o.name in FUSED:
             return self._fused_share(o, rows)
-        found = per_row(self.tables, o, rows, self.deployment)
+        found = per_row(self.tables, o, self._queries(o) * rows, self.deployment)
         if found is None:
             return _clamp(Estimate(self._fallback_ns(o, rows), _roofline(rows)), self._floor_ns(o, rows))
         times = self.deployment.time_factor(o.kind) * o.repeats * found.ns
@@ -122,8 +122,12 @@ class Pricing:
     def _others_ns(self, attention: Operator, names: Sequence[str]) -> Callable[[FloatArray], FloatArray]:
         """What the operators of these names take in one layer, ns, by tokens (all of them new)."""
         others = [o for o in self.operators if o.name in names]
-        times = np.sum([self.rows(o, _SAMPLES).ns / attention.repeats for o in others], axis=0)
+        times = np.sum([self.rows(o, _SAMPLES / self._queries(o)).ns / attention.repeats for o in others], axis=0)
         return lambda tokens: np.interp(tokens, _SAMPLES, times)
+
+    def _queries(self, o: Operator) -> int:
+        """Rows that an operator has for each unit of its driver."""
+        return self.deployment.tokens_per_decode if o.driver == "decodes" else 1
 
 
 @dataclass(frozen=True, slots=True)

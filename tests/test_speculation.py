@@ -1,0 +1,393 @@
+"""Speculative decoding: the distribution of accepted drafts, its closed forms in whole runs, prices, and scenarios.
+
+Bit-for-bit agreement with the naive scheduler is in `test_reference.py`. The ledger is on in every run here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kit import POLICIES, LinearSteps, play, table
+from mist.batching import BatchingPolicy
+from mist.batching.chunked import Chunked
+from mist.cohort import Cohort
+from mist.errors import InvariantError
+from mist.hardware import Device, Platform
+from mist.metrics.tokens import DecodeSteps, Segments, tokens_by_client
+from mist.metrics.window import Window
+from mist.model import LatentAttention, LayerGroup, ModelSpec
+from mist.perf import Deployment
+from mist.perf.drafted import Drafted
+from mist.perf.operators import forward_pass
+from mist.perf.roofline import Roofline
+from mist.request import Step
+from mist.scenario import Scenario, load
+from mist.scenario.build import run
+from mist.speculation import PACE_BITS, Speculation, SpeculativeCohort
+from mist.testing import random_scenario, record_bytes, small_deployment
+from scenarios import SMALL, places, problems, read
+
+DRAFTS = [(1, 0.3), (2, 0.9), (3, 0.6), (5, 0.25), (8, 0.55)]
+
+
+def speculation(k: int, acceptance: float, seed: int = 0) -> Speculation:
+    return Speculation(k, acceptance, lambda *key: np.random.default_rng((seed, *key)))
+
+
+def emitted_probabilities(s: Speculation) -> list[float]:
+    """P(a step emits 1, 2, ..., k + 1 tokens)."""
+    at_least = [1.0, *s._thresholds[::-1].tolist(), 0.0]
+    return [here - following for here, following in pairwise(at_least)]
+
+
+def mean_steps(s: Speculation, num_tokens: int) -> tuple[float, float]:
+    """Mean and variance of the steps that `num_tokens` take, by the renewal recursion."""
+    probabilities = emitted_probabilities(s)
+    first, second = [0.0], [0.0]
+    for n in range(1, num_tokens + 1):
+        before = [(p, max(0, n - i)) for i, p in enumerate(probabilities, 1)]
+        first.append(1 + sum(p * first[m] for p, m in before))
+        second.append(1 + sum(p * (2 * first[m] + second[m]) for p, m in before))
+    return first[-1], second[-1] - first[-1] ** 2
+
+
+# --- the distribution ---
+
+
+@pytest.mark.parametrize(("k", "acceptance"), [*DRAFTS, (3, 0.0), (3, 1.0)])
+def test_the_mean_of_accepted_drafts_is_exact(k: int, acceptance: float) -> None:
+    s = speculation(k, acceptance)
+    probabilities = emitted_probabilities(s)
+    assert sum(probabilities) == pytest.approx(1, abs=1e-12)
+    assert sum(i * p for i, p in enumerate(probabilities, 1)) == pytest.approx(1 + k * acceptance, abs=1e-12)
+    assert s.tokens_per_step == 1 + k * acceptance
+
+
+@pytest.mark.parametrize(("k", "acceptance"), DRAFTS)
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 40])
+def test_steps_drawn_have_the_mean_of_the_renewal_process(k: int, acceptance: float, num_tokens: int) -> None:
+    s, rng, draws = speculation(k, acceptance), np.random.default_rng(1), 4000
+    drawn = np.array([s.num_steps(num_tokens, rng) for _ in range(draws)])
+    mean, variance = mean_steps(s, num_tokens)
+    assert abs(drawn.mean() - mean) <= 3.9 * math.sqrt(variance / draws) + 1e-9  # alpha = 1e-4
+    assert drawn.min() >= -(-num_tokens // (k + 1))
+    assert drawn.max() <= num_tokens
+
+
+@pytest.mark.parametrize(("k", "acceptance"), DRAFTS)
+def test_a_long_answer_emits_one_and_the_accepted_per_step(k: int, acceptance: float) -> None:
+    s, num_tokens = speculation(k, acceptance), 400_000
+    steps = s.num_steps(num_tokens, np.random.default_rng(3))
+    moments = [sum(i**m * p for i, p in enumerate(emitted_probabilities(s), 1)) for m in (1, 2)]
+    error = 3.9 * math.sqrt((moments[1] - moments[0] ** 2) / steps) + (k + 1) / steps
+    assert abs(num_tokens / steps - (1 + k * acceptance)) <= error
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 100, 1023])
+def test_all_or_nothing_is_certain(k: int, num_tokens: int) -> None:
+    rng = np.random.default_rng(0)
+    assert speculation(k, 0.0).num_steps(num_tokens, rng) == num_tokens
+    assert speculation(k, 1.0).num_steps(num_tokens, rng) == -(-num_tokens // (k + 1))
+
+
+def test_a_longer_answer_takes_the_same_path_further() -> None:
+    s = speculation(3, 0.6)
+    steps = [s.num_steps(n, np.random.default_rng(5)) for n in range(1, 300)]
+    assert all(0 <= following - before <= 1 for before, following in pairwise(steps))
+
+
+# --- whole runs ---
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_without_drafts_a_speculating_client_decodes_as_ever(policy: type[BatchingPolicy]) -> None:
+    for seed in range(150):
+        scenario = random_scenario(seed)
+        plain, speculating = (scenario.play(policy, speculation=s) for s in (None, speculation(0, 0.5)))
+        assert record_bytes(plain.records) == record_bytes(speculating.records)
+
+
+@pytest.mark.parametrize(("k", "output"), [(1, 8), (3, 9), (3, 10), (3, 1), (3, 2), (5, 40)])
+@pytest.mark.parametrize("acceptance", [0, 1])
+def test_a_lone_answer_is_a_closed_form(k: int, output: int, acceptance: int) -> None:
+    """Each of S steps computes k + 1 tokens over a context that grows by 1 + k x acceptance."""
+    steps, gain = LinearSteps(), 1 + k * acceptance
+    played = play(table([0], [20], [output]), perf=steps, speculation=speculation(k, acceptance))
+    num_steps = -(-(output - 1) // gain)
+    exact = [20 + (j * (output - 1) / num_steps if acceptance else j) for j in range(num_steps)]
+    contexts = [math.floor(c + 1e-9) + k + 1 for c in exact]
+    rows = played.records.steps.as_columns()
+    assert rows["decode_context"].tolist() == [0, *contexts]
+    end = steps.of(20, 0, 0, 1) + sum(steps.of(0, 1, c, 0) for c in contexts)
+    request = played.records.requests.as_columns()
+    assert (request["end_ns"][0], request["output_tokens"][0]) == (end, output)
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.37, 1.0])
+def test_blocks_hold_the_drafts_too(acceptance: float) -> None:
+    """While a step runs, a lone sequence holds blocks for its context and k + 1 tokens, and no more."""
+    size, k, output = 4, 6, 61
+    played = play(table([0], [10], [output]), block_size=size, speculation=speculation(k, acceptance))
+    rows, task = (t.as_columns() for t in (played.records.steps, played.records.tasks))
+    held, contexts = rows["kv_blocks"].tolist()[1:], rows["decode_context"].tolist()[1:]
+    assert held == [-(-context // size) for context in contexts]  # that of a step includes its k + 1 tokens
+    assert int(task["generated_tokens"][-1]) == output
+
+
+def test_tokens_per_step_in_a_run() -> None:
+    k, acceptance, count, output = 3, 0.6, 3000, 200
+    s = speculation(k, acceptance)
+    played = play(table([0] * count, [8] * count, [output] * count), speculation=s, ledger=False)
+    task = {name: column[column.size and slice(None)] for name, column in played.records.tasks.as_columns().items()}
+    joined = task["join_step"] >= 0
+    steps = (task["last_step"] - task["join_step"])[joined]
+    mean, variance = mean_steps(s, output - 1)
+    assert abs(steps.mean() - mean) <= 3.9 * math.sqrt(variance / count)
+    # what the last steps drop is part of the mean: 1 + k x acceptance tokens are verified per step
+    surplus = mean * s.tokens_per_step - (output - 1)
+    assert 0 < surplus < k
+    assert (output - 1 + surplus) / steps.mean() == pytest.approx(1 + k * acceptance, rel=0.005)
+
+
+def test_paths_do_not_depend_on_the_policy() -> None:
+    """Roomy or preempting, chunked or not: a request has one pace for life."""
+    arrivals, prompts, outputs = [0] * 12, [9] * 12, [40] * 12
+    paces = set()
+    for policy, num_blocks in ((Chunked, 1000), (Chunked, 40), *((p, 60) for p in POLICIES)):
+        seen: dict[int, int] = {}
+        original = SpeculativeCohort._drop
+
+        def drop(cohort: Any, task: Any, seen: dict[int, int] = seen, original: Any = original) -> None:
+            assert seen.setdefault(task.request.index, task.pace) == task.pace
+            original(cohort, task)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SpeculativeCohort, "_drop", drop)
+            play(table(arrivals, prompts, outputs), policy=policy, num_blocks=num_blocks, block_size=4,
+                 speculation=speculation(3, 0.5))  # fmt: skip
+        paces.add(tuple(sorted(seen.items())))
+    assert len(paces) == 1
+    assert all((1 << PACE_BITS) <= pace <= (4 << PACE_BITS) for _, pace in paces.pop())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_windows_share_out_all_tokens(seed: int) -> None:
+    played = random_scenario(seed).play(speculation=speculation(4, 0.7))
+    records = played.records
+    ends = DecodeSteps.of(records.steps.as_columns(), 1)
+    segments = Segments.of(records.tasks.as_columns(), ends)
+    whole = Window.of(records, (None, None))
+    middle = (whole.start_ns + whole.end_ns) // 2
+    parts = [tokens_by_client(segments, ends, Window.of(records, w)).sum() for w in ((None, middle), (middle, None))]
+    total = int(records.requests.as_columns()["output_tokens"].sum())
+    assert tokens_by_client(segments, ends, whole).sum() == total
+    assert sum(parts) == total
+
+
+def test_the_ledger_sees_lost_blocks_and_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = SpeculativeCohort.join
+    for plant, says in (
+        (lambda cohort: cohort.new_blocks.clear(), "block boundaries"),
+        (lambda cohort: setattr(cohort, "sum_context", cohort.sum_context + 1), "cohort context"),
+        (lambda cohort: cohort.calendar.clear(), "missing in the calendar"),
+    ):
+
+        def join(cohort: Any, task: Any, num_tokens: int, plant: Any = plant) -> None:
+            original(cohort, task, num_tokens)
+            plant(cohort)
+
+        monkeypatch.setattr(SpeculativeCohort, "join", join)
+        with pytest.raises(InvariantError, match=says):
+            play(table([0], [9], [30]), block_size=4, speculation=speculation(3, 0.5))
+
+
+def test_leaving_early_takes_the_plan_along() -> None:
+    cohort = SpeculativeCohort(4, speculation(3, 0.5))
+    assert isinstance(cohort, Cohort)
+    assert cohort.tokens_per_decode == 4
+    scenario = random_scenario(3)
+    played = scenario.play(speculation=speculation(2, 0.4))
+    left = played.clients[0].residents.cohort
+    assert isinstance(left, SpeculativeCohort)
+    assert (left.count, left.sum_context) == (0, 0)
+    assert not any(left.new_blocks.values())
+
+
+# --- prices ---
+
+LATENT = LatentAttention(q_lora_rank=96, kv_lora_rank=64, qk_nope_size=32, rope_size=16, v_size=24)
+MODELS = {
+    "grouped": ModelSpec("grouped", (LayerGroup(2, 256, 8, 2, 32, 512),), 1000, False, 4096),
+    "latent": ModelSpec("latent", (LayerGroup(2, 256, 8, 8, 48, 512, latent=LATENT),), 1000, False, 4096),
+}
+
+
+def deployment(name: str, q: int) -> Deployment:
+    device = Device("test", {"bf16": 100e12}, 16 << 30, 1e12)
+    return Deployment(MODELS[name], Platform(device), "bf16", "bf16", 512, 64, tokens_per_decode=q)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_context_is_read_once_for_all_queries(name: str) -> None:
+    one, four = ({o.name: o for o in forward_pass(deployment(name, q))} for q in (1, 4))
+    assert one.keys() == four.keys()
+    for key, o in four.items():
+        if o.driver != "decodes":
+            assert o == one[key]
+            continue
+        assert o.flop == {driver: 4 * n for driver, n in one[key].flop.items()}
+        assert o.bytes.get("decode_context") == one[key].bytes.get("decode_context")
+        assert o.bytes.get("decodes") == 4 * one[key].bytes.get("decodes", math.nan)
+        assert (o.weight_bytes, o.kv_bytes) == (one[key].weight_bytes, one[key].kv_bytes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("chunks", [[], [(100, 30)]])
+def test_dense_layers_and_classifier_see_every_drafted_token(name: str, chunks: list[tuple[int, int]]) -> None:
+    q, n, tokens = 4, 10, sum(c for c, _ in chunks)
+    models = {size: Roofline() for size in (1, q)}
+    for size, model in models.items():
+        model.prepare(deployment(name, size))
+    step = Step(n, n * 500, chunks, tokens, n * q, q)
+    assert step.num_tokens == tokens + n * q
+    found = {o.name: o for o in models[q].explain(step)}
+    as_many = {o.name: o for o in models[1].explain(Step(n * q, n * 500, chunks, tokens, n * q))}
+    for key, o in found.items():
+        if key != "attention_decode":
+            assert (o.flop, o.time_ns) == pytest.approx((as_many[key].flop, as_many[key].time_ns))
+    assert found["attention_decode"].bytes == pytest.approx(as_many["attention_decode"].bytes)
+    assert sum(o.time_ns for o in found.values()) == pytest.approx(models[q].step_time(step), abs=1.01)
+    assert models[q].floor_time(step) <= models[q].step_time(step)
+    assert models[q].step_time(step) >= models[1].step_time(replace(step, num_sampled=n, tokens_per_decode=1))
+
+
+def prepared(q: int = 1) -> Roofline:
+    model = Roofline()
+    model.prepare(replace(small_deployment(), tokens_per_decode=q))
+    return model
+
+
+def test_drafts_take_k_passes_and_the_prefills_one() -> None:
+    k, n, context = 3, 12, 12 * 700
+    target, draft = prepared(k + 1), prepared()
+    drafted = Drafted(target, k, draft)
+    decodes = Step(n, context, num_sampled=n)
+    step = Step(n, context, num_sampled=n * (k + 1), tokens_per_decode=k + 1)
+    assert drafted.step_time(step) == target.step_time(step) + k * draft.step_time(decodes)
+    chunks = [(64, 0), (30, 500)]
+    mixed = replace(step, chunks=chunks, num_prefill_tokens=94, num_sampled=n * (k + 1) + 1)
+    first = replace(decodes, chunks=chunks, num_prefill_tokens=94)
+    passes = draft.step_time(first) + (k - 1) * draft.step_time(decodes)
+    assert drafted.step_time(mixed) == target.step_time(mixed) + passes
+    alone = Step(0, 0, chunks, 94, 1, k + 1)
+    ahead = Step(0, 0, chunks, 94, 0)
+    assert drafted.step_time(alone) == target.step_time(alone) + draft.step_time(ahead)
+    for each in (step, mixed, alone):
+        assert sum(o.time_ns for o in drafted.explain(each)) == pytest.approx(drafted.step_time(each), abs=k + 2)
+        assert 0 < drafted.floor_time(each) <= drafted.step_time(each)
+    assert drafted.provenance() == {"roofline": 1.0}
+
+
+def test_an_assumed_cost_is_a_share_of_the_step_that_verifies() -> None:
+    step = Step(8, 8000, num_sampled=32, tokens_per_decode=4)
+    target = prepared(4)
+    drafted = Drafted(target, 3, draft_cost=0.05)
+    assert drafted.step_time(step) == target.step_time(step) + round(0.15 * target.step_time(step))
+    assert Drafted(target, 3).step_time(step) == target.step_time(step)
+    assert drafted.explain(step)[0].name == "drafts"
+
+
+# --- scenarios ---
+
+SPECULATING = SMALL.replace("model: llama-3.1-8b}", "model: llama-3.1-8b, perf: roofline, speculation: {%s}}")
+
+
+def scenario(folder: Path, settings: str, *sets: str) -> Scenario:
+    return read(folder, SPECULATING % settings, *sets)
+
+
+@pytest.mark.parametrize(
+    ("settings", "draft"),
+    [
+        ("method: mtp, num_draft_tokens: 3, acceptance: 0.6", "mtp head of"),
+        ("draft_model: llama-3.2-1b, num_draft_tokens: 4, acceptance: 0.7", "llama-3.2-1b"),
+        ("draft_model: ./config.json, num_draft_tokens: 1, acceptance: 0.9", ""),
+        ("method: ngram, num_draft_tokens: 2, acceptance: 0.25", ""),
+        ("method: eagle, num_draft_tokens: 2, acceptance: 1, draft_cost: 0.1", "eagle head of"),
+    ],
+)
+def test_a_pool_speculates(folder: Path, settings: str, draft: str) -> None:
+    loaded = scenario(folder, settings)
+    pool = loaded.clients["gpu"]
+    assert draft in (pool.draft.model.name.lower() if pool.draft else "")
+    again = Scenario.from_mapping(loaded.resolved())
+    assert again == loaded
+    result = run(loaded, check=True)
+    assert pool.speculation is not None
+    k, share = pool.speculation.num_draft_tokens, pool.speculation.acceptance
+    note = next(n for n in result.metrics["notes"] if "tokens per sequence and decode step" in n)
+    assert float(note.split()[1]) == pytest.approx(1 + k * share, rel=0.05)
+    plain = read(folder, SMALL, "clients.gpu.perf=roofline")
+    assert result.metrics["tpot_s"]["mean"] < run(plain).metrics["tpot_s"]["mean"]
+    assert result.metrics["itl_s"]["mean"] >= result.metrics["tpot_s"]["mean"]
+
+
+def test_drafts_need_memory(folder: Path) -> None:
+    plain = read(folder, SMALL).clients["gpu"].kv_capacity()
+    head = scenario(folder, "method: mtp, num_draft_tokens: 3, acceptance: 0.6").clients["gpu"].kv_capacity()
+    whole = scenario(folder, "draft_model: llama-3.2-1b, num_draft_tokens: 3, acceptance: 0.6")
+    draft = whole.clients["gpu"].kv_capacity()
+    assert plain.block_bytes * 33 == head.block_bytes * 32  # a layer more
+    llama_layer = 2 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
+    assert head.weight_bytes - plain.weight_bytes == pytest.approx(llama_layer, rel=1e-3)
+    assert draft.weight_bytes - plain.weight_bytes == pytest.approx(2 * 1.236e9, rel=0.01)
+    assert draft.block_bytes - plain.block_bytes == 16 * 2 * 2 * 16 * 8 * 64
+
+
+@pytest.mark.parametrize(
+    ("settings", "sets", "path", "says"),
+    [
+        ("num_draft_tokens: 3, acceptance: 0.5", (), "method", "it isn't said what drafts"),
+        ("num_draft_tokens: 3, acceptance: 0.5, method: draft_model", (), "method", "no draft_model is given"),
+        ("num_draft_tokens: 3, acceptance: 0.5, method: mtp, draft_model: llama-3.2-1b", (), "method", "the method is"),
+        ("num_draft_tokens: 3, acceptance: 1.5, method: mtp", (), "acceptance", "at most 1"),
+        ("num_draft_tokens: 0, acceptance: 0.5, method: mtp", (), "num_draft_tokens", "at least 1"),
+        ("num_draft_tokens: 3, acceptance: 0.5, method: medusa", (), "method", "one of"),
+        ("num_draft_tokens: 3, acceptance: 0.5, draft_model: nothing", (), "draft_model", "nothing"),
+        ("num_draft_tokens: 3, acceptance: 0.5, method: mtp", ("clients.gpu.pp=2",), "speculation", "pipeline stages"),
+        ("num_draft_tokens: 3, acceptance: 0.5, method: mtp",
+         ("clients.gpu.batching={chunked: {max_num_seqs: 256, max_num_batched_tokens: 1000}}",),
+         "batching.chunked", "1,000 tokens a step don't hold 256 sequences of 4"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_told(folder: Path, settings: str, sets: tuple[str, ...], path: str, says: str) -> None:
+    found = problems(folder, SPECULATING % settings, *sets)
+    assert any(path in p.message or path in p.file for p in found)
+    assert any(says in p.message for p in found)
+    assert sets or all(line >= 1 for line, _ in places(found))
+
+
+def test_default_limits_leave_room_for_the_drafts(folder: Path) -> None:
+    limits = scenario(folder, "method: ngram, num_draft_tokens: 40, acceptance: 0.5").clients["gpu"].batching.build()
+    assert limits.max_num_seqs * 41 <= limits.max_num_batched_tokens
+
+
+def test_another_policy_draws_the_same_paths(folder: Path) -> None:
+    """Common random numbers: decode steps of each request, under chunked and continuous batching."""
+    found = []
+    for policy in ("chunked", "continuous"):
+        loaded = load(scenario(folder, "method: ngram, num_draft_tokens: 3, acceptance: 0.5"),
+                      [f"clients.gpu.batching={policy}"])  # fmt: skip
+        tasks = run(loaded, check=True).records.tasks.as_columns()
+        joined = tasks["join_step"] >= 0
+        steps = (tasks["last_step"] - tasks["join_step"])[joined]
+        found.append(dict(zip(tasks["request"][joined].tolist(), steps.tolist(), strict=True)))
+    assert found[0] == found[1]
