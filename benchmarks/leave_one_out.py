@@ -141,8 +141,8 @@ def repeated(family: Family, arrays: Arrays) -> FloatArray:
 def same_work(family: Family, arrays: Arrays) -> list[npt.NDArray[np.int64]] | None:
     """Columns in which rows that do the same work are equal; None where the table has no such rows.
 
-    GEMMs of 9 to 16 rows fill one tile; a window beyond the attended length bounds nothing; one token touches as many
-    experts whatever their distribution; collectives that don't reduce move bytes, of whatever type.
+    GEMMs of 9 to 16 rows fill one tile; a window beyond the attended length bounds nothing; encoders see heads times
+    sequences; one token touches as many experts whatever their distribution; collectives that don't reduce move bytes.
     """
     c = {name: arrays[name] for name in family.columns}
     if family.name == "gemm":
@@ -150,6 +150,8 @@ def same_work(family: Family, arrays: Arrays) -> list[npt.NDArray[np.int64]] | N
     elif family.name in ("context_attention", "generation_attention"):
         attended = c["isl"] if "isl" in c else c["total_context"] // c["batch_size"]
         c["window_size"] = np.where(attended <= c["window_size"], 0, c["window_size"])
+    elif family.name == "encoder_attention":
+        c["num_heads"], c["batch_size"] = c["num_heads"] * c["batch_size"], np.zeros_like(c["isl"])
     elif family.name == "moe":
         c["distribution"] = np.where((c["num_tokens"] == 1) & (c["moe_ep_size"] == 1), 0, c["distribution"])
     elif family.name == "nccl":
