@@ -1,10 +1,10 @@
-"""How long the measured tables take to convert and to load back, and what a client's build and a step cost.
+"""How long the measured tables take to convert and to load back, and what a client's build costs.
 
     python benchmarks/conversion.py [--all] [--json]
 
 Converts every family of one system (with `--all`, of every system and framework of the package) into an empty cache
-folder of its own, which is removed afterwards; then builds a client of each of `CLIENTS` from it and asks for steps.
-Needs the tables of aiconfigurator-core, and changes nothing else.
+folder of its own, which is removed afterwards; then builds a client of each of `CLIENTS` from it. Needs the tables of
+aiconfigurator-core, and changes nothing else.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import resource
 import sys
 import tempfile
 import time
-import timeit
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from mist.scenario.explain import explain_step
 
 FRAMEWORKS = ("vllm", "sglang", "trtllm")
 CLIENTS = (("llama-3.1-70b", "h100-sxm", 4), ("gpt-oss-120b", "h100-sxm", 4), ("deepseek-v3", "h200-sxm", 8))
-_NUM_STEPS = 20_000
+_BUILDS = 5
 
 
 def main() -> int:
@@ -64,8 +62,7 @@ def main() -> int:
               f"cold conversion {cold_s:.1f} s, warm load {warm_s:.2f} s, cache {cache_bytes / 1e6:.0f} MB, "
               f"peak memory {figures['peak_bytes'] / 1e6:.0f} MB")  # fmt: skip
         for c in clients:
-            print(f"{c['model']:14s} {c['device']:9s} TP{c['tp']}: build {1e3 * c['build_s']:.0f} ms, "
-                  f"decode {c['decode_us']:.2f} us, prefill {c['prefill_us']:.2f} us")  # fmt: skip
+            print(f"{c['model']:14s} {c['device']:9s} TP{c['tp']}: build {1e3 * c['build_s']:.0f} ms")
     return 0
 
 
@@ -74,18 +71,15 @@ _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def _client(model: str, device: str, tp: int) -> dict[str, Any]:
-    """Build time of a client with its tables cached, and the cost of a decode-only and a prefill step."""
-    decode, prefill = Step(64, 64 * 2048, [], 0, 64), Step(0, 0, [(2048, 0)], 2048, 1)
-    deployment = explain_step(model, device, decode, tp=tp, perf="roofline").deployment
-    for _ in range(2):
+    """Build time of a client with its tables cached, the shortest of a few."""
+    deployment = explain_step(model, device, Step(1, 2048, [], 0, 1), tp=tp, perf="roofline").deployment
+    build_s = []
+    for _ in range(_BUILDS):
         kernels = Kernels(fallback=Roofline())
         start = time.perf_counter()
         kernels.prepare(deployment)
-        build_s = time.perf_counter() - start
-    costs = {}
-    for name, step in (("decode_us", decode), ("prefill_us", prefill)):
-        costs[name] = min(timeit.repeat(partial(kernels.step_time, step), number=_NUM_STEPS)) / _NUM_STEPS * 1e6
-    return {"model": model, "device": device, "tp": tp, "build_s": build_s, **costs}
+        build_s.append(time.perf_counter() - start)
+    return {"model": model, "device": device, "tp": tp, "build_s": min(build_s)}
 
 
 def _load_all(folder: TablesFolder, systems: list[str], frameworks: tuple[str, ...]) -> tuple[int, float]:

@@ -173,10 +173,17 @@ def test_operators_that_arent_measured_are_the_fallbacks(made_up: Path, cache: N
     assert whole.provenance()["roofline"] == 0
 
 
-def test_weight_only_quantisation_isnt_measured(prepared: Prepared) -> None:
-    kernels = prepared(replace(small_deployment(), weights_dtype="int4"))
-    kernels.step_time(step([(64, 0)]))
-    assert kernels.provenance()["roofline"] > 0.2
+def test_weight_only_quantisation_is_a_kernel_of_its_own(prepared: Prepared, tmp_path: Path) -> None:
+    int4, work = replace(small_deployment(), weights_dtype="int4"), step([(64, 0)])
+    without = prepared(int4)
+    without.step_time(work)
+    assert without.provenance()["roofline"] > 0.2, "no other kernel stands in"
+    rows = gemm_rows() + gemm_rows("int4_wo", ms=lambda m, n, k: 3 * gemm_ms(m, n, k))
+    root = write_system(tmp_path / "int4", gemm=rows)
+    narrow, wide = prepared(int4, root), prepared(small_deployment(), root)
+    gemms = 2 * (gemm_ms(64, 1024, 512) + gemm_ms(64, 512, 512) + gemm_ms(64, 2048, 512) + gemm_ms(64, 512, 1024))
+    assert narrow.step_time(work) - wide.step_time(work) == pytest.approx(2e6 * gemms, rel=0.01)
+    assert narrow.provenance()["roofline"] == 0
 
 
 def test_a_table_that_beats_the_data_sheet_is_clamped(prepared: Prepared, tmp_path: Path) -> None:

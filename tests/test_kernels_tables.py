@@ -5,6 +5,7 @@ Guards with small Parquet tables of known laws in the layout of the operator pac
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import sys
 from collections.abc import Iterator, Mapping
@@ -368,3 +369,41 @@ def test_a_line_that_ends_early_gives_way_to_the_next() -> None:
     assert at(ragged, 2.0, 8.0) == (pytest.approx(16.0), INTERPOLATED), "a hole on a grid line"
     assert at(ragged, 3.0, 3.0) == (pytest.approx(9.0), INTERPOLATED)
     assert at(ragged, 3.0, 16.0)[1] == EXTRAPOLATED
+
+
+def filled(values: Mapping[tuple[float, ...], float]) -> RaggedGrid:
+    grid = grid_of(values)
+    return RaggedGrid.filled(grid.points, grid.ns)
+
+
+CUBE = [(x, y, z) for x in (1, 2, 4) for y in (1, 3, 4) for z in (1, 2, 8)]
+
+
+@given(st.sets(st.sampled_from(CUBE), max_size=6))
+def test_holes_in_a_product_of_linear_laws_are_filled_exactly(holes: set[tuple[int, int, int]]) -> None:
+    law = {p: 5.0 + p[0] + 2 * p[1] + 3 * p[2] + p[0] * p[1] * p[2] for p in CUBE}
+    grid = filled({p: ns for p, ns in law.items() if p not in holes})
+    for p, ns in law.items():
+        found, origin = at(grid, *p)
+        assert origin == EXTRAPOLATED or found == pytest.approx(ns)
+        assert (origin == MEASURED) == (p not in holes), "what is filled in was never measured"
+
+
+@pytest.mark.parametrize(
+    ("along", "expected"),
+    [((10.0, 20.0, 30.0), 25.0), ((10.0, 30.0, 20.0), 20.0), ((99.0, 20.0, 22.0), 22.0), ((99.0, 20.0, 10.0), 15.0)],
+)
+def test_a_hole_takes_the_median_of_its_lines_the_last_counted_twice(
+    along: tuple[float, float, float], expected: float
+) -> None:
+    values: dict[tuple[float, ...], float] = {p: 1.0 for p in CUBE if p != (2, 3, 2)}
+    for axis, ns in enumerate(along):
+        for end in (CUBE[0][axis], CUBE[-1][axis]):
+            x, y, z = (end if i == axis else c for i, c in enumerate((2, 3, 2)))
+            values[x, y, z] = ns
+    assert at(filled(values), 2, 3, 2) == (pytest.approx(expected), INTERPOLATED)
+
+
+def test_a_hole_at_the_edge_is_left_to_its_neighbours() -> None:
+    values = {p: float(math.prod(p)) for p in CUBE if p not in ((4, 4, 8), (4, 4, 2))}
+    assert len(filled(values).ns) == len(values)

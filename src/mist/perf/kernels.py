@@ -7,7 +7,6 @@ step from lists. What isn't measured a fallback prices, operator by operator; it
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -52,12 +51,11 @@ class Kernels:
     _classifier: RowTable = field(init=False, repr=False)
     _decode_rows: RowTable | None = field(init=False, repr=False)
     _prefill_rows: RowTable | None = field(init=False, repr=False)
-    _prefill: list[PrefillTable] = field(init=False, repr=False)
+    _prefill: list[tuple[PrefillTable, float]] = field(init=False, repr=False)
     _decode: list[DecodeTable] = field(init=False, repr=False)
     _decode_lists: list[tuple[int, list[DecodeRow], list[float], list[tuple[float, int]], DecodeTable]] = field(
         init=False, repr=False
     )
-    _shared_launch_ns: list[float] = field(init=False, repr=False)
     _attention_ns: list[float] = field(init=False, repr=False)
     _is_eager: bool = field(init=False, repr=False)
 
@@ -92,12 +90,13 @@ class Kernels:
         is_latent = any(o.driver == "prefill_context" for o in self._operators)
         self._decode_rows = rows("decodes", num_seqs) if is_latent else None
         self._prefill_rows = rows("prefill_context", _MAX_PREFILL_CONTEXT) if is_latent else None
-        self._prefill = [PrefillTable(price, found, num_tokens) for found in self._by_window("prefill_tokens")]
         self._decode = [DecodeTable(price, found, num_seqs) for found in self._by_window("decodes")]
         self._decode_lists = [(d.window, d.rows, d.nodes, d.full, d) for d in self._decode]
-        self._shared_launch_ns = [
-            min(p.launch_ns, sum(d.launch_ns for d in self._decode if d.window == p.window)) for p in self._prefill
-        ]
+        self._prefill = []
+        for found in self._by_window("prefill_tokens"):
+            p = PrefillTable(price, found, num_tokens, self._decode)
+            shared_ns = min(p.launch_ns, sum(d.launch_ns for d in self._decode if d.window == p.window))
+            self._prefill.append((p, shared_ns))
         self._attention_ns = [0.0] * len(ORIGINS)
 
     def step_time(self, step: Step) -> int:
@@ -128,14 +127,21 @@ class Kernels:
                 by_origin[origin] += attention_ns
                 ns += attention_ns
         if chunks:
-            for prefill, shared_ns in zip(self._prefill, self._shared_launch_ns, strict=True):
-                shared_ns = shared_ns if num_decodes else 0.0
-                known_ns, added_ns = self._prefill_ns(prefill, chunks, step.num_prefill_tokens, shared_ns)
-                self._attention_ns[prefill.origin] += known_ns
-                self._attention_ns[EXTRAPOLATED] += added_ns
-                ns += known_ns + added_ns
+            by_origin = self._attention_ns
+            for prefill, shared_ns in self._prefill:
+                new_ns, attention_ns = prefill.time(chunks)
+                if attention_ns > new_ns:
+                    by_origin[EXTRAPOLATED] += attention_ns - new_ns
+                if num_decodes:
+                    new_ns -= shared_ns
+                    attention_ns -= shared_ns
+                by_origin[prefill.origin] += new_ns
+                ns += attention_ns
             if self._prefill_rows:
-                ns += self._prefill_rows.time(sum(s + c for c, s in chunks))
+                context = 0
+                for c, s in chunks:
+                    context += c + s
+                ns += self._prefill_rows.time(context)
         if self._is_eager:
             idle_ns = max(0.0, self._eager_ns(StepSums.of(step)) - ns)
             self._attention_ns[ROOFLINE] += idle_ns
@@ -197,24 +203,6 @@ class Kernels:
                 found.setdefault(o.window, []).append(o)
         return list(found.values())
 
-    def _prefill_ns(
-        self, table: PrefillTable, chunks: Sequence[tuple[int, int]], num_tokens: int, shared_ns: float
-    ) -> tuple[float, float]:
-        """Time of `num_tokens` new ones less `shared_ns`, and what their contexts add.
-
-        No prefill that reads cached keys and values is faster than a decode over the same contexts.
-        """
-        new_ns, ns, attended = table.time(chunks)
-        if table.reads_cache and attended * table.kv_ns > ns:
-            ns = attended * table.kv_ns
-        if table.reads_cache and attended > num_tokens:
-            for decode in self._decode:
-                if decode.window == table.window:
-                    ns = max(ns, decode.time(len(chunks), attended)[0])
-        ns -= shared_ns
-        known_ns = min(new_ns - shared_ns, ns)
-        return known_ns, ns - known_ns
-
     def _parts(self, step: Step, sums: StepSums) -> list[Part]:
         """What each operator of `step` takes; of prefill attention, whichever origin most of it has."""
         found = self._dense.parts(step.num_tokens) + self._classifier.parts(step.num_sampled)
@@ -224,11 +212,11 @@ class Kernels:
             for decode in self._decode:
                 found += decode.parts(step.num_decodes, step.decode_context)
         if step.chunks:
-            for table, shared_ns in zip(self._prefill, self._shared_launch_ns, strict=True):
+            for table, shared_ns in self._prefill:
                 shared_ns = shared_ns if step.num_decodes else 0.0
-                known_ns, added_ns = self._prefill_ns(table, step.chunks, step.num_prefill_tokens, shared_ns)
-                origin = table.origin if known_ns >= added_ns else max(table.origin, EXTRAPOLATED)
-                found += table.parts(step.chunks, known_ns + added_ns, origin)
+                new_ns, ns = table.time(step.chunks)
+                origin = table.origin if new_ns - shared_ns >= ns - new_ns else max(table.origin, EXTRAPOLATED)
+                found += table.parts(step.chunks, ns - shared_ns, origin)
             if self._prefill_rows:
                 found += self._prefill_rows.parts(int(sums.prefill_context))
         return found

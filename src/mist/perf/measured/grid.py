@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+OriginArray = npt.NDArray[np.int8]
 
 #: Where an estimate comes from, from best to worst.
 MEASURED, INTERPOLATED, EXTRAPOLATED = 0, 1, 2
@@ -29,19 +30,43 @@ class Estimate:
     """Times in ns, and for each its origin (MEASURED, INTERPOLATED or EXTRAPOLATED)."""
 
     ns: FloatArray
-    origin: npt.NDArray[np.int8]
+    origin: OriginArray
 
 
 class RaggedGrid:
     """Times at scattered points of a product grid with holes, interpolated axis by axis.
 
     `points`: [axes, points], sorted by the first axis, then the second, ...; `ns`: [points]. The last axis is a line;
-    every other value of an outer axis holds a smaller grid of its own.
+    every other value of an outer axis holds a smaller grid of its own. `origin`: [points], MEASURED for all if None.
     """
 
-    def __init__(self, points: FloatArray, ns: FloatArray) -> None:
+    def __init__(self, points: FloatArray, ns: FloatArray, origin: OriginArray | None = None) -> None:
         self.points = points
         self.ns = ns
+        self.origin = np.full(len(ns), MEASURED, np.int8) if origin is None else origin
+
+    @classmethod
+    def filled(cls, points: FloatArray, ns: FloatArray) -> RaggedGrid:
+        """The grid of these points and of the holes that lie between points along at least two axes.
+
+        A hole takes the median of what the lines through it say, each linear between its neighbours; the last axis, the
+        smoothest, counts twice. With two axes in all that is what its own line says.
+        """
+        axes = [np.unique(row) for row in points]
+        shape = tuple(len(axis) for axis in axes)
+        if len(axes) < 3 or len(ns) == np.prod(shape):
+            return cls(points, ns)
+        times = np.full(shape, np.nan)
+        times[tuple(np.searchsorted(axis, row) for axis, row in zip(axes, points, strict=True))] = ns
+        holes = _bracketed(times)
+        if not len(holes):
+            return cls(points, ns)
+        added = np.array([axis[i] for axis, i in zip(axes, holes.T, strict=True)])
+        points = np.concatenate([points, added], axis=1)
+        ns = np.concatenate([ns, [_filling(axes, times, tuple(hole)) for hole in holes.tolist()]])
+        order = np.lexsort(points[::-1])
+        origin = np.where(order < len(ns) - len(holes), MEASURED, INTERPOLATED).astype(np.int8)
+        return cls(points[:, order], ns[order], origin)
 
     @cached_property
     def values(self) -> FloatArray:
@@ -56,7 +81,7 @@ class RaggedGrid:
         grows at its last rate (`_line`); before the first it stays.
         """
         if not outer:
-            return _line(self.points[0], self.ns, inner)
+            return _line(self.points[0], self.ns, self.origin, inner)
         x, rest = outer[0], outer[1:]
         values = self.values
         at = int(np.searchsorted(values, x))
@@ -116,7 +141,7 @@ class RaggedGrid:
     def _below(self, i: int) -> RaggedGrid:
         if i not in self._children:
             first, last = np.searchsorted(self.points[0], [self.values[i], np.nextafter(self.values[i], np.inf)])
-            self._children[i] = RaggedGrid(self.points[1:, first:last], self.ns[first:last])
+            self._children[i] = RaggedGrid(self.points[1:, first:last], self.ns[first:last], self.origin[first:last])
         return self._children[i]
 
     @cached_property
@@ -124,7 +149,30 @@ class RaggedGrid:
         return {}
 
 
-def _line(x: FloatArray, ns: FloatArray, at: FloatArray) -> Estimate:
+def _bracketed(times: FloatArray) -> IntArray:
+    """[holes, axes]: the indices of missing times that lie between others along at least two axes."""
+    known = np.isfinite(times)
+    num_axes = np.zeros(times.shape, np.int64)
+    for axis in range(times.ndim):
+        before = np.logical_or.accumulate(known, axis=axis)
+        after = np.flip(np.logical_or.accumulate(np.flip(known, axis), axis=axis), axis)
+        num_axes += before & after
+    return np.argwhere(~known & (num_axes >= 2))
+
+
+def _filling(axes: Sequence[FloatArray], times: FloatArray, hole: tuple[int, ...]) -> float:
+    """What the lines through a hole say of it (`RaggedGrid.filled`)."""
+    votes = []
+    for i, axis in enumerate(axes):
+        line = np.moveaxis(times, i, -1)[hole[:i] + hole[i + 1 :]]
+        known = np.flatnonzero(np.isfinite(line))
+        if len(known) and known[0] < hole[i] < known[-1]:
+            vote = float(np.interp(axis[hole[i]], axis[known], line[known]))
+            votes += [vote, vote] if i == len(axes) - 1 else [vote]
+    return float(np.median(votes))
+
+
+def _line(x: FloatArray, ns: FloatArray, origin: OriginArray, at: FloatArray) -> Estimate:
     """Linear between points. Past the last, at the rate from the last point that is at most half as far; one point
     alone is scaled in proportion. Before the first the first time holds: a launch costs what it costs."""
     found = np.searchsorted(x, at)
@@ -136,8 +184,9 @@ def _line(x: FloatArray, ns: FloatArray, at: FloatArray) -> Estimate:
         past = ns[-1] + rate * (at - x[-1])
     else:
         past = ns[-1] * at / x[-1]
-    origin = np.where(exact, MEASURED, np.where(beyond | before, EXTRAPOLATED, INTERPOLATED))
-    return Estimate(np.where(beyond, past, np.interp(at, x, ns)), origin.astype(np.int8))
+    between = np.where(beyond | before, EXTRAPOLATED, INTERPOLATED)
+    found_origin = np.where(exact, origin[np.minimum(found, len(x) - 1)], between)
+    return Estimate(np.where(beyond, past, np.interp(at, x, ns)), found_origin.astype(np.int8))
 
 
 def half_way(x: FloatArray) -> int:

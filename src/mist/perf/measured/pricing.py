@@ -23,6 +23,9 @@ ELEMENT_BYTES = 2.0
 STREAMED_BYTES = 3.0
 
 TABLE_DTYPE = {"bf16": "bfloat16", "fp16": "bfloat16", "fp8": "fp8", "fp4": "nvfp4"}
+#: GEMMs know int8 too ("SmoothQuant": weights and inputs), and weights narrower than what they are multiplied in.
+_GEMM_DTYPE = {**TABLE_DTYPE, "int8": "sq"}
+_WEIGHT_ONLY = {"int8": "int8_wo", "int4": "int4_wo"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class MeasuredAttention:
 def per_row(tables: OperatorTables, o: Operator, rows: FloatArray, deployment: Deployment) -> Estimate | None:
     """Time of one launch of a per-row operator for each number of `rows`, ns; None where it isn't measured."""
     if o.kind == "gemm":
-        return _gemm(tables, o, rows)
+        return _gemm(tables, o, rows, deployment)
     if o.kind == "elementwise":
         return _streaming(tables, o, rows)
     if o.kind in ("allreduce", "allgather") and o.shape[1] <= deployment.platform.device.scale_up_domain:
@@ -108,13 +111,13 @@ def equal_sequences(
     )  # fmt: skip
 
 
-def _gemm(tables: OperatorTables, o: Operator, rows: FloatArray) -> Estimate | None:
-    """Weights narrower than the compute dtype (weight-only quantisation) are other kernels, which aren't measured."""
-    table, dtype = tables.table("gemm"), TABLE_DTYPE.get(o.dtype)
-    n, k = o.shape
-    if table is None or dtype is None or o.weight_bytes < n * k * dtype_bytes(o.dtype):
-        return None
-    grid = table.grid(gemm_dtype=dtype)
+def _gemm(tables: OperatorTables, o: Operator, rows: FloatArray, deployment: Deployment) -> Estimate | None:
+    table, (n, k) = tables.table("gemm"), o.shape
+    if o.weight_bytes < n * k * dtype_bytes(o.dtype):
+        dtype = _WEIGHT_ONLY.get(deployment.model.matrix_dtypes(deployment.weights_dtype)[0])
+    else:
+        dtype = _GEMM_DTYPE.get(o.dtype)
+    grid = table.grid(gemm_dtype=dtype) if table and dtype else None
     return _along_rows(grid, (float(n),), float(k), rows) if grid else None
 
 

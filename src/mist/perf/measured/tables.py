@@ -73,7 +73,7 @@ class Table:
             return None
         axes = self.family.axes
         points = [axis.scaled(self.columns[axis.column][chosen].astype(np.float64)) for axis in axes]
-        return RaggedGrid(np.stack(points), self.ns[chosen])
+        return RaggedGrid.filled(np.stack(points), self.ns[chosen])
 
 
 @dataclass(slots=True)

@@ -85,11 +85,12 @@ class PrefillTable:
 
     `area_ns`: time of one (new token, context token) pair in bulk; `kv_ns`: of a token's KV at data-sheet bandwidth.
     `launch_ns`: what is left of a launch besides its floor, at least. `origin`: code of `ORIGINS` of chunks without
-    context. `reads_cache`: prefills read cached KV as decodes do.
+    context. `reads_cache`: prefills read cached KV as decodes do; `decodes` are the tables of the same window.
     """
 
-    def __init__(self, price: Pricing, operators: list[Operator], last: int) -> None:
+    def __init__(self, price: Pricing, operators: list[Operator], last: int, decodes: Sequence[DecodeTable]) -> None:
         self.window = operators[0].window
+        self._decodes = [decode for decode in decodes if decode.window == self.window]
         self.reads_cache = any("prefill_context" in o.kv_bytes for o in operators)
         self._operators = operators
         self._curves = [_PrefillCurves(price.attention(o)) for o in operators]
@@ -97,27 +98,37 @@ class PrefillTable:
         self.kv_ns = sum(o.repeats * o.kv_bytes.get("prefill_context", 0.0) for o in operators) * price.byte_ns
         self.launch_ns = sum(c.launch_ns for c in self._curves)
         self.origin = max(c.origin for c in self._curves)
-        self._lists: list[list[float]] = [x.tolist() for x in self._at(np.arange(last + 1, dtype=np.float64))]
+        self._size = last + 1
+        found: list[list[float]] = [x.tolist() for x in self._at(np.arange(last + 1, dtype=np.float64))]
+        self._first, self._beside, self._per_context = found
 
     def chunk(self, c: int) -> tuple[float, float, float]:
         """For `c` new tokens, ns: alone; beside a longer chunk; per token of context before it."""
-        first, further, context = self._lists
-        if c < len(first):
-            return first[c], further[c], context[c]
-        one, more, per_context = self._at(np.array([float(c)]))
-        return max(float(one[0]), first[-1]), max(float(more[0]), further[-1]), max(float(per_context[0]), context[-1])
+        first, beside, per_context = self._first, self._beside, self._per_context
+        if c < self._size:
+            return first[c], beside[c], per_context[c]
+        one, more, slope = (float(x[0]) for x in self._at(np.array([float(c)])))
+        return max(one, first[-1]), max(more, beside[-1]), max(slope, per_context[-1])
 
-    def time(self, chunks: Sequence[tuple[int, int]]) -> tuple[float, float, int]:
-        """(new tokens alone, with their contexts, attended tokens): the first two in ns.
+    def time(self, chunks: Sequence[tuple[int, int]]) -> tuple[float, float]:
+        """(new tokens alone, with what their contexts add), ns."""
+        if len(chunks) == 1:
+            c, s = chunks[0]
+            if not s and c < self._size:
+                ns = self._first[c]
+                return ns, ns
+        return self._any_chunks_ns(chunks)
 
-        The longest chunk, every other at the cost of one more of its length, and what their contexts add: without a
-        window the larger of the longest single one (few tiles: the kernel waits for the slowest) and all of them at the
-        bulk rate, within a window the latter.
+    def _any_chunks_ns(self, chunks: Sequence[tuple[int, int]]) -> tuple[float, float]:
+        """The longest chunk, every other at the cost of one more of its length, and what their contexts add.
+
+        Without a window that is the larger of the longest single one (few tiles: the kernel waits for the slowest) and
+        all of them at the bulk rate, within a window the latter. No prefill that reads cached keys and values is faster
+        than their bytes, nor than a decode over the same contexts.
         """
-        window, (first, beside, per_context) = self.window, self._lists
-        size = len(first)
+        window, size, first, beside, per_context = self.window, self._size, self._first, self._beside, self._per_context
         longest = longest_beside = further = slowest = area = 0.0
-        attended = 0
+        attended = tokens = 0
         for c, s in chunks:
             alone, more, slope = (first[c], beside[c], per_context[c]) if c < size else self.chunk(c)
             if alone > longest:
@@ -125,20 +136,34 @@ class PrefillTable:
             if more > longest_beside:
                 longest_beside = more
             further += more
-            if not window:
-                attended += s + c
-                if s:
+            tokens += c
+            if s:
+                if not window:
                     area += c * s
+                    attended += s
                     if s * slope > slowest:
                         slowest = s * slope
-            elif s:
-                area += windowed_area(c, s, window) - windowed_area(c, 0, window)
-                attended += min(s, window) + c
-            else:
-                attended += c
-        new_ns = longest + further - longest_beside
-        bulk_ns = area * self.area_ns
-        return new_ns, new_ns + (slowest if slowest > bulk_ns else bulk_ns), attended
+                elif s < window:
+                    area += windowed_area(c, s, window) - windowed_area(c, 0, window)
+                    attended += s
+                else:  # the same, as every one of the c tokens sees a full window
+                    ramp = c if c < window else window
+                    area += ramp * (window - 0.5 * ramp)
+                    attended += window
+        new_ns = ns = longest + further - longest_beside
+        if attended:
+            bulk_ns = area * self.area_ns
+            ns += slowest if slowest > bulk_ns else bulk_ns
+            if self.reads_cache:
+                attended += tokens
+                least_ns = attended * self.kv_ns
+                for decode in self._decodes:
+                    decode_ns = decode.time(len(chunks), attended)[0]
+                    if decode_ns > least_ns:
+                        least_ns = decode_ns
+                if least_ns > ns:
+                    ns = least_ns
+        return new_ns, ns
 
     def parts(self, chunks: Sequence[tuple[int, int]], ns: float, origin: int) -> list[Part]:
         """Each operator's share of `ns`, by what its own curve says of the chunks."""
@@ -227,8 +252,9 @@ class DecodeTable:
         self._highest_rate = self.rows[-1][1][-1]
         self.launch_ns = float(max(0.0, (ns - self._floor_rate * nodes).min()))
         self._beyond: dict[int, DecodeRow] = {}
-        last_full = last + 1 if self.window else 0
-        self.full: list[tuple[float, int]] = [(0.0, 0), *(self.time(n, n * self.window) for n in range(1, last_full))]
+        self.full: list[tuple[float, int]] = []
+        if self.window:
+            self.full = [(0.0, 0), *(self.time(n, n * self.window) for n in range(1, last + 1))]
 
     def row(self, n: int) -> DecodeRow:
         """As `rows[n]`, for any number of sequences."""
@@ -241,9 +267,11 @@ class DecodeTable:
 
     def time(self, n: int, context: float) -> tuple[float, int]:
         """ns of `n` sequences that attend to `context` tokens in all, each to the window at most; and its origin."""
-        if self.window and context > self.window * n:
+        if self.window and context >= self.window * n:
+            if n < len(self.full):
+                return self.full[n]
             context = self.window * n
-        times, rates, origins = self.row(n)
+        times, rates, origins = self.rows[n] if n < len(self.rows) else self.row(n)
         k = bisect_right(self.nodes, context) - 1
         return times[k] + (context - self.nodes[k]) * rates[k], origins[k]
 
