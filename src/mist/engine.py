@@ -14,7 +14,6 @@ from mist.hardware import Device, MappingReader, Platform
 from mist.model import ACTIVATION_BYTES, LayerGroup, ModelSpec
 from mist.units import GIB
 
-
 #: classes of operators whose time an engine version changes
 OPERATOR_CLASSES = ("gemm", "experts", "attention_prefill", "attention_decode", "elementwise", "network")
 
@@ -73,15 +72,15 @@ class EngineProfile:
     `engine` and `first_version` say which releases it stands for, `first_date` from when on where only a date is known,
     `harness` static_batch that it stands for a benchmark of single batches alone.
     Host time: `step_overhead_ns` per step, `prefill_overhead_ns` more per step with prefills, `token_overhead_ns` per
-    sequence that samples in it, `request_overhead_ns` before a request joins the queue; `overlapped` engines prepare a step while the
-    device runs the one before, so that a step takes the longer of the two rather than their sum. With
+    sequence that samples in it, `request_overhead_ns` before a request joins the queue; `overlapped` engines prepare a
+    step while the device runs the one before, so that a step takes the longer of the two rather than their sum. With
     `async_scheduling` the next step is decided when one starts: what arrives meanwhile joins the step after it.
     Device time: `time_factors` by class of operator, this version's kernels over those that are measured.
     Limits: `large_device_*` replace the defaults on devices of `large_device_bytes` and more, but not on
     `small_devices`; with `fit_whole_prompts` a step may always hold a prompt of the model's longest context.
     Memory: `gpu_memory_utilization` is a share of the whole, or with `utilization_of_free` of what weights and
-    activations leave; with `reserves_output` a request is admitted only where its longest answer and those of all that
-    run fit, so that none is ever preempted; `overhead_bytes` for what is neither weights nor activations (context, communicators, graphs).
+    activations leave; `overhead_bytes` is what is neither (context, communicators, graphs). With `reserves_output` a
+    request is admitted only where its longest answer and those of all that run fit, so that none is ever preempted.
     `cuda_graph`: steps replay captured graphs; without, the host launches every kernel of a step.
     """
 
