@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
-from math import floor
+from math import ceil, floor
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ from mist.client import Client
 from mist.errors import InvariantError
 from mist.kernel import FOREVER, Kernel
 from mist.lanes import Lane, Stages, share_stages
-from mist.request import Batch, ClientView, Task, Wait
+from mist.request import Batch, ClientView, Step, Task, Wait
 from mist.testing import record_bytes
 
 few = settings(max_examples=60, deadline=None)
@@ -31,6 +31,13 @@ policies = st.sampled_from(POLICIES)
 
 #: a step takes 10 ns per prompt token and nothing else
 TEN_A_TOKEN = LinearSteps(base=0, per_prefill_token=10, per_decode=0, per_context=0, per_prefill=0)
+
+
+class SharedSteps(LinearSteps):
+    """And 6 ns for each of the tokens that a group has in the mean."""
+
+    def step_time(self, step: Step) -> int:
+        return super().step_time(step) + 6 * (step.shared_tokens or step.num_tokens)
 
 
 def lanes(num_stages: int, first: int = 0) -> Callable[[Kernel, list[Client]], None]:
@@ -103,6 +110,17 @@ def test_groups_keep_step() -> None:
     assert steps(run) == [(0, 0, 50), (1, 0, 50), (0, 50, 90), (1, 90, 100), (0, 200, 220)]
 
 
+def test_groups_share_what_all_of_them_have() -> None:
+    """10 ns per own token and 6 per mean token of two groups, rounded up, computed by hand.
+
+    5 and 2 tokens: 50 + 6·4 = 74. 4 alone: 40 + 6·2 = 52. 3 and 3: 30 + 6·3 = 48, as if each had its own experts.
+    """
+    perf = SharedSteps(base=0, per_prefill_token=10, per_decode=0, per_context=0, per_prefill=0)
+    workload = table([0, 0, 100, 200, 200], [5, 2, 4, 3, 3], [0] * 5)
+    run = play(workload, policy=one_by_one, perf=perf, num_clients=2, prepare=lanes(1))
+    assert steps(run) == [(0, 0, 74), (1, 0, 74), (0, 100, 152), (0, 200, 248), (1, 200, 248)]
+
+
 def test_common_steps_pass_the_stages() -> None:
     """Two lanes of two groups: 100 and 20 ns in the first lane, 60 and 40 ns in the second, which waits at stage 0."""
     workload = table([0] * 4, [10, 2, 6, 4], [0] * 4)
@@ -137,9 +155,16 @@ def recount(run: Run, num_stages: int, num_groups: int, perf: LinearSteps) -> No
     columns = run.records.steps.as_columns()
     found = sorted(zip(*(columns[name].tolist() for name in names), strict=True))
     common: dict[tuple[int, int], tuple[int, set[int]]] = {}
+    tokens: dict[tuple[int, int], int] = {}
     for start, client, *sizes, end in found:
-        longest, ends = common.get((start, client // num_groups), (0, set()))
-        common[start, client // num_groups] = (max(longest, perf.of(*sizes)), ends | {end})
+        which = (start, client // num_groups)
+        longest, ends = common.get(which, (0, set()))
+        common[which] = (max(longest, perf.of(*sizes)), ends | {end})
+        tokens[which] = tokens.get(which, 0) + sizes[0] + sizes[1]
+    if isinstance(perf, SharedSteps):
+        common = {
+            which: (own + 6 * ceil(Fraction(tokens[which], num_groups)), ends) for which, (own, ends) in common.items()
+        }
     left = [Fraction(0)] * num_stages
     for (start, _), (duration, ends) in common.items():
         at = Fraction(start)
@@ -158,14 +183,14 @@ def recount(run: Run, num_stages: int, num_groups: int, perf: LinearSteps) -> No
 @settings(max_examples=300, deadline=None)
 @given(
     small_scenarios(gap_ns=500), policies, st.integers(1, 3), st.integers(1, 3), st.sampled_from([0, 2, 5]),
-    st.sampled_from([FOREVER, 5000]),
+    st.sampled_from([FOREVER, 5000]), st.sampled_from([LinearSteps(), SharedSteps()]),
 )  # fmt: skip
 def test_every_step_is_recounted(
-    scenario: SmallScenario, policy: Any, num_stages: int, num_groups: int, concurrency: int, until: int
-) -> None:
+    scenario: SmallScenario, policy: Any, num_stages: int, num_groups: int, concurrency: int, until: int,
+    perf: LinearSteps,
+) -> None:  # fmt: skip
     if concurrency:
         scenario = replace(scenario, concurrency=concurrency)
-    perf = LinearSteps()
     run = scenario.play(
         policy, perf=perf, num_clients=num_stages * num_groups, prepare=lanes(num_stages), until_ns=until
     )
@@ -212,11 +237,14 @@ def test_lanes_and_groups_without_work_take_no_time(
 
 
 @few
-@given(small_scenarios(), policies, st.integers(2, 3))
-def test_groups_of_equal_work_are_as_fast_as_one(scenario: SmallScenario, policy: Any, num_groups: int) -> None:
+@given(small_scenarios(), policies, st.integers(2, 3), st.sampled_from([LinearSteps(), SharedSteps()]))
+def test_groups_of_equal_work_are_as_fast_as_one(
+    scenario: SmallScenario, policy: Any, num_groups: int, perf: LinearSteps
+) -> None:
     """Each request comes once for every group: each is what a lone client is."""
     twins = replace(scenario, requests=tuple(r for r in scenario.requests for _ in range(num_groups)))
-    run, alone = twins.play(policy, num_clients=num_groups, prepare=lanes(1)), scenario.play(policy)
+    run = twins.play(policy, num_clients=num_groups, perf=perf, prepare=lanes(1))
+    alone = scenario.play(policy, perf=perf)
     expected = [row[1:] for row in rows(alone.records)["steps"]]
     for group in range(num_groups):
         assert [row[1:] for row in rows(run.records)["steps"] if row[0] == group] == expected

@@ -148,18 +148,17 @@ class Client:
         """Start the next step at `now`; run ahead of the clock while nothing can reach this client."""
         kernel = self.kernel
         while True:
-            duration = self.begin_step(now)
-            if not duration:
+            if not self.begin_step(now):
                 return
-            end = now + duration
+            end = now + self.price_step()
             if end >= kernel.horizon() or (self.emits and self._ends_a_task()):
                 kernel.step_ends(self, end)
                 return
             self.finish_step(end)
             now = end
 
-    def begin_step(self, now: int) -> int:
-        """Ask the policy for a batch and make it the step in flight; its duration in ns, 0 if the client idles."""
+    def begin_step(self, now: int) -> bool:
+        """Ask the policy for a batch and make it the step in flight; False if the client idles instead."""
         step, residents = self.step, self.residents
         cohort = residents.cohort
         self.now = now
@@ -168,7 +167,7 @@ class Client:
         batch = self.batching.next_batch(residents, cohort, residents, now)
         if type(batch) is not Batch:
             self._go_idle(batch, now)
-            return 0
+            return False
         num_decodes = cohort.count if batch.decode else 0
         step.num_decodes = step.num_sampled = num_decodes
         step.decode_context = cohort.sum_context + num_decodes if num_decodes else 0
@@ -178,11 +177,16 @@ class Client:
             self._fill_chunks(batch.chunks, now)
         if not num_decodes and not batch.chunks:
             raise InvariantError(f"{self._policy} returned an empty batch at {now} ns")
+        self._step_row = (now, residents.kv.used)
+        return True
+
+    def price_step(self) -> int:
+        """What the step that has begun lasts alone, in ns; asked once, when all that shares its devices is known."""
+        step = self.step
         device = self.perf.step_time(step)
         host = self._step_ns + self._token_ns * step.num_sampled
-        self._step_row = (now, residents.kv.used)
         if self.watcher is not None:
-            self.watcher.step_started(self, step, device, now)
+            self.watcher.step_started(self, step, device, self.now)
         return max(1, host, device) if self.engine.overlapped else max(1, host + device)
 
     def finish_step(self, now: int) -> None:

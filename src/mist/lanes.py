@@ -39,9 +39,10 @@ class Stages:
 class Lane:
     """The attention groups of one replica that run in lockstep, with one common step in flight.
 
-    A common step begins when one is due and a group has work, and lasts as long as the slowest group's, for the experts
-    of a layer wait for everybody's tokens. A group without work takes part with a dummy batch, which has no row in the
-    records; what reaches it meanwhile starts with the next common step.
+    A common step begins when one is due and a group has work. The experts of a layer take, and wait for, everybody's
+    tokens: each group's part is priced once all have their batches, and the step lasts as long as the longest. A group
+    without work takes part with a dummy batch, which has no tokens and no row in the records; what reaches it meanwhile
+    starts with the next common step.
     """
 
     def __init__(self, clients: Sequence[Client], stages: Stages, kernel: Kernel) -> None:
@@ -67,16 +68,20 @@ class Lane:
 
     def start_step(self, now: int) -> None:
         """Begin a common step of all groups that have work. It never runs ahead: other lanes use the stages too."""
-        duration = 0
+        stepping, num_groups = self.stepping, len(self.clients)
         for client in self.clients:
             if client.woken:
                 client.woken = False
-                own = client.begin_step(now)
-                if own:
-                    self.stepping.append(client)
-                    duration = max(duration, own)
-        if duration:
-            self.kernel.step_ends(self, self.stages.leave(now, duration))
+                if client.begin_step(now):
+                    stepping.append(client)
+        if not stepping:
+            return
+        if num_groups > 1:
+            mean = -(-sum(client.step.num_tokens for client in stepping) // num_groups)
+            for client in stepping:
+                client.step.shared_tokens = mean
+        duration = max(client.price_step() for client in stepping)
+        self.kernel.step_ends(self, self.stages.leave(now, duration))
 
     def finish_step(self, now: int) -> None:
         """The common step ends at `now`, in order of the groups; the kernel wakes the lane."""

@@ -122,6 +122,8 @@ class Step:
     `num_decodes` sequences each compute one token; `decode_context` is the sum of their attended contexts in tokens,
     the new token included. `chunks` are prefill chunks as (new tokens c, context s already in the KV cache).
     `num_sampled` rows go through the classifier: every decode, and each prefill that ends in this step.
+    `shared_tokens`: where attention groups share the experts, the mean of all groups' tokens in this common step,
+    rounded up; 0 stands for this group's own number.
     """
 
     num_decodes: int = 0
@@ -129,6 +131,7 @@ class Step:
     chunks: list[tuple[int, int]] = field(default_factory=list)
     num_prefill_tokens: int = 0
     num_sampled: int = 0
+    shared_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
