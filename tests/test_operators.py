@@ -5,6 +5,7 @@ Guards each family's FLOP, bytes and messages against formulas written out by ha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ def test_experts_split_by_tensor_or_by_expert_do_the_same_work(ep: int) -> None:
 def test_experts_see_the_tokens_of_all_attention_groups() -> None:
     d = deployment(spec(MIXTURE), attn_dp=4, ep=4)
     gate = by_name(d)["experts_gate_up"]
-    work = StepSums(tokens=3)
+    work = StepSums(tokens=100, shared_tokens=3)
     assert gate.flop_of(work) == 3 * 2 * (3 * 2) * 2 * 64 * 256, "k rows per token of one group: the four share them"
     assert gate.compulsory_bytes_of(work) == pytest.approx(3 * 2 * 4 * 128 * 256 * (1 - (14 / 16) ** 12))
     worst = by_name(d, expert_imbalance=1.5)["experts_gate_up"]
@@ -97,7 +98,7 @@ def test_tokens_travel_to_experts_only_between_attention_groups() -> None:
     spread = by_name(deployment(spec(MIXTURE), attn_dp=4, ep=4))
     copies = 4 * (1 - (3 / 4) ** 2)  # of four ranks, those that two experts are expected on
     assert spread["dispatch"].shape == (copies * row, 4)
-    assert (spread["dispatch"].repeats, spread["combine"].bytes["tokens"]) == (3, copies * row)
+    assert (spread["dispatch"].repeats, spread["combine"].bytes["shared_tokens"]) == (3, copies * row)
     assert "all_reduce" not in spread
     split = by_name(deployment(spec(MIXTURE), attn_dp=4))
     assert split["tokens_gather"].shape == split["tokens_scatter"].shape == (4 * row, 4)
@@ -108,7 +109,8 @@ def test_dispatch_is_in_the_dtype_of_the_gemm() -> None:
     device = Device.from_mapping(OWN | {"peak_tflops": {"bf16": 500, "fp8": 1000}})
     d = Deployment(spec(MIXTURE), Platform(device, ep=4, attn_dp=4), "fp8", "bf16", 64, 8)
     operators = by_name(d)
-    assert operators["combine"].bytes["tokens"] == 2 * operators["dispatch"].bytes["tokens"] == 1.75 * 256 * 2
+    there, back = (operators[name].bytes["shared_tokens"] for name in ("dispatch", "combine"))
+    assert back == 2 * there == 1.75 * 256 * 2
     assert operators["experts_down"].dtype == "fp8"
 
 
@@ -208,6 +210,11 @@ MODELS = {
 }
 CASES = [(name, parallel) for name, (_, degrees) in MODELS.items() for parallel in degrees]
 PREPARED: dict[str, Roofline] = {}
+#: What attention groups share.
+SHARED = {
+    "dispatch", "combine", "tokens_gather", "tokens_scatter",
+    "experts_gate_up", "experts_down", "experts_activation", "experts_sum",
+}  # fmt: skip
 
 
 def prepared(case: tuple[str, dict[str, int]], **changes: Any) -> Roofline:
@@ -227,7 +234,8 @@ def steps(draw: st.DrawFn) -> Step:
     chunks = draw(st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 20_000)), max_size=3))
     decodes = draw(st.integers(0 if chunks else 1, 30))
     context = decodes * draw(st.integers(1, 8000))
-    return Step(decodes, context, chunks, sum(c for c, _ in chunks), decodes + draw(st.integers(0, len(chunks))))
+    sampled = decodes + draw(st.integers(0, len(chunks)))
+    return Step(decodes, context, chunks, sum(c for c, _ in chunks), sampled, draw(st.just(0) | st.integers(1, 9000)))
 
 
 @given(st.sampled_from(CASES), steps())
@@ -247,17 +255,30 @@ def test_no_family_beats_the_floor(case: tuple[str, dict[str, int]], step: Step)
 @given(st.sampled_from(CASES), steps(), st.integers(1, 400))
 def test_more_work_never_takes_less(case: tuple[str, dict[str, int]], step: Step, more: int) -> None:
     roofline, n, chunks = prepared(case), step.num_decodes, step.chunks
-    larger = [Step(n + 1, step.decode_context + more, chunks, step.num_prefill_tokens, step.num_sampled + 1)]
+    context, sampled = step.decode_context + more, step.num_sampled + 1
+    larger = [replace(step, num_decodes=n + 1, decode_context=context, num_sampled=sampled)]
+    larger.append(replace(step, shared_tokens=(step.shared_tokens or step.num_tokens) + more))
     if n:
-        larger.append(Step(n, step.decode_context + more, chunks, step.num_prefill_tokens, step.num_sampled))
+        larger.append(replace(step, decode_context=context))
     for i, (c, s) in enumerate(chunks):
         for chunk, added in (((c + more, s), more), ((c, s + more), 0)):
             longer = [*chunks[:i], chunk, *chunks[i + 1 :]]
-            tokens = step.num_prefill_tokens + added
-            larger.append(Step(n, step.decode_context, longer, tokens, step.num_sampled))
+            larger.append(replace(step, chunks=longer, num_prefill_tokens=step.num_prefill_tokens + added))
     for bigger in larger:
         assert roofline.step_time(bigger) >= roofline.step_time(step)
         assert roofline.floor_time(bigger) >= roofline.floor_time(step)
+
+
+@given(st.sampled_from(CASES), steps())
+def test_what_groups_share_takes_the_tokens_of_all(case: tuple[str, dict[str, int]], step: Step) -> None:
+    """As many tokens everywhere change nothing; else each part is that of equal groups with its number of tokens."""
+    roofline, own = prepared(case), replace(step, shared_tokens=0)
+    assert roofline.step_time(replace(step, shared_tokens=step.num_tokens)) == roofline.step_time(own)
+    tokens = step.shared_tokens or step.num_tokens
+    shared = SHARED if "attn_dp" in case[1] else set()
+    parts = [o for o in roofline.explain(own) if o.name not in shared]
+    parts += [o for o in roofline.explain(Step(0, 0, [(tokens, 0)], tokens, 0)) if o.name in shared]
+    assert roofline.step_time(step) == pytest.approx(sum(o.time_ns for o in parts), abs=1.01)
 
 
 def test_stages_take_the_time_of_the_whole_and_their_messages() -> None:

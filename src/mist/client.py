@@ -41,8 +41,14 @@ class Watcher(Protocol):
     def idles(self, client: Client, wait: Wait, now: int) -> None: ...
 
 
+class Waker(Protocol):
+    """Who lets a client start its steps: the kernel, or the lane in which it keeps step with others."""
+
+    def wake(self, client: Client) -> None: ...
+
+
 class Client:
-    """One server: an engine replica on its devices.
+    """One server: an engine replica on its devices, or one attention group of one of its lanes.
 
     `emits`: whether the end of a task here can reach another client; set by the coordinator. `serves`: the stage kinds
     that it takes. A step lasts max(host, device) with an overlapped engine, else host + device time. With `speculation`
@@ -72,6 +78,7 @@ class Client:
         self.engine = engine
         self.max_model_len = max_model_len
         self.kernel = kernel
+        self.waker: Waker = kernel
         self.coordinator: Next
         self.watcher: Watcher | None = None
         self.emits = True
@@ -122,7 +129,7 @@ class Client:
         self.front_end_tokens -= task.target_tokens
         self.residents.enqueue(task)
         if self.idle:
-            self.kernel.wake(self)
+            self.waker.wake(self)
 
     def _see(self) -> None:
         """The next batch may hold what arrived before this one was decided."""
@@ -159,27 +166,57 @@ class Client:
 
     def start_step(self, now: int) -> None:
         """Start the next step at `now`; run ahead of the clock while nothing can reach this client."""
-        residents, kernel = self.residents, self.kernel
-        self.idle = False
+        kernel = self.kernel
         while True:
-            self.now = now
-            residents.begin()
-            batch = self.batching.next_batch(residents, residents.cohort, residents, now)
-            if self._unseen:
-                self._see()
-                if isinstance(batch, Wait):
-                    continue
-            if isinstance(batch, Wait):
-                self._go_idle(batch, now)
+            if not self.begin_step(now):
                 return
-            if type(batch) is not Batch:
-                raise InvariantError(f"{self._policy} returned {batch!r} at {now} ns; a Batch or a Wait would do")
-            end = now + self._step_duration(batch, now)
+            end = now + self.price_step()
             if end >= kernel.horizon() or (self.emits and self._ends_a_task()):
                 kernel.step_ends(self, end)
                 return
             self.finish_step(end)
             now = end
+
+    def begin_step(self, now: int) -> bool:
+        """Ask the policy for a batch and make it the step in flight; False if the client idles instead."""
+        step, residents = self.step, self.residents
+        cohort = residents.cohort
+        self.now = now
+        self.idle = False
+        residents.begin()
+        batch = self.batching.next_batch(residents, cohort, residents, now)
+        if self._unseen:
+            self._see()
+            if isinstance(batch, Wait):
+                return self.begin_step(now)
+        if type(batch) is not Batch:
+            self._go_idle(batch, now)
+            return False
+        num_decodes = cohort.count if batch.decode else 0
+        step.num_decodes = step.num_sampled = num_decodes
+        step.decode_context = cohort.sum_context + num_decodes if num_decodes else 0
+        step.num_prefill_tokens = 0
+        self._chunks = batch.chunks
+        if batch.chunks or step.chunks:
+            self._fill_chunks(batch.chunks, now)
+        if not num_decodes and not batch.chunks:
+            raise InvariantError(f"{self._policy} returned an empty batch at {now} ns")
+        self._step_row = (now, residents.kv.used)
+        return True
+
+    def price_step(self) -> int:
+        """What the step that has begun lasts alone, in ns; asked once, when all that shares its devices is known."""
+        step = self.step
+        host = self._step_ns + self._token_ns * step.num_sampled
+        if step.chunks:
+            host += self._prefill_ns
+        if self._num_drafts:  # they cost the host next to nothing
+            step.num_sampled += step.num_decodes * self._num_drafts
+            step.decode_context += step.num_decodes * self._num_drafts
+        device = self.perf.step_time(step)
+        if self.watcher is not None:
+            self.watcher.step_started(self, step, device, self.now)
+        return max(1, host, device) if self.engine.overlapped else max(1, host + device)
 
     def finish_step(self, now: int) -> None:
         """The step in flight ends at `now`: its tokens exist, tasks move on."""
@@ -203,31 +240,6 @@ class Client:
                 if residents.computed(task, num_tokens):
                     self._target_reached(task, now)
 
-    def _step_duration(self, batch: Batch, now: int) -> int:
-        """Turn the batch into the step in flight; its duration in ns."""
-        step, residents = self.step, self.residents
-        cohort = residents.cohort
-        num_decodes = cohort.count if batch.decode else 0
-        step.num_decodes = step.num_sampled = num_decodes
-        step.decode_context = cohort.sum_context + num_decodes if num_decodes else 0
-        step.num_prefill_tokens = 0
-        self._chunks = batch.chunks
-        if batch.chunks or step.chunks:
-            self._fill_chunks(batch.chunks, now)
-        if not num_decodes and not batch.chunks:
-            raise InvariantError(f"{self._policy} returned an empty batch at {now} ns")
-        host = self._step_ns + self._token_ns * step.num_sampled
-        if batch.chunks:
-            host += self._prefill_ns
-        if self._num_drafts:  # they cost the host next to nothing
-            step.num_sampled += num_decodes * self._num_drafts
-            step.decode_context += num_decodes * self._num_drafts
-        device = self.perf.step_time(step)
-        self._step_row = (now, residents.kv.used)
-        if self.watcher is not None:
-            self.watcher.step_started(self, step, device, now)
-        return max(1, host, device) if self.engine.overlapped else max(1, host + device)
-
     def _fill_chunks(self, chunks: list[tuple[Task, int]], now: int) -> None:
         step = self.step
         step.chunks = [(num_tokens, task.computed_tokens) for task, num_tokens in chunks]
@@ -247,7 +259,9 @@ class Client:
             return True
         return any(task.computed_tokens + n == task.target_tokens for task, n in self._chunks)
 
-    def _go_idle(self, wait: Wait, now: int) -> None:
+    def _go_idle(self, wait: object, now: int) -> None:
+        if not isinstance(wait, Wait):
+            raise InvariantError(f"{self._policy} returned {wait!r} at {now} ns; a Batch or a Wait would do")
         self.idle = True
         if self.watcher is not None:
             self.watcher.idles(self, wait, now)
@@ -258,7 +272,7 @@ class Client:
 
     def _timer(self, _: None, now: int) -> None:
         if self.idle:
-            self.kernel.wake(self)
+            self.waker.wake(self)
 
     # --- tasks move on ---
 

@@ -15,12 +15,15 @@ _AFTER_STEP_ENDS = 1 << 32
 
 
 class Stepper(Protocol):
-    """What the kernel knows of a client."""
+    """What the kernel knows of a client, or of a lane of several that keep step."""
 
     index: int
-    #: whether the end of one of its tasks can reach another client (a hand-off, or a closed loop's next arrival)
-    emits: bool
     woken: bool
+
+    @property
+    def emits(self) -> bool:
+        """Whether the end of one of its tasks can reach another client: a hand-off, or a closed loop's next arrival."""
+        ...
 
     def start_step(self, now: int) -> None: ...
 

@@ -14,6 +14,7 @@ from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.errors import InvariantError
 from mist.kernel import FOREVER, Kernel
+from mist.lanes import Lane
 from mist.metrics.load import littles_identity
 from mist.records import FINISHED, PREEMPTED, Records
 from mist.request import DECODE, Step, Task, Wait
@@ -34,6 +35,7 @@ class Ledger:
         self._num_steps = 0
         self._now = 0
         self._busy_until = [0] * len(clients)
+        self._device_until = [0] * len(clients)
         self._told_to_wait = [False] * len(clients)
         kernel.on_instant = self.check_requests
         for client in clients:
@@ -42,7 +44,7 @@ class Ledger:
     def check_requests(self, now: int) -> None:
         """requests: arrived = left + in the system; tasks: accepted = at the front end + waiting + running.
 
-        work: no client sleeps through what came in.
+        work: no client sleeps through what came in, unless it is next in a lane whose common step is in flight.
         """
         coordinator = self.coordinator
         self._now = now
@@ -53,7 +55,10 @@ class Ledger:
             possible = at_front_end == 0 or (at_front_end > 0 and client.engine.request_overhead_ns > 0)
             self._true(possible, f"{client.name}: {at_front_end} tasks at the front end")
             asleep = client.idle and not self._told_to_wait[client.index] and len(residents.waiting) > 0
-            self._true(not asleep, f"{client.name} was not woken for {len(residents.waiting)} waiting tasks")
+            self._true(
+                not asleep or _is_next(client),
+                f"{client.name} was not woken for {len(residents.waiting)} waiting tasks",
+            )
 
     # --- what clients report ---
 
@@ -62,6 +67,7 @@ class Ledger:
         self._now = now
         self._true(now >= self._busy_until[client.index], f"{client.name}: a step starts inside another")
         self._busy_until[client.index] = FOREVER
+        self._device_until[client.index] = now + device_ns
         floor = client.perf.floor_time(step)
         self._true(device_ns >= floor, f"{client.name}: a step of {device_ns} ns beats its floor of {floor} ns: {step}")
         self._check_cohort(client)
@@ -69,8 +75,10 @@ class Ledger:
         self._check_pending(client)
 
     def step_finished(self, client: Client, now: int) -> None:
-        """time: steps of a client follow each other."""
+        """time: steps of a client follow each other. floor: a step lasts as long as the device computes."""
         self._now = now
+        due = self._device_until[client.index]
+        self._true(now >= due, f"{client.name}: a step ends {due - now} ns before its device has computed it")
         self._true(self._busy_until[client.index] == FOREVER, f"{client.name}: a step ends that never started")
         self._busy_until[client.index] = now
 
@@ -108,6 +116,7 @@ class Ledger:
             self._true(bool(np.all((num_steps <= gained) & (gained <= most))), f"{client.name}: tokens of decode steps")
             starts, ends = steps["start_ns"][mine], steps["end_ns"][mine]
             self._true(bool(np.all(starts[1:] >= ends[:-1])), f"{client.name}: steps overlap")
+        self._check_common_steps(steps)
         self._equal("requests recorded", len(requests["request"]), self.coordinator.num_arrived)
         finished = requests["status"] == FINISHED
         first = requests["first_token_ns"]
@@ -124,6 +133,14 @@ class Ledger:
         if not self.coordinator.in_system:
             integral, sojourns = littles_identity(requests, int(requests["end_ns"].max(initial=0)))
             self._equal("Little's integral", integral, sojourns)
+
+    def _check_common_steps(self, steps: dict[str, np.ndarray]) -> None:
+        """time: the groups of a lane step together or not at all."""
+        for lane in dict.fromkeys(client.waker for client in self.clients if isinstance(client.waker, Lane)):
+            mine = np.isin(steps["client"], [client.index for client in lane.clients])
+            common = np.unique(np.stack((steps["start_ns"][mine], steps["end_ns"][mine])), axis=1)
+            name = lane.clients[0].name
+            self._true(bool(np.all(common[0, 1:] >= common[1, :-1])), f"{name}: the groups of its lane don't keep step")
 
     def _check_tasks(self, tasks: dict[str, np.ndarray], requests: dict[str, np.ndarray]) -> None:
         """time: queued <= started <= joined <= end; tokens: computed again only after a preemption."""
@@ -200,6 +217,11 @@ class Ledger:
         self.num_checks += 1
         if not holds:
             raise InvariantError(f"at {self._now} ns: {law}")
+
+
+def _is_next(client: Client) -> bool:
+    """Whether its lane has a common step in flight and knows that it has work for the next."""
+    return client.woken and isinstance(client.waker, Lane) and bool(client.waker.stepping)
 
 
 def _sum(column: np.ndarray, where: np.ndarray) -> int:

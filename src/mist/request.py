@@ -125,6 +125,8 @@ class Step:
     `decode_context` is the sum of their attended contexts in tokens, the new ones included. `chunks` are prefill chunks
     as (new tokens c, context s already in the KV cache). `num_sampled` rows go through the classifier: every token of a
     decode, and one of each prefill that ends in this step.
+    `shared_tokens`: where attention groups share the experts, the mean of all groups' tokens in this common step,
+    rounded up; 0 stands for this group's own number.
     """
 
     num_decodes: int = 0
@@ -133,6 +135,7 @@ class Step:
     num_prefill_tokens: int = 0
     num_sampled: int = 0
     tokens_per_decode: int = 1
+    shared_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:

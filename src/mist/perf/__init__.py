@@ -83,9 +83,10 @@ class PerfModel(Protocol):
     """Registered under the kind `perf`; a dataclass whose fields are its parameters.
 
     A step is what one lane of one attention group runs. With pipeline stages its time is that of the batch through all
-    of them, stage after stage, with the messages between: a client with `pp` lanes, one step in flight in each, keeps
-    all stages busy, and a lane's next step follows its last. With attention data parallelism it is the step of one
-    group while the others have as many tokens: a client with uneven groups takes the longest of theirs.
+    of them, stage after stage, with the messages between, as if no other lane were there. With attention data
+    parallelism it is one group's part of a common step: what the groups share (experts, and how tokens reach them)
+    takes what `shared_tokens` per group take, everything else what the group's own tokens do. So the longest part is
+    the common step. Without `shared_tokens` the others have as many tokens.
     """
 
     def supports(self, deployment: Deployment) -> str | None:

@@ -48,6 +48,7 @@ class Kernels:
     fallback: OperatorPricing | None = None
     _operators: list[Operator] = field(init=False, repr=False)
     _dense: RowTable = field(init=False, repr=False)
+    _shared: RowTable | None = field(init=False, repr=False)
     _classifier: RowTable = field(init=False, repr=False)
     _decode_rows: RowTable | None = field(init=False, repr=False)
     _prefill_rows: RowTable | None = field(init=False, repr=False)
@@ -86,6 +87,7 @@ class Kernels:
             return RowTable(price, found, last)
 
         self._dense = rows("tokens", num_tokens)
+        self._shared = rows("shared_tokens", num_tokens) if deployment.platform.attn_dp > 1 else None
         self._classifier = rows("sampled", num_seqs * deployment.tokens_per_decode)
         is_latent = any(o.driver == "prefill_context" for o in self._operators)
         self._decode_rows = rows("decodes", num_seqs) if is_latent else None
@@ -111,6 +113,8 @@ class Kernels:
         else:
             dense.uses[tokens] += 1
             classifier.uses[sampled] += 1
+        if self._shared:
+            ns += self._shared.time(step.shared_tokens or tokens)
         if num_decodes:
             by_origin, context = self._attention_ns, step.decode_context
             if self._decode_rows:
@@ -173,7 +177,7 @@ class Kernels:
 
     def provenance(self) -> dict[str, float]:
         """Share of the answered device time by origin; before the first step all of it counts as measured."""
-        tables = (self._dense, self._classifier, self._decode_rows, self._prefill_rows)
+        tables = (self._dense, self._shared, self._classifier, self._decode_rows, self._prefill_rows)
         totals = np.array(self._attention_ns) + np.sum([t.used_ns() for t in tables if t], axis=0)
         total = float(totals.sum())
         if not total:
@@ -206,6 +210,8 @@ class Kernels:
     def _parts(self, step: Step, sums: StepSums) -> list[Part]:
         """What each operator of `step` takes; of prefill attention, whichever origin most of it has."""
         found = self._dense.parts(step.num_tokens) + self._classifier.parts(step.num_sampled)
+        if self._shared:
+            found += self._shared.parts(step.shared_tokens or step.num_tokens)
         if step.num_decodes:
             if self._decode_rows:
                 found += self._decode_rows.parts(step.num_decodes)

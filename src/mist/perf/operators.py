@@ -24,12 +24,14 @@ NETWORK_KINDS = ("allreduce", "allgather", "alltoall", "message")
 class StepSums:
     """What a step's work depends on.
 
-    `tokens` pass the dense layers, `sampled` rows the classifier; `decodes` sequences attend to `decode_context`
+    `tokens` pass the dense layers, `sampled` rows the classifier, `shared_tokens` per attention group what the groups
+    share; `decodes` sequences attend to `decode_context`
     tokens in all; `prefill_tokens` c over contexts s give `prefill_context` Σ(s + c) and `prefill_area` Σ c·(s + c/2).
     `chunks` are the (c, s) behind these sums, where they are known.
     """
 
     tokens: float = 0.0
+    shared_tokens: float = 0.0
     sampled: float = 0.0
     decodes: float = 0.0
     decode_context: float = 0.0
@@ -43,6 +45,7 @@ class StepSums:
         """The sums of `step`."""
         return cls(
             tokens=step.num_tokens,
+            shared_tokens=step.shared_tokens or step.num_tokens,
             sampled=step.num_sampled,
             decodes=step.num_decodes,
             decode_context=step.decode_context,
@@ -289,8 +292,8 @@ def _mixture(g: LayerGroup, experts: Experts, deployment: Deployment, expert_imb
     """Router, choice of k, grouped GEMMs over the experts of this rank, weighted sum.
 
     Each token costs k networks. `ep` ranks (times what splits each expert) share the tokens of all attention groups, so
-    that a rank has k·attn_dp/ep rows per token of its group. Without attention groups every rank has all tokens, and
-    the layer's all-reduce adds up what the experts return; with them tokens travel.
+    that a rank has k·attn_dp/ep rows per token of a group, in the mean over the groups. Without attention groups every
+    rank has all tokens, and the layer's all-reduce adds up what the experts return; with them tokens travel.
     """
     platform, n, h, a = deployment.platform, g.num_layers, g.hidden_size, ACTIVATION_BYTES
     dtype, weight = _matrix_dtype(deployment, routed=True)
@@ -298,19 +301,20 @@ def _mixture(g: LayerGroup, experts: Experts, deployment: Deployment, expert_imb
     local = -(-experts.num_experts // platform.ep)
     rows = experts.top_k * platform.attn_dp / platform.ep * (expert_imbalance if platform.ep > 1 else 1.0)
     up = g.num_up_matrices * ffn
+    tokens = "shared_tokens" if platform.attn_dp > 1 else "tokens"
     yield _gemm("router", n, experts.num_experts, h, ACTIVATION_DTYPE, a)
     yield _elementwise("top_k", n, 2 * a * experts.num_experts)
     if platform.attn_dp > 1:
         yield from _dispatch(g, experts, deployment, dtype)
     for name, width, depth in (("experts_gate_up", up, h), ("experts_down", h, ffn)):
         yield Operator(
-            name, "grouped_gemm", dtype, n, "tokens", (width, depth),
-            flop={"tokens": 2.0 * rows * width * depth},
-            bytes={"tokens": rows * _gemm_row_bytes(width, depth, dtype)},
+            name, "grouped_gemm", dtype, n, tokens, (width, depth),
+            flop={tokens: 2.0 * rows * width * depth},
+            bytes={tokens: rows * _gemm_row_bytes(width, depth, dtype)},
             weight_bytes=weight * local * width * depth, experts=experts, groups=platform.attn_dp,
         )  # fmt: skip
-    yield _elementwise("experts_activation", n, a * rows * (up + ffn))
-    yield _elementwise("experts_sum", n, a * h * (rows + 1))
+    yield _elementwise("experts_activation", n, a * rows * (up + ffn), tokens)
+    yield _elementwise("experts_sum", n, a * h * (rows + 1), tokens)
 
 
 def _dispatch(g: LayerGroup, experts: Experts, deployment: Deployment, dtype: str) -> Iterator[Operator]:
@@ -328,11 +332,11 @@ def _dispatch(g: LayerGroup, experts: Experts, deployment: Deployment, dtype: st
         copies = reached * platform.num_stage_devices / platform.ep / platform.tp
         for name, element in (("dispatch", there), ("combine", ACTIVATION_BYTES)):
             row = round(copies * h * element)
-            yield _network(name, "alltoall", n, row, platform.num_stage_devices)
+            yield _network(name, "alltoall", n, row, platform.num_stage_devices, "shared_tokens")
     else:
         row = int(platform.attn_dp * h * ACTIVATION_BYTES)
-        yield _network("tokens_gather", "allgather", n, row, platform.attn_dp)
-        yield _network("tokens_scatter", "allgather", n, row, platform.attn_dp)
+        yield _network("tokens_gather", "allgather", n, row, platform.attn_dp, "shared_tokens")
+        yield _network("tokens_scatter", "allgather", n, row, platform.attn_dp, "shared_tokens")
 
 
 def _matrix_dtype(deployment: Deployment, *, routed: bool = False) -> tuple[str, float]:
@@ -354,8 +358,8 @@ def _gemm_row_bytes(n: int, k: int, dtype: str) -> float:
     return k * min(dtype_bytes(dtype), ACTIVATION_BYTES) + n * ACTIVATION_BYTES
 
 
-def _elementwise(name: str, repeats: int, bytes_per_token: float) -> Operator:
-    return Operator(name, "elementwise", ACTIVATION_DTYPE, repeats, "tokens", (), bytes={"tokens": bytes_per_token})
+def _elementwise(name: str, repeats: int, bytes_per_row: float, driver: str = "tokens") -> Operator:
+    return Operator(name, "elementwise", ACTIVATION_DTYPE, repeats, driver, (), bytes={driver: bytes_per_row})
 
 
 def _network(name: str, kind: str, repeats: int, row: int, ranks: int, driver: str = "tokens") -> Operator:

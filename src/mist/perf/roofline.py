@@ -25,7 +25,7 @@ FloatArray = npt.NDArray[np.float64]
 MIN_TABULATED_TOKENS = 8192
 
 #: Drivers whose operators depend on that number of rows alone.
-_ROW_DRIVERS = ("tokens", "sampled")
+_ROW_DRIVERS = ("tokens", "shared_tokens", "sampled")
 #: Kinds of operators that run at another class's efficiency.
 _CLASSES = {"grouped_gemm": "gemm", "attention_encoder": "attention_prefill"}
 #: The sums that drive prefill and decode operators, as (work, context, rows).
@@ -68,6 +68,7 @@ class Roofline:
     expert_imbalance: float = 1.0
     eager_launch_ns: float = 5_000.0
     _dense: list[float] = field(init=False, repr=False)
+    _shared: list[float] = field(init=False, repr=False)
     _classifier: list[float] = field(init=False, repr=False)
     _decode_rows: list[float] = field(init=False, repr=False)
     _prefill: list[_Linear] = field(init=False, repr=False)
@@ -95,7 +96,10 @@ class Roofline:
         num_tokens = max(deployment.max_num_batched_tokens, MIN_TABULATED_TOKENS)
         seqs = np.arange(deployment.max_num_seqs + 1, dtype=np.float64)
         sampled = np.arange(deployment.max_num_seqs * deployment.tokens_per_decode + 1, dtype=np.float64)
-        self._dense = self._row_driven_ns("tokens", np.arange(num_tokens + 1, dtype=np.float64)).tolist()
+        tokens = np.arange(num_tokens + 1, dtype=np.float64)
+        self._dense = self._row_driven_ns("tokens", tokens).tolist()
+        is_shared = deployment.platform.attn_dp > 1
+        self._shared = self._row_driven_ns("shared_tokens", tokens).tolist() if is_shared else []
         self._classifier = self._row_driven_ns("sampled", sampled).tolist()
         self._decode_rows = self._decode_rows_ns(seqs).tolist()
         self._prefill = [self._linear(o) for o in self._operators if o.driver in _PREFILL]
@@ -112,6 +116,8 @@ class Roofline:
             ns = self._dense[tokens] + self._classifier[step.num_sampled]
             if num_decodes:
                 ns += self._decode_rows[num_decodes]
+            if self._shared:
+                ns += self._shared[step.shared_tokens or step.num_tokens]
         except IndexError:
             ns = self._beyond_tables(step)
         if num_decodes:
@@ -296,6 +302,7 @@ class Roofline:
 
     def _beyond_tables(self, step: Step) -> float:
         ns = self._row_driven_ns("tokens", np.array([step.num_tokens], dtype=np.float64))
+        ns += self._row_driven_ns("shared_tokens", np.array([step.shared_tokens or step.num_tokens], dtype=np.float64))
         ns += self._row_driven_ns("sampled", np.array([step.num_sampled], dtype=np.float64))
         if step.num_decodes:
             ns += self._decode_rows_ns(np.array([step.num_decodes], dtype=np.float64))

@@ -19,6 +19,7 @@ from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.errors import InvariantError, ScenarioError
 from mist.kernel import FOREVER, Kernel
+from mist.lanes import share_stages
 from mist.ledger import Ledger
 from mist.memory.kv_cache import KVCache
 from mist.metrics import ClientInfo, summarise
@@ -143,7 +144,7 @@ class _Fleet:
 
 
 def _build_fleet(scenario: Scenario, workload: RequestTable, kernel: Kernel, records: Records) -> _Fleet:
-    """A client for every lane of every replica of every pool."""
+    """A client for every attention group of every lane of every replica of every pool."""
     fleet = _Fleet()
     for pool_name, pool in scenario.clients.items():
         perf, refusals = _perf_model(scenario, pool_name, pool)
@@ -168,6 +169,10 @@ def _build_fleet(scenario: Scenario, workload: RequestTable, kernel: Kernel, rec
             fleet.models.append(perf)
             limit_seqs = client.batching.max_num_seqs
             fleet.infos.append(ClientInfo(name, pool_name, num_blocks, pool.kv_cache.block_size, limit_seqs))
+        if pool.lanes > 1:
+            first = len(fleet.clients) - pool.count * pool.lanes
+            for start in range(first, len(fleet.clients), pool.lanes):
+                share_stages(fleet.clients[start : start + pool.lanes], pool.pp, kernel)
     return fleet
 
 

@@ -182,11 +182,11 @@ class Pool(Section):
     tp: Annotated[int, Field(ge=1, le=1024)] = 1
     """devices of one replica, in tensor parallelism"""
     pp: Annotated[int, Field(ge=1, le=64)] = 1
-    """pipeline stages of one replica: as many lanes, each with a step in flight and its share of the KV cache"""
+    """pipeline stages of one replica: as many lanes contend for them, each with its queue and share of the KV cache"""
     ep: Annotated[int, Field(ge=1, le=1024)] = 1
     """expert parallelism over the tp x attn_dp ranks; 1 splits each expert by tp"""
     attn_dp: Annotated[int, Field(ge=1, le=1024)] = 1
-    """groups of tp ranks with attention and KV cache of their own, sharing the experts"""
+    """groups of tp ranks with queue and KV cache of their own; sharing the experts, each step lasts as the slowest's"""
     weights_dtype: Dtype = "auto"
     """dtype of the weights; auto is that of the model's checkpoint"""
     kv_dtype: Dtype = "auto"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -242,7 +242,10 @@ class PerfModelContract:
         """A step within the deployment's limits."""
         num_decodes = rng.randint(0, deployment.max_num_seqs - 4)
         chunks = [(rng.randint(1, 100), rng.randint(0, 4000)) for _ in range(rng.randint(0 if num_decodes else 1, 4))]
-        return _step_of(chunks, num_decodes, num_decodes * rng.randint(1, 4000))
+        step = _step_of(chunks, num_decodes, num_decodes * rng.randint(1, 4000))
+        if deployment.platform.attn_dp > 1:
+            step.shared_tokens = rng.choice((0, rng.randint(1, 1000)))
+        return step
 
     def test_times_are_whole_nanoseconds_and_never_beat_the_floor(self) -> None:
         rng = random.Random(1)
@@ -305,7 +308,7 @@ def _step_of(chunks: list[tuple[int, int]], num_decodes: int, context: int) -> S
 
 
 def _more_work(step: Step) -> list[Step]:
-    """`step` with one more decode, or a token more: of decode context, of a chunk, of context before a chunk."""
+    """`step` with one more decode, or a token more: of decode context, of a chunk, of its context, in other groups."""
     n, context, chunks = step.num_decodes, step.decode_context, step.chunks
     more = [_step_of(chunks, n + 1, context + 1)]
     if n:
@@ -313,4 +316,6 @@ def _more_work(step: Step) -> list[Step]:
     if chunks:
         (c, s), *rest = chunks
         more += [_step_of([(c + 1, s), *rest], n, context), _step_of([(c, s + 1), *rest], n, context)]
-    return more
+    shared = step.shared_tokens
+    more = [replace(larger, shared_tokens=shared) for larger in more]
+    return [*more, replace(step, shared_tokens=shared + 1)] if shared else more
