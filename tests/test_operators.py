@@ -98,7 +98,7 @@ def test_tokens_travel_to_experts_only_between_attention_groups() -> None:
     spread = by_name(deployment(spec(MIXTURE), attn_dp=4, ep=4))
     copies = 4 * (1 - (3 / 4) ** 2)  # of four ranks, those that two experts are expected on
     assert spread["dispatch"].shape == (copies * row, 4)
-    assert (spread["dispatch"].repeats, spread["combine"].bytes["shared_tokens"]) == (3, copies * row)
+    assert (spread["dispatch"].repeats, spread["combine"].bytes["tokens"]) == (3, copies * row)
     assert "all_reduce" not in spread
     split = by_name(deployment(spec(MIXTURE), attn_dp=4))
     assert split["tokens_gather"].shape == split["tokens_scatter"].shape == (4 * row, 4)
@@ -109,7 +109,7 @@ def test_dispatch_is_in_the_dtype_of_the_gemm() -> None:
     device = Device.from_mapping(OWN | {"peak_tflops": {"bf16": 500, "fp8": 1000}})
     d = Deployment(spec(MIXTURE), Platform(device, ep=4, attn_dp=4), "fp8", "bf16", 64, 8)
     operators = by_name(d)
-    there, back = (operators[name].bytes["shared_tokens"] for name in ("dispatch", "combine"))
+    there, back = (operators[name].bytes["tokens"] for name in ("dispatch", "combine"))
     assert back == 2 * there == 1.75 * 256 * 2
     assert operators["experts_down"].dtype == "fp8"
 
@@ -212,7 +212,7 @@ CASES = [(name, parallel) for name, (_, degrees) in MODELS.items() for parallel 
 PREPARED: dict[str, Roofline] = {}
 #: What attention groups share.
 SHARED = {
-    "dispatch", "combine", "tokens_gather", "tokens_scatter",
+    "tokens_gather", "tokens_scatter",
     "experts_gate_up", "experts_down", "experts_activation", "experts_sum",
 }  # fmt: skip
 

@@ -332,7 +332,7 @@ def _dispatch(g: LayerGroup, experts: Experts, deployment: Deployment, dtype: st
         copies = reached * platform.num_stage_devices / platform.ep / platform.tp
         for name, element in (("dispatch", there), ("combine", ACTIVATION_BYTES)):
             row = round(copies * h * element)
-            yield _network(name, "alltoall", n, row, platform.num_stage_devices, "shared_tokens")
+            yield _network(name, "alltoall", n, row, platform.num_stage_devices)
     else:
         row = int(platform.attn_dp * h * ACTIVATION_BYTES)
         yield _network("tokens_gather", "allgather", n, row, platform.attn_dp, "shared_tokens")
