@@ -68,8 +68,10 @@ def _vllm(root: Path) -> StepCalibration:
     for fit in found.fits:
         assert fit.noise_mean_pct is not None
         assert fit.noise_median_pct is not None
-        ratio = fit.step_mean_pct / fit.noise_mean_pct
+        assert fit.repeated_mean_pct is not None
+        ratio, alike = (error / fit.noise_mean_pct for error in (fit.step_mean_pct, fit.repeated_mean_pct))
         _print(fit, f"bar {NOISE_BAR} x repeat noise: mean {ratio:.2f} x {_met(ratio <= NOISE_BAR)}, "
+            f"on the repeated steps alone {alike:.2f} x, "
                f"median {fit.step_median_pct / fit.noise_median_pct:.2f} x")  # fmt: skip
     _print_remarks(found)
     return found
@@ -90,7 +92,7 @@ def _print(fit: RegimeFit, bar: str) -> None:
     print(f"  {fit.name}: {fit.num_steps} steps, {fit.num_groups} groups held out: mean {fit.mean_pct:.2f} %, "
           f"median {fit.median_pct:.2f} %, P90 {fit.p90_pct:.2f} %; {bar}")  # fmt: skip
     print(f"    single steps: mean {fit.step_mean_pct:.2f} %, median {fit.step_median_pct:.2f} %; "
-          f"repeat noise of {fit.num_repeats}: {noise}")  # fmt: skip
+          f"repeat noise of {fit.num_repeats} times of {fit.num_repeated} distinct steps: {noise}")  # fmt: skip
     for row in worst_groups(fit, 3):
         print("      " + ", ".join(f"{key} {value}" for key, value in row.items() if key != "regime"))
 

@@ -34,7 +34,8 @@ class RegimeFit:
 
     `mean_pct`, `median_pct`, `p90_pct`: absolute errors of held-out groups, each the mean over its distinct steps, of
     whose repeats the median counts. `step_*`: of the single held-out steps. `noise_*`: how far repeats of the same step
-    lie from their median, corrected for their number (None without repeats); `num_repeats` of them.
+    lie from their median, corrected for their number (None without repeats): `num_repeats` times of `num_repeated`
+    distinct steps, which have the held-out error `repeated_mean_pct`.
     """
 
     name: str
@@ -49,6 +50,8 @@ class RegimeFit:
     noise_mean_pct: float | None
     noise_median_pct: float | None
     num_repeats: int
+    num_repeated: int
+    repeated_mean_pct: float | None
     held_out: tuple[HeldOut, ...]
     warnings: tuple[str, ...]
 
@@ -90,6 +93,8 @@ def _fit_regime(name: str, features: FloatArray, ns: FloatArray, groups: IntArra
               for g in np.unique(groups)]  # fmt: skip
     by_group = np.array([p.error_pct for p in points])
     noise = repeat_noise(ns, repeats)
+    _, which, counts = np.unique(repeats, return_inverse=True, return_counts=True)
+    repeated = counts[which.reshape(-1)] > 1
     return RegimeFit(
         name, regime, len(ns), len(points),
         mean_pct=float(by_group.mean()), median_pct=float(np.median(by_group)),
@@ -97,7 +102,8 @@ def _fit_regime(name: str, features: FloatArray, ns: FloatArray, groups: IntArra
         step_mean_pct=float(errors.mean()), step_median_pct=float(np.median(errors)),
         noise_mean_pct=float(noise.mean()) if len(noise) else None,
         noise_median_pct=float(np.median(noise)) if len(noise) else None,
-        num_repeats=len(noise), held_out=tuple(points), warnings=tuple(warnings),
+        num_repeats=len(noise), num_repeated=int((counts > 1).sum()),
+        repeated_mean_pct=float(errors[repeated].mean()) if len(noise) else None, held_out=tuple(points), warnings=tuple(warnings),
     )  # fmt: skip
 
 

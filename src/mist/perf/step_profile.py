@@ -31,8 +31,9 @@ FEATURES = ("new_tokens", "sequences", "context", "attention")
 class Regime:
     """Steps of one kind: linear between `knots` of new tokens, plus a rate for each other feature, all in ns.
 
-    Below the first knot as at it; beyond the last at the mean slope of the knots' upper half. No rate is negative and
-    `knot_ns` never falls, so that more work never takes less time. `ranges`: (least, most) of each feature measured.
+    Below the first knot as at it, since few tokens wait for the weights; beyond the last at the mean slope of the
+    knots' upper half. No rate is negative and `knot_ns` never falls, so that more work never takes less time.
+    `ranges`: (least, most) of each feature measured.
     """
 
     knots: tuple[float, ...]

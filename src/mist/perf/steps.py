@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from operator import gt
 from typing import Any
 
 import numpy as np
@@ -117,12 +118,10 @@ class Steps:
             ns, origin = self._prefill.time(*whole)
         else:
             ns, origin = self._mixed.time(*whole)
-            ns = max(ns, self._prefill.time(tokens, sequences, cached, area)[0])
-            ns = max(ns, self._decode.time(n, n, context - n, context)[0])
-        if origin == EXTRAPOLATED and self.fallback is not None:
-            a, b, c, d = self._most
-            if whole[0] > a or whole[1] > b or whole[2] > c or whole[3] > d:
-                ns = max(ns, self.fallback.step_time(step))
+            prefill_ns = self._prefill.time(tokens, sequences, cached, area)[0]
+            ns = max(ns, prefill_ns, self._decode.time(n, n, context - n, context)[0])
+        if origin == EXTRAPOLATED and self.fallback is not None and any(map(gt, whole, self._most)):
+            ns = max(ns, self.fallback.step_time(step))
         floor_ns = self._floor.time(step)
         return (floor_ns, CLAMPED) if ns < floor_ns else (ns, origin)
 
