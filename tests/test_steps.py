@@ -220,6 +220,9 @@ def test_mistakes_have_places(tmp_path: Path) -> None:
         with pytest.raises(ScenarioError) as caught:
             load(scenario)
         assert place in str(caught.value)
+    scenario.write_text(text.replace("{steps: FILE}", "steps"))
+    with pytest.raises(ScenarioError, match="no step profile is named"):
+        load(scenario)
 
 
 def test_explain_step_takes_a_profile() -> None:

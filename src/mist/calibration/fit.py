@@ -103,7 +103,8 @@ def _fit_regime(name: str, features: FloatArray, ns: FloatArray, groups: IntArra
         noise_mean_pct=float(noise.mean()) if len(noise) else None,
         noise_median_pct=float(np.median(noise)) if len(noise) else None,
         num_repeats=len(noise), num_repeated=int((counts > 1).sum()),
-        repeated_mean_pct=float(errors[repeated].mean()) if len(noise) else None, held_out=tuple(points), warnings=tuple(warnings),
+        repeated_mean_pct=float(errors[repeated].mean()) if len(noise) else None,
+        held_out=tuple(points), warnings=tuple(warnings),
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ class Steps:
     takes at least what `fallback` says.
     """
 
-    profile: str | dict[str, Any]
+    profile: str | dict[str, Any] = ""
     fallback: PerfModel | None = None
     num_clamped: int = field(init=False, default=0, repr=False)
     _prefill: _Table = field(init=False, repr=False)
@@ -128,7 +128,11 @@ class Steps:
     def _read(self) -> StepProfile | str:
         """The profile, or why there is none."""
         if isinstance(self.profile, str):
-            return f"the profile {self.profile!r} was not read: give its contents"
+            return (
+                f"the profile {self.profile!r} was not read: give its contents"
+                if self.profile
+                else "no profile is named"
+            )
         try:
             return StepProfile.from_mapping(self.profile)
         except ScenarioError as error:

@@ -49,7 +49,10 @@ def _read_profiles(specs: list[Spec], info: ValidationInfo) -> list[Spec]:
     read, found = [], []
     for at, spec in enumerate(specs):
         given = spec.params.get("profile") if spec.name == "steps" else None
-        if given is not None:
+        if given == "":
+            hint = f"steps: a path, or one of {', '.join(catalogue.names('steps'))}"
+            found.append(((at, "steps"), Problem("no step profile is named", hint=hint)))
+        elif given is not None:
             try:
                 form = catalogue.read("steps", given, (info.context or {}).get("folder", Path()))[1]
                 spec = replace(spec, params={**spec.params, "profile": form})
