@@ -46,7 +46,8 @@ Perf = Annotated[Spec, SpecOf("perf")]
 
 def _read_profiles(specs: list[Spec], info: ValidationInfo) -> list[Spec]:
     """Step profiles by the catalogue's name or in place, so that they mean the same wherever the scenario goes."""
-    read, found = [], []
+    read: list[Spec] = []
+    found: list[Located] = []
     for at, spec in enumerate(specs):
         given = spec.params.get("profile") if spec.name == "steps" else None
         if given == "":
