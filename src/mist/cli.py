@@ -1,4 +1,4 @@
-"""The command `mist`: run, check, explain-step, schema and list, each a few lines around the library.
+"""The command `mist`: run, check, explain-step, calibrate, schema and list, each a few lines around the library.
 
 The outermost layer: options become overrides of the scenario, errors become exit codes (2 the user's files, 3 a broken
 law, 130 interrupted). It computes nothing, prints results to stdout only, and imports the simulator only to use it.
@@ -187,7 +187,7 @@ def check(resolved: bool, **options: Any) -> None:
 @click.option("--engine", help="The serving engine, for its host time and limits.")
 @click.option("--weights-dtype", default="auto", help="Dtype of the weights; auto is the checkpoint's.")
 @click.option("--kv-dtype", default="auto", help="Dtype of the KV cache; auto is 16 bits.")
-@click.option("--perf", default="", help="A performance model, such as kernels or roofline.")
+@click.option("--perf", default="", help="A performance model: kernels, roofline or 'steps: FILE'.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")
 def explain_step(
@@ -223,6 +223,62 @@ def explain_step(
         click.echo(remark, err=True)
 
 
+@main.group()
+def calibrate() -> None:
+    """Fit profiles to what was measured on your own engine."""
+
+
+@calibrate.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--format", "file_format", type=click.Choice(["auto", "csv", "splitwise", "blis"]), default="auto",
+              help="What the file is; auto tells by its columns.")  # fmt: skip
+@click.option("--model", default="", help="The model, by name or path, unless the file says.")
+@click.option("--device", default="", help="The device, by name or path, unless the file says.")
+@click.option("--tp", type=click.IntRange(1, 1024), help="Ranks of tensor parallelism; 1 unless the file says.")
+@click.option("--weights-dtype", default="auto", help="Dtype of the weights; auto is the checkpoint's.")
+@click.option("--kv-dtype", default="auto", help="Dtype of the KV cache; auto is 16 bits.")
+@click.option("--name", default="", help="What the profile is called.")
+@click.option("--engine", default="", help="The engine and its version, for the record.")
+@click.option("--source", default="", help="Where the steps come from, for the record.")
+@click.option("--licence", default="", help="Their licence, for the record.")
+@click.option("--date", default="", help="The date of the profile; today's unless given.")
+@click.option("--device-time-only", is_flag=True, help="The times hold no host time of the engine.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="PROFILE", help="Write the profile here.")
+@click.option("--overwrite", is_flag=True, help="Let --out replace what is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the error table and the profile as one JSON document.")
+def steps(file: Path, out: Path | None, overwrite: bool, as_json: bool, **options: Any) -> None:
+    """Learn step times from the profiled steps in FILE, and say how well on operating points held out.
+
+    \b
+    Columns of a CSV, JSON-lines or Parquet file, a step a row:
+        time_ns, time_us, time_ms or time_s
+        num_decodes, decode_context        sequences, and their attended tokens in all
+        num_prefills, prefill_tokens       chunks, and their new tokens in all
+        prefill_context                    tokens in the KV cache before the chunks, in all
+        prefill_attention                  sum of c*(s + c/2); left out, chunks are equal
+        group                              operating point, held out as a whole
+
+    \b
+    Examples:
+        mist calibrate steps steps.csv --model llama-3.1-8b --device h100-sxm --out profile.yaml
+        mist run scenario.yaml --set 'perf={steps: profile.yaml}'
+    """
+    from mist.calibration.steps import calibrate_steps, write_profile
+    from mist.metrics import SCHEMA_VERSION
+
+    found = calibrate_steps(file, **options)
+    if out is not None:
+        write_profile(found, out, overwrite=overwrite)
+    if as_json:
+        _print_json({"schema_version": SCHEMA_VERSION, "errors": found.rows(), "profile": found.profile.as_mapping()})
+        return
+    click.echo(_table(found.rows()))
+    for remark in found.remarks:
+        click.echo(remark, err=True)
+    if out is not None:
+        click.echo(f"The profile is {out}: name it in a scenario as perf: {{steps: {out}}}", err=True)
+
+
 @main.command()
 @click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")
 def schema(plugins: tuple[str, ...]) -> None:
@@ -241,7 +297,9 @@ def schema(plugins: tuple[str, ...]) -> None:
 
 
 @main.command("list")
-@click.argument("what", type=click.Choice(["devices", "models", "engines", "policies", "workloads", "pipelines"]))
+@click.argument(
+    "what", type=click.Choice(["devices", "models", "engines", "steps", "policies", "workloads", "pipelines"])
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")
 def list_names(what: str, as_json: bool, plugins: tuple[str, ...]) -> None:

@@ -29,7 +29,7 @@ from mist.perf.drafted import Drafted
 from mist.records import Records
 from mist.request import DECODE
 from mist.scenario.clients import Pool
-from mist.scenario.pricing import price
+from mist.scenario.pricing import host_beside, price
 from mist.scenario.remarks import remarks
 from mist.scenario.result import Result
 from mist.scenario.value import Scenario
@@ -158,7 +158,7 @@ def _build_fleet(scenario: Scenario, workload: RequestTable, kernel: Kernel, rec
                 batching=pool.batching.build(),
                 perf=perf,
                 kv=_kv_cache(scenario, pool_name, pool, num_blocks, workload.hash_block_size),
-                engine=pool.engine,
+                engine=host_beside(pool.engine, perf),
                 max_model_len=pool.max_model_len,
                 kernel=kernel,
                 records=records,

@@ -18,6 +18,7 @@ from mist.engine import EngineProfile
 from mist.errors import Problem, ScenarioError, nearest
 from mist.hardware import Device
 from mist.model import ModelSpec
+from mist.perf.step_profile import StepProfile
 from mist.scenario.nodes import parse
 from mist.scenario.source import KeyPath, Source, read_file
 
@@ -54,9 +55,9 @@ def names(kind: str) -> list[str]:
 def read(kind: str, given: str | Mapping[str, Any], folder: Path) -> tuple[Any, str | dict[str, Any]]:
     """What `given` means: its value, and the form in which it can be written anywhere (a catalogue name or a mapping).
 
-    A text is a name or alias of the catalogue, else a path looked up in `folder`; the value is a Device, ModelSpec or
-    EngineProfile, for workloads the mapping itself. ScenarioError lists all problems; those of a mapping given in place
-    have no file, and their messages begin with the key.
+    A text is a name or alias of the catalogue, else a path looked up in `folder`; the value is a Device, ModelSpec,
+    EngineProfile or StepProfile, for workloads the mapping itself. ScenarioError lists all problems; those of a mapping
+    given in place have no file, and their messages begin with the key.
     """
     if isinstance(given, Mapping):
         return _build(kind, given, "inline"), dict(given)
@@ -70,6 +71,11 @@ def read(kind: str, given: str | Mapping[str, Any], folder: Path) -> tuple[Any, 
     source = _readable(path)
     name = path.parent.name if path.name == "config.json" else path.stem
     return _build_from(kind, source, name), {"name": name, **source.data()}
+
+
+def mapping(kind: str, given: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping behind a name of the catalogue; one written in place is itself."""
+    return dict(given) if isinstance(given, Mapping) else _index(kind)[given.lower()].source.data()
 
 
 def key_of(message: str, data: Any) -> tuple[KeyPath, str]:
@@ -116,7 +122,7 @@ def _file(kind: str, given: str, folder: Path) -> Path:
             return path
     except (OSError, RuntimeError, ValueError):  # too long for a name, no home folder, a zero byte
         path = folder
-    what = kind.removesuffix("s")
+    what = "step profile" if kind == "steps" else kind.removesuffix("s")
     if _LIKE_A_PATH.search(given):
         raise ScenarioError(
             Problem(f"there is no {what} file {str(path)!r}", hint="paths start at the scenario's folder")
@@ -183,5 +189,6 @@ _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "devices": Device.from_mapping,
     "models": _model,
     "engines": EngineProfile.from_mapping,
+    "steps": StepProfile.from_mapping,
     "workloads": dict,
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     GetCoreSchemaHandler,
@@ -42,9 +43,33 @@ Count = Annotated[int, Field(ge=1, le=2**40)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Perf = Annotated[Spec, SpecOf("perf")]
+
+
+def _read_profiles(specs: list[Spec], info: ValidationInfo) -> list[Spec]:
+    """Step profiles by the catalogue's name or in place, so that they mean the same wherever the scenario goes."""
+    read: list[Spec] = []
+    found: list[Located] = []
+    for at, spec in enumerate(specs):
+        given = spec.params.get("profile") if spec.name == "steps" else None
+        if given == "":
+            hint = f"steps: a path, or one of {', '.join(catalogue.names('steps'))}"
+            found.append(((at, "steps"), Problem("no step profile is named", hint=hint)))
+        elif given is not None:
+            try:
+                form = catalogue.read("steps", given, (info.context or {}).get("folder", Path()))[1]
+                spec = replace(spec, params={**spec.params, "profile": form})
+            except ScenarioError as error:
+                found += [((at, "steps", "profile"), each) for each in error.problems]
+        read.append(spec)
+    if found:
+        raise problems(found)
+    return read
+
+
 PerfList = Annotated[
     list[Perf],
     Field(min_length=1),
+    AfterValidator(_read_profiles),
     Short(lambda value: value if isinstance(value, list) else [value]),
 ]
 Stages = Annotated[list[Name], Field(min_length=1)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from mist import registry
 from mist.engine import EngineProfile
@@ -23,10 +23,12 @@ from mist.model.quantization import UNKNOWN
 from mist.perf import Deployment, OperatorTime
 from mist.request import Step
 from mist.scenario import catalogue
-from mist.scenario.clients import DEFAULT_ENGINE, MAX_STEP_TOKENS
-from mist.scenario.named import Spec, SpecOf
-from mist.scenario.pricing import PREFERRED, price
+from mist.scenario.clients import DEFAULT_ENGINE, MAX_STEP_TOKENS, PerfList
+from mist.scenario.named import Spec
+from mist.scenario.pricing import PREFERRED, host_beside, price
+from mist.scenario.source import override, read_mapping
 
+_PERF_LIST: TypeAdapter[list[Spec]] = TypeAdapter(PerfList)
 _TERM = re.compile(r"(?:(?P<tokens>\d+)(?:@(?P<before>\d+))?|(?P<count>\d+)x(?P<context>\d+))", re.ASCII)
 _GRAMMAR = "terms joined by +: 512 or 512@1024 (a prefill of 512 tokens, 1,024 before it), 64x2048 (64 decodes)"
 
@@ -161,7 +163,8 @@ def explain_step(
     """What `step` takes on `tp` x `pp` x `attn_dp` devices; sizes of the step are those of one attention group.
 
     Names are those of the catalogues or paths from `folder`. `weights_dtype` auto is the checkpoint's, `kv_dtype` auto
-    16 bits. `perf`: a performance model, "" the first of `kernels` and `roofline` that supports the deployment.
+    16 bits. `perf`: a performance model, also with parameters as YAML (`steps: file.yaml`), "" the first of `kernels`
+    and `roofline` that supports the deployment.
     ScenarioError lists all that can't be read, or why nothing can price it.
     """
     values = _read({"models": model, "devices": device, "engines": engine}, folder or Path())
@@ -190,14 +193,15 @@ def explain_step(
         engine=profile.engine,
         time_factors=profile.time_factors,
     )
-    priced = price(_specs(perf), deployment)
+    priced = price(_specs(perf, folder or Path()), deployment)
     prepared = priced.model
     if prepared is None:
         raise ScenarioError([Problem(reason, hint="try --perf roofline") for reason in priced.refusals])
+    host = host_beside(profile, prepared)
     return Explanation(
         deployment, profile, step, priced.name,
         total_ns=prepared.step_time(step),
-        host_ns=profile.step_overhead_ns + profile.token_overhead_ns * step.num_sampled,
+        host_ns=host.step_overhead_ns + host.token_overhead_ns * step.num_sampled,
         floor_ns=prepared.floor_time(step),
         operators=tuple(prepared.explain(step)),
         remarks=(*priced.refusals, *_remarks(deployment, profile, step, tokens, seqs)),
@@ -225,13 +229,18 @@ def _check_dtypes(*dtypes: str) -> None:
         raise ScenarioError(problems)
 
 
-def _specs(name: str) -> list[Spec]:
-    """The performance models to ask: the one named, or the usual ones."""
+def _specs(perf: str, folder: Path) -> list[Spec]:
+    """The performance models to ask: the one given, or the usual ones."""
+    given = override(read_mapping({"perf": list(PREFERRED)}), [f"perf={perf}"] if perf else []).at(("perf",))
     try:
-        return [SpecOf("perf").read(n) for n in ([name] if name else PREFERRED)]
-    except ValidationError:
-        hint = nearest(name, registry.names("perf"))
-        raise ScenarioError(Problem(f"there is no performance model {name!r}", hint=hint)) from None
+        return _PERF_LIST.validate_python(given, context={"folder": folder})
+    except ValidationError as error:
+        found = [each["ctx"] for each in error.errors()]
+        if isinstance(given, str) and given not in registry.names("perf"):
+            found = [
+                {"message": f"there is no performance model {given!r}", "hint": nearest(given, registry.names("perf"))}
+            ]
+        raise ScenarioError(Problem(each["message"], hint=each["hint"]) for each in found) from None
 
 
 def _remarks(

@@ -1,4 +1,4 @@
-"""What a scenario can name, as rows of plain data: devices, models, engines, policies, workloads and pipelines.
+"""What a scenario can name, as rows of plain data: devices, models, engines, step profiles, policies and more.
 
 Behind `mist list`, beside the schema: it reads the catalogues and the registry. It never prints.
 """
@@ -21,12 +21,12 @@ Row = dict[str, Any]
 
 
 def rows(what: str) -> list[Row]:
-    """One row per name of devices, models, engines, policies, workloads or pipelines; all rows have the same keys."""
+    """One row per name of what `mist list` takes; all rows have the same keys."""
     if what == "policies":
         return [row for kind in POLICIES for row in _registered(kind)]
     if what == "pipelines":
         return _registered("pipeline")
-    describe = {"devices": _device, "models": _model, "engines": _engine, "workloads": _workload}[what]
+    describe = {"devices": _device, "models": _model, "engines": _engine, "steps": _steps, "workloads": _workload}[what]
     return [
         {
             "name": entry.name,
@@ -80,6 +80,18 @@ def _engine(engine: Any) -> Row:
         "max_num_seqs": engine.max_num_seqs,
         "max_num_batched_tokens": engine.max_num_batched_tokens,
         "step_overhead_us": round(engine.step_overhead_ns / 1e3, 1),
+    }
+
+
+def _steps(profile: Any) -> Row:
+    return {
+        "model": profile.model,
+        "device": profile.device,
+        "tp": profile.tp,
+        "weights_dtype": profile.weights_dtype,
+        "kinds": ", ".join(profile.regimes),
+        "engine": profile.engine,
+        "calibrated": profile.calibrated,
     }
 
 

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mist import registry
+from mist.engine import EngineProfile
 from mist.perf import Deployment, PerfModel
+from mist.scenario import catalogue
 from mist.scenario.named import Spec
 
 #: performance models that are asked where none is named, in order
@@ -39,12 +41,22 @@ def price(specs: Sequence[Spec], deployment: Deployment) -> Priced:
     return Priced("", None, tuple(refusals))
 
 
+def host_beside(engine: EngineProfile, model: PerfModel) -> EngineProfile:
+    """`engine` as it runs beside `model`: without host time per step where the model's times hold it already."""
+    if not getattr(model, "includes_host", False):
+        return engine
+    return dataclasses.replace(engine, step_overhead_ns=0, token_overhead_ns=0)
+
+
 def _built(specs: Sequence[Spec]) -> list[PerfModel]:
     """A fresh model of each spec, with those behind it as fallbacks: the roofline behind the last."""
     behind: PerfModel | None = None
     built: list[PerfModel] = []
     for spec in reversed(specs):
         implementation = registry.lookup("perf", spec.name)
+        if spec.name == "steps":
+            read = {"profile": catalogue.mapping("steps", spec.params["profile"])}
+            spec = dataclasses.replace(spec, params={**spec.params, **read})
         if "fallback" in {f.name for f in dataclasses.fields(implementation) if f.init}:
             fallback = behind or registry.lookup("perf", "roofline")()
             behind = implementation(**{**spec.params, "fallback": fallback})
