@@ -14,6 +14,7 @@ from mist.engine import EngineProfile
 from mist.errors import InvariantError
 from mist.kernel import Kernel
 from mist.memory.kv_cache import KVCache
+from mist.network import HOST, Channel, KVLink
 from mist.perf import PerfModel
 from mist.records import CUT, DONE, PREEMPTED, Records
 from mist.request import DECODE, Batch, ClientView, StageResult, Step, Task, Wait
@@ -24,7 +25,11 @@ class Next(Protocol):
     """What a client tells its coordinator."""
 
     def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Task | None:
-        """`task` is done; the task that continues right here with its KV cache (a decode), or None."""
+        """`task` is done; the decode that continues with its KV cache, here or elsewhere, or None."""
+        ...
+
+    def hand_over(self, task: Task, following: Task, client: Client, now: int) -> bool:
+        """`following` decodes on from `task` on another client; False where none can, and the request has left."""
         ...
 
     def rejected(self, task: Task, client: Client, reason: str, now: int) -> None: ...
@@ -44,7 +49,8 @@ class Client:
     """One server: an engine replica on its devices.
 
     `emits`: whether the end of a task here can reach another client; set by the coordinator. `serves`: the stage kinds
-    that it takes. A step lasts max(host, device) with an overlapped engine, else host + device time.
+    that it takes. A step lasts max(host, device) with an overlapped engine, else host + device time. KV caches leave
+    over `nic` for clients that decode on; with a link to the `host` stated prefix hits are fetched over it first.
     """
 
     def __init__(
@@ -60,6 +66,8 @@ class Client:
         max_model_len: int,
         kernel: Kernel,
         records: Records,
+        nic: KVLink | None = None,
+        host: KVLink | None = None,
     ) -> None:
         self.index = index
         self.name = name
@@ -75,8 +83,12 @@ class Client:
         self.woken = False
         self.residents = Residents(kv, self._preempted)
         self.view = ClientView(index, name, kv_blocks=kv.num_blocks)
-        #: tokens of tasks that the engine's front end hasn't let in yet
-        self.front_end_tokens = 0
+        self.nic = Channel(nic or KVLink(), index, kernel, records)
+        self.host = Channel(host, HOST, kernel, records) if host else None
+        #: tasks of this client that don't wait yet: they or their KV cache are under way, or at the front end
+        self.incoming: dict[Task, None] = {}
+        #: tokens that these will have to compute
+        self.incoming_tokens = 0
         self.now = 0
         self.idle = True
         self.step = Step()
@@ -96,26 +108,46 @@ class Client:
 
     def accept(self, task: Task, now: int) -> None:
         """Take a task over; it waits once the engine's front end has let it in, or is rejected with the reason."""
+        if self.expect(task, now):
+            self.receive(task, now)
+
+    def expect(self, task: Task, now: int) -> bool:
+        """Whether `task` may come, and counts as this client's from now on; it is rejected with the reason if not."""
         reason = self._never_fits(task)
         if reason:
             self.coordinator.rejected(task, self, reason, now)
-            return
+            return False
         self.view.num_outstanding += 1
-        self.front_end_tokens += task.target_tokens
+        self.incoming[task] = None
+        self.incoming_tokens += task.remaining_tokens
+        return True
+
+    def receive(self, task: Task, now: int) -> None:
+        """An expected task is here: it passes the front end, then its prefix is fetched, then it waits."""
         if self.engine.request_overhead_ns:
-            self.kernel.at(now + self.engine.request_overhead_ns, self._enqueue, task)
+            self.kernel.at(now + self.engine.request_overhead_ns, self._fetch, task)
         else:
-            self._enqueue(task, now)
+            self._fetch(task, now)
+
+    def _fetch(self, task: Task, now: int) -> None:
+        if self.host is not None and task.remaining_tokens:
+            num_tokens = self.residents.kv.stated_hit(task)
+            if num_tokens:
+                self.host.send(task.request.index, self.index, num_tokens, self._enqueue, task, now)
+                return
+        self._enqueue(task, now)
 
     def _enqueue(self, task: Task, now: int) -> None:
-        self.front_end_tokens -= task.target_tokens
+        del self.incoming[task]
+        self.incoming_tokens -= task.remaining_tokens
         self.residents.enqueue(task)
         if self.idle:
             self.kernel.wake(self)
 
     def _never_fits(self, task: Task) -> str:
         # The client generates, so it may compare the true length with its memory, as an engine does with max_tokens.
-        output = task.request.oracle_output_tokens if DECODE in self._stage_kind else 0
+        generates = DECODE in self._stage_kind and DECODE in self.serves
+        output = task.request.oracle_output_tokens if generates else 0
         if task.target_tokens + output > self.max_model_len:
             return f"more tokens than max_model_len {self.max_model_len:,} of {self.name}"
         kv = self.residents.kv
@@ -130,7 +162,7 @@ class Client:
         view, residents = self.view, self.residents
         view.num_running = len(residents.running)
         view.num_waiting = view.num_outstanding - view.num_running
-        view.pending_prefill_tokens = residents.pending_tokens + self.front_end_tokens
+        view.pending_prefill_tokens = residents.pending_tokens + self.incoming_tokens
         view.decode_context = residents.cohort.sum_context
         view.kv_blocks_used = residents.kv.used
         return view
@@ -144,6 +176,8 @@ class Client:
         while True:
             self.now = now
             residents.begin()
+            if residents.num_handed_over:
+                self._take_over(now)
             batch = self.batching.next_batch(residents, residents.cohort, residents, now)
             if isinstance(batch, Wait):
                 self._go_idle(batch, now)
@@ -238,16 +272,44 @@ class Client:
         if task.is_decode:
             self._join(task, now)
             return
-        self._record_segment(task, now, DONE)
         result = StageResult(task.started_ns, now)
         following = self.coordinator.stage_done(task, result, self, now)
-        if following is None:
-            self.residents.leave(task, task.computed_tokens)
-            self.view.num_outstanding -= 1
-        else:
+        if following is not None and DECODE in self.serves:
+            self._record_segment(task, now, DONE)
             self.residents.follow(task, following)
             following.started_ns = now
             self._join(following, now)
+            return
+        self.view.num_outstanding -= 1
+        if following is not None:
+            task.joined_ns = now
+        self._record_segment(task, now, DONE)
+        if following is None or not self._hand_over(task, following, now):
+            self.residents.leave(task, task.computed_tokens)
+
+    def _hand_over(self, task: Task, following: Task, now: int) -> bool:
+        """A decode whose first token was sampled here: whether `task`'s blocks must stay for a client to go on with."""
+        following.generated_tokens = 1
+        following.target_tokens = following.computed_tokens = following.inherited_tokens = task.computed_tokens
+        if following.stage.oracle_output_tokens == 1:
+            self.coordinator.stage_done(following, StageResult(now, now, 1), self, now)
+            return False
+        if not self.coordinator.hand_over(task, following, self, now):
+            return False
+        self.residents.hold(task)
+        return True
+
+    def sent(self, task: Task) -> None:
+        """The KV cache of `task` has reached the client that decodes on."""
+        self.residents.sent(task)
+        if self.idle and self.residents.waiting:
+            self.kernel.wake(self)
+
+    def _take_over(self, now: int) -> None:
+        """Decodes whose KV cache was handed over join the cohort while they fit; their next token is the step's."""
+        while (task := self.residents.take_over(self.batching.max_num_seqs)) is not None:
+            task.started_ns = now
+            self.residents.cohort.join(task, task.stage.oracle_output_tokens - task.generated_tokens)
 
     def _join(self, task: Task, now: int) -> None:
         """A decode whose context is computed emits a token now, and the rest with the cohort's next steps."""
@@ -279,14 +341,17 @@ class Client:
         task.cached_tokens = task.inherited_tokens = 0
 
     def cut(self, now: int) -> list[Task]:
-        """The simulation stops at `now`: close the segments of all tasks here, and return these tasks."""
+        """The simulation stops at `now`: close the segments of all tasks here, and return them and those to come."""
         residents = self.residents
+        for channel in (self.nic, self.host):
+            if channel is not None:
+                channel.cut(now)
         tasks = [*residents.running.values(), *residents.waiting]
         for task in tasks:
             self._record_segment(task, now, CUT)
             if task.join_step >= 0:
                 task.generated_tokens += residents.cohort.step - task.join_step
-        return tasks
+        return [*tasks, *self.incoming]
 
     def _record_segment(self, task: Task, now: int, how: int) -> None:
         computed = task.computed_tokens - task.cached_tokens - task.inherited_tokens

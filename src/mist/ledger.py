@@ -34,24 +34,34 @@ class Ledger:
         self._now = 0
         self._busy_until = [0] * len(clients)
         self._told_to_wait = [False] * len(clients)
-        kernel.on_instant = self.check_requests
+        kernel.on_instant = self.check_instant
         for client in clients:
             client.watcher = self
 
+    def check_instant(self, now: int) -> None:
+        """requests and tasks, and places: each request in the system is one client's task, perhaps on its way there."""
+        self.check_requests(now)
+        placed = sum(client.view.num_outstanding for client in self.clients)
+        self._equal("requests in exactly one place", placed, len(self.coordinator.in_system))
+
     def check_requests(self, now: int) -> None:
-        """requests: arrived = left + in the system; tasks: accepted = at the front end + waiting + running.
+        """requests: arrived = left + in the system; tasks: accepted = incoming + waiting + running.
 
         work: no client sleeps through what came in.
         """
         coordinator = self.coordinator
+        under_way = self._under_way()
         self._now = now
         self._equal("arrived", coordinator.num_arrived, coordinator.num_left + len(coordinator.in_system))
         for client in self.clients:
             residents = client.residents
-            at_front_end = client.view.num_outstanding - len(residents.running) - len(residents.waiting)
+            incoming = client.view.num_outstanding - len(residents.running) - len(residents.waiting)
+            self._equal(f"{client.name}: incoming tasks", incoming, len(client.incoming))
+            at_front_end = incoming - under_way[client.index]
             possible = at_front_end == 0 or (at_front_end > 0 and client.engine.request_overhead_ns > 0)
             self._true(possible, f"{client.name}: {at_front_end} tasks at the front end")
-            asleep = client.idle and not self._told_to_wait[client.index] and len(residents.waiting) > 0
+            may_sleep = self._told_to_wait[client.index] or residents.sending
+            asleep = client.idle and not may_sleep and len(residents.waiting) > 0
             self._true(not asleep, f"{client.name} was not woken for {len(residents.waiting)} waiting tasks")
 
     # --- what clients report ---
@@ -78,7 +88,8 @@ class Ledger:
         self._now = now
         residents = client.residents
         self._told_to_wait[client.index] = wait.until_ns is not None
-        idle_for_good = wait.until_ns is None and (residents.running or residents.waiting)
+        # blocks that are being sent come back, and the client is woken then
+        idle_for_good = wait.until_ns is None and not residents.sending and (residents.running or residents.waiting)
         tasks = f"{len(residents.running)} running tasks, {len(residents.waiting)} waiting"
         self._true(not idle_for_good, f"{client.name} idles with {tasks}, {residents.kv.available} free blocks")
         self._check_blocks(client)
@@ -112,7 +123,7 @@ class Ledger:
             generates = DECODE in self.coordinator.pipeline.kinds
             wanted = np.asarray(self.coordinator.workload.output_tokens)[requests["request"]] * generates
             self._true(bool(np.all((requests["output_tokens"] == wanted)[finished])), "a request ended short of tokens")
-            emitted = (tasks["joined_ns"] >= 0) * (1 + tasks["last_step"] - tasks["join_step"])
+            emitted = (tasks["joined_ns"] >= 0) + tasks["last_step"] - tasks["join_step"]
             self._equal("tokens emitted", int(emitted.sum()), int(requests["output_tokens"].sum()))
         if not self.coordinator.in_system:
             integral, sojourns = littles_identity(requests, int(requests["end_ns"].max(initial=0)))
@@ -132,6 +143,15 @@ class Ledger:
         self._equal("tokens computed again without a preemption", _sum(tasks["computed_tokens"], again), 0)
 
     # --- recounting ---
+
+    def _under_way(self) -> list[int]:
+        """Transfers that are on their way to each client."""
+        number = [0] * len(self.clients)
+        for client in self.clients:
+            for channel in (client.nic, client.host):
+                for transfer in channel.in_flight if channel is not None else ():
+                    number[transfer.receiver] += 1
+        return number
 
     def _check_cohort(self, client: Client) -> None:
         cohort, residents = client.residents.cohort, client.residents
@@ -165,6 +185,9 @@ class Ledger:
     def _check_blocks(self, client: Client) -> None:
         residents, kv = client.residents, client.residents.kv
         private = sum(residents.held_blocks(t) - t.num_indexed * kv.unit_blocks for t in residents.running.values())
+        private += sum(
+            kv.blocks_for(t.computed_tokens) - t.num_indexed * kv.unit_blocks for t in residents.sending.values()
+        )
         referenced = private + kv.count_referenced_units()
         self._equal(f"{client.name}: KV blocks", kv.free + kv.cached + referenced, kv.num_blocks)
         self._equal(f"{client.name}: cached KV blocks", kv.cached, kv.count_evictable())

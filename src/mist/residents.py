@@ -18,12 +18,13 @@ class Residents:
     """Tasks of one client: `waiting` (first come first, preempted in front), `running` in order of admission.
 
     A running task is `prefilling` (tokens left to compute) or in the cohort. A running task holds
-    `kv.blocks_for(reserved tokens)` blocks: what it has computed, plus what this step computes for it.
+    `kv.blocks_for(reserved tokens)` blocks: what it has computed, plus what this step computes for it. A task that is
+    `sending` is done here and keeps its blocks until its KV cache has reached the client that decodes on.
     """
 
     __slots__ = (
-        "_admissions", "_grown", "_has_preempted", "_scheduled", "cohort", "kv", "num_preemptions", "on_preempt",
-        "pending_tokens", "prefilling_tasks", "running", "waiting",
+        "_admissions", "_grown", "_has_preempted", "_scheduled", "cohort", "kv", "num_handed_over", "num_preemptions",
+        "on_preempt", "pending_tokens", "prefilling_tasks", "running", "sending", "waiting",
     )  # fmt: skip
 
     def __init__(self, kv: KVCache, on_preempt: Callable[[Task], None]) -> None:
@@ -32,7 +33,10 @@ class Residents:
         self.waiting: deque[Task] = deque()
         self.running: dict[int, Task] = {}
         self.prefilling_tasks: dict[int, Task] = {}
+        self.sending: dict[int, Task] = {}
         self.on_preempt = on_preempt
+        #: of the waiting: decodes whose context was computed elsewhere and is there already
+        self.num_handed_over = 0
         #: tokens still to be computed for waiting and prefilling tasks
         self.pending_tokens = 0
         self.num_preemptions = 0
@@ -87,15 +91,16 @@ class Residents:
 
     def admit(self, task: Task, max_tokens: int, *, whole: bool = False) -> int:
         """Admit a waiting task with its first chunk; the chunk's tokens, or 0 and nothing has changed."""
-        if self._has_preempted:
-            return 0
+        if self._has_preempted or not task.remaining_tokens:
+            return 0  # a decode that was handed over is let in by `take_over`
         kv = self.kv
         hit = kv.match(task)
-        remaining = task.target_tokens - hit.num_tokens
+        found = max(hit.num_tokens, kv.stated_hit(task))
+        remaining = task.target_tokens - found
         chunk = min(remaining, max_tokens)
         if chunk <= 0 or (whole and chunk < remaining):
             return 0
-        reserved = hit.num_tokens + chunk
+        reserved = found + chunk
         needed = kv.blocks_for(reserved) - kv.blocks_for(hit.num_tokens)
         if needed + hit.num_unreferenced + kv.watermark_blocks > kv.available:
             return 0
@@ -105,11 +110,11 @@ class Residents:
             self.waiting.remove(task)
         if hit.num_tokens:
             kv.refer(task, hit)
-            task.computed_tokens = hit.num_tokens
-            task.cached_tokens = hit.num_tokens
+        if found:
+            task.computed_tokens = task.cached_tokens = found
             if not task.request.num_preemptions:
-                task.request.cached_tokens += hit.num_tokens
-            self.pending_tokens -= hit.num_tokens
+                task.request.cached_tokens += found
+            self.pending_tokens -= found
         kv.take(needed)
         kv.index(task, reserved)
         self._admissions += 1
@@ -128,7 +133,28 @@ class Residents:
     def enqueue(self, task: Task) -> None:
         """A task arrives: it waits behind the others."""
         self.waiting.append(task)
-        self.pending_tokens += task.target_tokens
+        self.pending_tokens += task.remaining_tokens
+        self.num_handed_over += not task.remaining_tokens
+
+    def take_over(self, max_num_seqs: int) -> Task | None:
+        """Admit the first waiting task if it is a decode with its context, and its next token fits too; else None.
+
+        It comes after the growth of those that decode already, as any admission does, and is indexed for nobody.
+        """
+        task = self.waiting[0] if self.num_handed_over else None
+        if task is None or task.remaining_tokens or len(self.running) >= max_num_seqs:
+            return None
+        kv, cohort = self.kv, self.cohort
+        growth = cohort.boundary[-cohort.step % cohort.block_size]
+        if growth + kv.blocks_for(task.target_tokens + 1) + kv.watermark_blocks > kv.available:
+            return None
+        self.waiting.popleft()
+        self.num_handed_over -= 1
+        kv.take(kv.blocks_for(task.target_tokens))
+        self._admissions += 1
+        task.admission = self._admissions
+        self.running[task.admission] = task
+        return task
 
     def computed(self, task: Task, num_tokens: int) -> bool:
         """A chunk of `task` is done; True if that was its last."""
@@ -158,6 +184,15 @@ class Residents:
     def leave(self, task: Task, num_tokens: int) -> None:
         """`task`, which holds `num_tokens` in the KV cache, stops running and releases its blocks."""
         self._release(task, num_tokens, num_tokens, resumes=False)
+
+    def hold(self, task: Task) -> None:
+        """`task` is done and stops running; its blocks stay until `sent`."""
+        self.sending[task.admission] = self.running.pop(task.admission)
+
+    def sent(self, task: Task) -> None:
+        """The KV cache of `task` is where it is needed: release its blocks here."""
+        num_tokens = self.sending.pop(task.admission).computed_tokens
+        self.kv.release(task, num_tokens, self.kv.blocks_for(num_tokens), resumes=False)
 
     def held_blocks(self, task: Task) -> int:
         """KV blocks that a running task holds now, what this step computes for it included."""

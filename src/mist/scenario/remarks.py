@@ -17,9 +17,21 @@ NOT_VALIDATED = "Expected error: not validated here yet against measured deploym
 def remarks(scenario: Scenario) -> list[str]:
     """Sentences about the pools' memory and about figures that nobody measured or confirmed."""
     found = [remark for name, pool in scenario.clients.items() for remark in _memory(name, pool)]
+    found += _not_modelled(scenario)
     devices = {pool.device.name: pool.device for pool in scenario.clients.values()}
     found += [remark for device in devices.values() for remark in _figures(device)]
     return [*found, NOT_VALIDATED]
+
+
+def _not_modelled(scenario: Scenario) -> Iterator[str]:
+    """What the scenario has but costs nothing, or has no effect."""
+    pools = scenario.clients.items()
+    if scenario.network.kv_transfer is None and any(pool.hands_over(scenario.stages) for _, pool in pools):
+        yield "KV caches go from prefill to decode clients in no time: network.kv_transfer gives them a link."
+    if scenario.workload.cached_tokens is not None:
+        for name, pool in pools:
+            if not pool.kv_cache.enable_prefix_caching:
+                yield f"{name}: prefix caching is off, so the workload's cached_tokens are computed here."
 
 
 def _memory(name: str, pool: Pool) -> Iterator[str]:
