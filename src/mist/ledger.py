@@ -15,6 +15,8 @@ from mist.coordinator import Coordinator
 from mist.errors import InvariantError
 from mist.kernel import FOREVER, Kernel
 from mist.metrics.load import littles_identity
+from mist.network import HOST
+from mist.pipeline import StageList
 from mist.records import FINISHED, PREEMPTED, Records
 from mist.request import DECODE, Step, Task, Wait
 
@@ -60,6 +62,7 @@ class Ledger:
             at_front_end = incoming - under_way[client.index]
             possible = at_front_end == 0 or (at_front_end > 0 and client.engine.request_overhead_ns > 0)
             self._true(possible, f"{client.name}: {at_front_end} tasks at the front end")
+            self._equal(f"{client.name}: KV caches being sent", len(residents.sending), len(client.nic.in_flight))
             may_sleep = self._told_to_wait[client.index] or residents.sending
             asleep = client.idle and not may_sleep and len(residents.waiting) > 0
             self._true(not asleep, f"{client.name} was not woken for {len(residents.waiting)} waiting tasks")
@@ -125,6 +128,9 @@ class Ledger:
             self._true(bool(np.all((requests["output_tokens"] == wanted)[finished])), "a request ended short of tokens")
             emitted = (tasks["joined_ns"] >= 0) + tasks["last_step"] - tasks["join_step"]
             self._equal("tokens emitted", int(emitted.sum()), int(requests["output_tokens"].sum()))
+        if type(self.coordinator.pipeline) is StageList:
+            self._check_prompts(tasks, requests)
+        self._check_transfers(tasks)
         if not self.coordinator.in_system:
             integral, sojourns = littles_identity(requests, int(requests["end_ns"].max(initial=0)))
             self._equal("Little's integral", integral, sojourns)
@@ -141,6 +147,34 @@ class Ledger:
         preempted = requests["request"][requests["num_preemptions"] > 0]
         again = decodes & ~np.isin(tasks["request"], preempted)
         self._equal("tokens computed again without a preemption", _sum(tasks["computed_tokens"], again), 0)
+
+    def _check_prompts(self, tasks: dict[str, np.ndarray], requests: dict[str, np.ndarray]) -> None:
+        """tokens: computed + found in the prefix cache = prompt, per stage, unless a preemption computed some again."""
+        kinds = self.coordinator.pipeline.kinds
+        done = np.zeros(self.coordinator.num_arrived, np.int64)
+        np.add.at(done, tasks["request"], tasks["computed_tokens"] + tasks["cached_tokens"])
+        plain = (requests["status"] == FINISHED) & (requests["num_preemptions"] == 0)
+        wanted = requests["input_tokens"] * (len(kinds) - (DECODE in kinds))
+        as_wanted = (done[requests["request"]] == wanted)[plain]
+        self._true(bool(np.all(as_wanted)), "computed and found tokens of a request are not those of its prompt")
+
+    def _check_transfers(self, tasks: dict[str, np.ndarray]) -> None:
+        """transfers: first come first served on each link; a decode goes on elsewhere only with its KV cache."""
+        rows = self.records.transfers.as_columns()
+        for client in self.clients:
+            for channel, mine in ((client.nic, rows["sender"] == client.index), (client.host, rows["sender"] == HOST)):
+                if channel is None:
+                    continue
+                mine = mine & (rows["start_ns"] >= 0) & ((channel is client.nic) | (rows["receiver"] == client.index))
+                order = np.argsort(rows["start_ns"][mine], kind="stable")
+                queued, start, num_bytes = (rows[name][mine][order] for name in ("queued_ns", "start_ns", "bytes"))
+                free = start + [channel.link.wire_ns(n) for n in num_bytes.tolist()]
+                self._true(bool(np.all(start >= queued)), f"{client.name}: a transfer starts before it is queued")
+                self._true(bool(np.all(start[1:] >= free[:-1])), f"{client.name}: transfers overlap on one link")
+        came = set(zip(*(rows[name].tolist() for name in ("request", "receiver", "end_ns")), strict=True))
+        on = (tasks["joined_ns"] < 0) & (tasks["join_step"] >= 0)
+        went = set(zip(*(tasks[name][on].tolist() for name in ("request", "client", "queued_ns")), strict=True))
+        self._true(went <= came, f"decodes went on without their KV cache: {sorted(went - came)[:3]}")
 
     # --- recounting ---
 
