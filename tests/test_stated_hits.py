@@ -112,7 +112,7 @@ def test_random_workloads_with_hits_obey_the_laws(host: KVLink | None) -> None:
         hits += int(requests["cached_tokens"].sum())
         once = (requests["status"] == FINISHED) & (requests["num_preemptions"] == 0)
         assert (requests["cached_tokens"] < requests["input_tokens"])[once].all()
-    assert preemptions > 50
+    assert preemptions > 10
     assert hits > 1000
 
 
