@@ -22,7 +22,7 @@ from mist.metrics import ClientInfo, summarise
 from mist.network import Channel, KVLink
 from mist.records import FINISHED, REJECTED, UNFINISHED, Records
 from mist.report.timeline import write_timeline
-from mist.request import ClientView, Task
+from mist.request import Batch, ClientView, Task, Wait
 from mist.residents import Residents
 from mist.routing.join_shortest_queue import JoinShortestQueue
 from mist.routing.least_outstanding import LeastOutstanding
@@ -190,6 +190,22 @@ class Nosy:
         return chosen
 
 
+class ShortestFirst(Chunked):
+    """Admits in an order of its own, and gives up at the first that doesn't fit."""
+
+    def next_batch(self, queue: Any, cohort: Any, budget: Any, now: int) -> Batch | Wait:
+        if cohort.count:
+            budget.grow_decodes()
+        batch = Batch([(task, task.remaining_tokens) for task in queue.prefilling], decode=True)
+        batch.chunks = [(task, chunk) for task, chunk in batch.chunks if budget.grow(task, chunk)]
+        batch.chunks = [(task, chunk) for task, chunk in batch.chunks if task.admission >= 0]
+        for task in sorted(queue.waiting, key=lambda task: task.remaining_tokens):
+            if budget.num_running >= self.max_num_seqs or not (chunk := budget.admit(task, 1000)):
+                break
+            batch.chunks.append((task, chunk))
+        return batch if batch.chunks or cohort.count else Wait()
+
+
 def random_pools(seed: int) -> Callable[[], Run]:
     """N prefill and M decode clients, some of both, tiny pools and budgets; open or closed loop, cut or not."""
     rng = random.Random(seed)
@@ -199,7 +215,10 @@ def random_pools(seed: int) -> Callable[[], Run]:
     serves += [rng.choice([("decode",), ("decode",), ("prefill", "decode")]) for _ in range(decodes)]
     if rng.random() < 0.3:
         scenario = replace(scenario, concurrency=2)
-    policy, router = POLICIES[seed % 3], rng.choice([RoundRobin, LeastOutstanding, JoinShortestQueue, Nosy])
+    policy, router = (
+        (*POLICIES, ShortestFirst)[seed % 4],
+        rng.choice([RoundRobin, LeastOutstanding, JoinShortestQueue, Nosy]),
+    )
     options: dict[str, Any] = {
         "num_clients": prefills + decodes,
         "serves": serves,

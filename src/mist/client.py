@@ -176,7 +176,7 @@ class Client:
         while True:
             self.now = now
             residents.begin()
-            if residents.num_handed_over:
+            if residents.handed_over:
                 self._take_over(now)
             batch = self.batching.next_batch(residents, residents.cohort, residents, now)
             if isinstance(batch, Wait):
@@ -197,7 +197,7 @@ class Client:
         start, kv_used = self._step_row
         self._append_step(
             (self.index, start, now, len(step.chunks), step.num_prefill_tokens, step.num_decodes,
-             step.decode_context, kv_used, len(residents.waiting))
+             step.decode_context, kv_used, len(residents.waiting) + len(residents.handed_over))
         )  # fmt: skip
         if self.watcher is not None:
             self.watcher.step_finished(self, now)
@@ -302,7 +302,7 @@ class Client:
     def sent(self, task: Task) -> None:
         """The KV cache of `task` has reached the client that decodes on."""
         self.residents.sent(task)
-        if self.idle and self.residents.waiting:
+        if self.idle and self.residents.num_waiting:
             self.kernel.wake(self)
 
     def _take_over(self, now: int) -> None:
@@ -346,7 +346,7 @@ class Client:
         for channel in (self.nic, self.host):
             if channel is not None:
                 channel.cut(now)
-        tasks = [*residents.running.values(), *residents.waiting]
+        tasks = [*residents.running.values(), *residents.waiting, *residents.handed_over]
         for task in tasks:
             self._record_segment(task, now, CUT)
             if task.join_step >= 0:

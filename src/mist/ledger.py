@@ -57,15 +57,15 @@ class Ledger:
         self._equal("arrived", coordinator.num_arrived, coordinator.num_left + len(coordinator.in_system))
         for client in self.clients:
             residents = client.residents
-            incoming = client.view.num_outstanding - len(residents.running) - len(residents.waiting)
+            incoming = client.view.num_outstanding - len(residents.running) - residents.num_waiting
             self._equal(f"{client.name}: incoming tasks", incoming, len(client.incoming))
             at_front_end = incoming - under_way[client.index]
             possible = at_front_end == 0 or (at_front_end > 0 and client.engine.request_overhead_ns > 0)
             self._true(possible, f"{client.name}: {at_front_end} tasks at the front end")
             self._equal(f"{client.name}: KV caches being sent", len(residents.sending), len(client.nic.in_flight))
             may_sleep = self._told_to_wait[client.index] or residents.sending
-            asleep = client.idle and not may_sleep and len(residents.waiting) > 0
-            self._true(not asleep, f"{client.name} was not woken for {len(residents.waiting)} waiting tasks")
+            asleep = client.idle and not may_sleep and residents.num_waiting > 0
+            self._true(not asleep, f"{client.name} was not woken for {residents.num_waiting} waiting tasks")
 
     # --- what clients report ---
 
@@ -92,8 +92,8 @@ class Ledger:
         residents = client.residents
         self._told_to_wait[client.index] = wait.until_ns is not None
         # blocks that are being sent come back, and the client is woken then
-        idle_for_good = wait.until_ns is None and not residents.sending and (residents.running or residents.waiting)
-        tasks = f"{len(residents.running)} running tasks, {len(residents.waiting)} waiting"
+        idle_for_good = wait.until_ns is None and not residents.sending and (residents.running or residents.num_waiting)
+        tasks = f"{len(residents.running)} running tasks, {residents.num_waiting} waiting"
         self._true(not idle_for_good, f"{client.name} idles with {tasks}, {residents.kv.available} free blocks")
         self._check_blocks(client)
 

@@ -23,7 +23,7 @@ class Residents:
     """
 
     __slots__ = (
-        "_admissions", "_grown", "_has_preempted", "_scheduled", "cohort", "kv", "num_handed_over", "num_preemptions",
+        "_admissions", "_grown", "_has_preempted", "_scheduled", "cohort", "handed_over", "kv", "num_preemptions",
         "on_preempt", "pending_tokens", "prefilling_tasks", "running", "sending", "waiting",
     )  # fmt: skip
 
@@ -35,8 +35,8 @@ class Residents:
         self.prefilling_tasks: dict[int, Task] = {}
         self.sending: dict[int, Task] = {}
         self.on_preempt = on_preempt
-        #: of the waiting: decodes whose context was computed elsewhere and is there already
-        self.num_handed_over = 0
+        #: decodes that wait with a context that was computed elsewhere: nothing for a policy to schedule
+        self.handed_over: deque[Task] = deque()
         #: tokens still to be computed for waiting and prefilling tasks
         self.pending_tokens = 0
         self.num_preemptions = 0
@@ -53,6 +53,11 @@ class Residents:
     @property
     def prefilling(self) -> list[Task]:
         return list(self.prefilling_tasks.values())
+
+    @property
+    def num_waiting(self) -> int:
+        """Tasks that aren't admitted, those included that no policy sees."""
+        return len(self.waiting) + len(self.handed_over)
 
     @property
     def num_running(self) -> int:
@@ -91,8 +96,8 @@ class Residents:
 
     def admit(self, task: Task, max_tokens: int, *, whole: bool = False) -> int:
         """Admit a waiting task with its first chunk; the chunk's tokens, or 0 and nothing has changed."""
-        if self._has_preempted or not task.remaining_tokens:
-            return 0  # a decode that was handed over is let in by `take_over`
+        if self._has_preempted:
+            return 0
         kv = self.kv
         hit = kv.match(task)
         found = max(hit.num_tokens, kv.stated_hit(task))
@@ -132,24 +137,27 @@ class Residents:
 
     def enqueue(self, task: Task) -> None:
         """A task arrives: it waits behind the others."""
-        self.waiting.append(task)
-        self.pending_tokens += task.remaining_tokens
-        self.num_handed_over += not task.remaining_tokens
+        if task.remaining_tokens:
+            self.waiting.append(task)
+            self.pending_tokens += task.remaining_tokens
+        else:
+            self.handed_over.append(task)
 
     def take_over(self, max_num_seqs: int) -> Task | None:
-        """Admit the first waiting task if it is a decode with its context, and its next token fits too; else None.
+        """Admit the first decode that was handed over if it fits with its next token; None if not.
 
-        It comes after the growth of those that decode already, as any admission does, and is indexed for nobody.
+        As in any admission, those that decode already grow first, and so does whoever was preempted or came before.
         """
-        task = self.waiting[0] if self.num_handed_over else None
-        if task is None or task.remaining_tokens or len(self.running) >= max_num_seqs:
+        if not self.handed_over or len(self.running) >= max_num_seqs:
+            return None
+        task, first = self.handed_over[0], self.waiting[0] if self.waiting else None
+        if first is not None and (first.request.num_preemptions or first.queued_ns <= task.queued_ns):
             return None
         kv, cohort = self.kv, self.cohort
         growth = cohort.boundary[-cohort.step % cohort.block_size]
         if growth + kv.blocks_for(task.target_tokens + 1) + kv.watermark_blocks > kv.available:
             return None
-        self.waiting.popleft()
-        self.num_handed_over -= 1
+        self.handed_over.popleft()
         kv.take(kv.blocks_for(task.target_tokens))
         self._admissions += 1
         task.admission = self._admissions
