@@ -238,7 +238,10 @@ def test_a_pool_that_finds_nothing_is_told(tmp_path: Path) -> None:
     text = HITS.replace("8b}", "8b, kv_cache: {enable_prefix_caching: false}}")
     result = scenario(tmp_path, text).run()
     assert result.requests["cached_tokens"].tolist() == [0] * 3
-    assert any("prefix caching is off" in note for note in result.metrics["notes"])
+    (tmp_path / "in.csv").write_text(TRACE)
+    traced = "workload: {trace: in.csv}\n" + text.partition("\n")[2]
+    for each in (result, scenario(tmp_path, traced).run()):
+        assert any("gpu: prefix caching is off" in note for note in each.metrics["notes"])
 
 
 TRACE = "arrival_ns,input_tokens,output_tokens,cached_tokens\n0,100,3,60\n5,10,3,10\n9,20,3,0\n"

@@ -99,6 +99,9 @@ def build_workload(scenario: Scenario) -> RequestTable:
         table.cached_tokens = workload.cached_tokens.build().sample(len(table), random_of(scenario.seed, "cached"))
     if table.cached_tokens is not None:
         table.cached_tokens = np.minimum(table.cached_tokens, table.input_tokens - 1)
+        finds_nothing = [name for name, pool in scenario.clients.items() if not pool.kv_cache.enable_prefix_caching]
+        note = "{}: prefix caching is off, so the workload's cached_tokens are computed here."
+        table.notes += tuple(note.format(name) for name in finds_nothing)
     return rate_scale(table, workload.rate_scale) if workload.rate_scale != 1 else table
 
 

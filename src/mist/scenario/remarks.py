@@ -24,14 +24,10 @@ def remarks(scenario: Scenario) -> list[str]:
 
 
 def _not_modelled(scenario: Scenario) -> Iterator[str]:
-    """What the scenario has but costs nothing, or has no effect."""
-    pools = scenario.clients.items()
-    if scenario.network.kv_transfer is None and any(pool.hands_over(scenario.stages) for _, pool in pools):
+    """What the scenario has, at no cost."""
+    pools = scenario.clients.values()
+    if scenario.network.kv_transfer is None and any(pool.hands_over(scenario.stages) for pool in pools):
         yield "KV caches go from prefill to decode clients in no time: network.kv_transfer gives them a link."
-    if scenario.workload.cached_tokens is not None:
-        for name, pool in pools:
-            if not pool.kv_cache.enable_prefix_caching:
-                yield f"{name}: prefix caching is off, so the workload's cached_tokens are computed here."
 
 
 def _memory(name: str, pool: Pool) -> Iterator[str]:
