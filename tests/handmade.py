@@ -160,7 +160,7 @@ class _Play:
         self.segment(server, job, PREEMPTED)
         server.running.remove(job)
         job.preemptions += 1
-        job.queued, job.started, job.joined, job.cached = self.now, -1, -1, 0
+        job.queued, job.started, job.joined, job.join_step, job.cached = self.now, -1, -1, -1, 0
         job.left = 1
         server.waiting.insert(0, job)
 

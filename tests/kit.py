@@ -37,7 +37,8 @@ TIMES = {"arrival_ns", "first_token_ns", "end_ns", "queued_ns", "started_ns", "j
 
 def rows(records: Records, *, shift: int = 0, scale: int = 1) -> dict[str, list[tuple[int, ...]]]:
     """The tables of a run as sorted rows, all instants (but not "never") times `scale` plus `shift`."""
-    tables = {"requests": records.requests, "tasks": records.tasks, "steps": records.steps}
+    names = ("requests", "tasks", "steps", "transfers")
+    tables = {name: getattr(records, name) for name in names}
     result = {}
     for name, t in tables.items():
         columns = [

@@ -255,7 +255,6 @@ CLIENT = "  gpu: {device: h100-sxm, model: llama-3.1-8b}"
         ("model: llama-3.1-8b", "model: ./mamba.json", (1, 16), "'mamba' is not supported"),
         ("model: llama-3.1-8b", "model: ./cut.json", (3, 16), "not valid JSON"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, weights_dtype: fp9", (8, 63), "no dtype 'fp9'"),
-        ("model: llama-3.1-8b", "model: llama-3.1-8b, serves: [prefill]", (8, 48), "different clients"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, serves: [prefill, decod]", (8, 66), "no stage 'decod'"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, serves: []", (8, 48), "something in it"),
         ("model: llama-3.1-8b", "model: llama-3.1-8b, max_model_len: 1e6", (8, 63), "131,072"),
@@ -291,7 +290,14 @@ CLIENT = "  gpu: {device: h100-sxm, model: llama-3.1-8b}"
         ("seed: 3", "seed: true", (2, 7), "whole number, not true"),
         ("seed: 3", "warmup_s: 10\nwindow_s: 5:20", (3, 11), "ends after the window begins"),
         ("seed: 3", "perf: []", (2, 1), "something in it"),
-        ("seed: 3", "network: {preset: h100}", (2, 1), "no key 'network'"),
+        ("seed: 3", "network: {preset: h100}", (2, 11), "no key 'preset'"),
+        ("seed: 3", "network: {kv_transfer: {}}", (2, 11), "bandwidth' is missing"),
+        ("seed: 3", "network: {kv_transfer: {bandwidth: 50}}", (2, 36), "must be text, not 50"),
+        ("seed: 3", "network: {kv_transfer: {bandwidth: 50 GB}}", (2, 36), "not a number with a unit"),
+        ("seed: 3", "network: {kv_transfer: {bandwidth: 0 GB/s}}", (2, 36), "out of range"),
+        ("seed: 3", "network: {kv_transfer: {bandwidth: 1 GB/s, latency: 1}}", (2, 53), "must be text, not 1"),
+        ("seed: 3", "network: {kv_transfer: {bandwidth: 1 GB/s, efficiency: 2}}", (2, 56), "at most 1"),
+        ("lengths:", "cached_tokens: -1\n  lengths:", (6, 18), "at least 1"),
     ],
 )
 def test_each_mistake_is_told(folder: Path, old: str, new: str, place: tuple[int, int], says: str) -> None:

@@ -14,6 +14,7 @@ from mist.engine import EngineProfile
 from mist.errors import InvariantError
 from mist.kernel import Kernel
 from mist.memory.kv_cache import KVCache
+from mist.network import HOST, Channel, KVLink
 from mist.perf import PerfModel
 from mist.records import CUT, DONE, PREEMPTED, Records
 from mist.request import DECODE, Batch, ClientView, StageResult, Step, Task, Wait
@@ -25,7 +26,11 @@ class Next(Protocol):
     """What a client tells its coordinator."""
 
     def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Task | None:
-        """`task` is done; the task that continues right here with its KV cache (a decode), or None."""
+        """`task` is done; the decode that continues with its KV cache, here or elsewhere, or None."""
+        ...
+
+    def hand_over(self, task: Task, following: Task, client: Client, now: int) -> bool:
+        """`following` decodes on from `task` on another client; False where none can, and the request has left."""
         ...
 
     def rejected(self, task: Task, client: Client, reason: str, now: int) -> None: ...
@@ -52,7 +57,8 @@ class Client:
 
     `emits`: whether the end of a task here can reach another client; set by the coordinator. `serves`: the stage kinds
     that it takes. A step lasts max(host, device) with an overlapped engine, else host + device time. With `speculation`
-    a decode step verifies drafts; `perf` prices them too.
+    a decode step verifies drafts; `perf` prices them too. KV caches leave over `nic` for clients that decode on; with a
+    link to the `host` stated prefix hits are fetched over it first.
     """
 
     def __init__(
@@ -69,6 +75,8 @@ class Client:
         kernel: Kernel,
         records: Records,
         speculation: Speculation | None = None,
+        nic: KVLink | None = None,
+        host: KVLink | None = None,
     ) -> None:
         self.index = index
         self.name = name
@@ -84,11 +92,17 @@ class Client:
         self.emits = True
         self.woken = False
         cohort = SpeculativeCohort(kv.block_size, speculation) if speculation else None
-        self.residents = Residents(kv, self._preempted, cohort, reserves_output=engine.reserves_output)
+        self.residents = Residents(
+            kv, self._preempted, cohort, reserves_output=engine.reserves_output and DECODE in serves
+        )
         self._num_drafts = speculation.num_draft_tokens if speculation else 0
         self.view = ClientView(index, name, kv_blocks=kv.num_blocks)
-        #: tokens of tasks that the engine's front end hasn't let in yet
-        self.front_end_tokens = 0
+        self.nic = Channel(nic or KVLink(), index, kernel, records)
+        self.host = Channel(host, HOST, kernel, records) if host else None
+        #: tasks of this client that don't wait yet: they or their KV cache are under way, or at the front end
+        self.incoming: dict[Task, None] = {}
+        #: tokens that these will have to compute
+        self.incoming_tokens = 0
         self.now = 0
         self.idle = True
         self.step = Step(tokens_per_decode=1 + self._num_drafts)
@@ -111,22 +125,41 @@ class Client:
 
     def accept(self, task: Task, now: int) -> None:
         """Take a task over; it waits once the engine's front end has let it in, or is rejected with the reason."""
+        if self.expect(task, now):
+            self.receive(task, now)
+
+    def expect(self, task: Task, now: int) -> bool:
+        """Whether `task` may come, and counts as this client's from now on; it is rejected with the reason if not."""
         reason = self._never_fits(task)
         if reason:
             self.coordinator.rejected(task, self, reason, now)
-            return
+            return False
         self.view.num_outstanding += 1
-        self.front_end_tokens += task.target_tokens
+        self.incoming[task] = None
+        self.incoming_tokens += task.remaining_tokens
+        return True
+
+    def receive(self, task: Task, now: int) -> None:
+        """An expected task is here: it passes the front end, then its prefix is fetched, then it waits."""
         if self.engine.request_overhead_ns:
-            self.kernel.at(now + self.engine.request_overhead_ns, self._enqueue, task)
+            self.kernel.at(now + self.engine.request_overhead_ns, self._fetch, task)
         else:
-            self._enqueue(task, now)
+            self._fetch(task, now)
+
+    def _fetch(self, task: Task, now: int) -> None:
+        if self.host is not None and task.remaining_tokens:
+            num_tokens = self.residents.kv.stated_hit(task)
+            if num_tokens:
+                self.host.send(task.request.index, self.index, num_tokens, self._enqueue, task, now)
+                return
+        self._enqueue(task, now)
 
     def _enqueue(self, task: Task, now: int) -> None:
         if self.engine.async_scheduling and not self.idle:
             self._unseen.append(task)
             return
-        self.front_end_tokens -= task.target_tokens
+        del self.incoming[task]
+        self.incoming_tokens -= task.remaining_tokens
         self.residents.enqueue(task)
         if self.idle:
             self.waker.wake(self)
@@ -134,13 +167,15 @@ class Client:
     def _see(self) -> None:
         """The next batch may hold what arrived before this one was decided."""
         for task in self._unseen:
-            self.front_end_tokens -= task.target_tokens
+            del self.incoming[task]
+            self.incoming_tokens -= task.remaining_tokens
             self.residents.enqueue(task)
         self._unseen.clear()
 
     def _never_fits(self, task: Task) -> str:
         # The client generates, so it may compare the true length with its memory, as an engine does with max_tokens.
-        output = task.request.oracle_output_tokens if DECODE in self._stage_kind else 0
+        generates = DECODE in self._stage_kind and DECODE in self.serves
+        output = task.request.oracle_output_tokens if generates else 0
         if task.target_tokens + output > self.max_model_len:
             return f"more tokens than max_model_len {self.max_model_len:,} of {self.name}"
         kv = self.residents.kv
@@ -157,7 +192,7 @@ class Client:
         view, residents = self.view, self.residents
         view.num_running = len(residents.running)
         view.num_waiting = view.num_outstanding - view.num_running
-        view.pending_prefill_tokens = residents.pending_tokens + self.front_end_tokens
+        view.pending_prefill_tokens = residents.pending_tokens + self.incoming_tokens
         view.decode_context = residents.cohort.sum_context
         view.kv_blocks_used = residents.kv.used
         return view
@@ -184,6 +219,8 @@ class Client:
         self.now = now
         self.idle = False
         residents.begin()
+        if residents.handed_over:
+            self._take_over(now)
         batch = self.batching.next_batch(residents, cohort, residents, now)
         if self._unseen:
             self._see()
@@ -224,7 +261,7 @@ class Client:
         start, kv_used = self._step_row
         self._append_step(
             (self.index, start, now, len(step.chunks), step.num_prefill_tokens, step.num_decodes,
-             step.decode_context, kv_used, len(residents.waiting))
+             step.decode_context, kv_used, len(residents.waiting) + len(residents.handed_over))
         )  # fmt: skip
         if self.watcher is not None:
             self.watcher.step_finished(self, now)
@@ -281,16 +318,44 @@ class Client:
         if task.is_decode:
             self._join(task, now)
             return
-        self._record_segment(task, now, DONE)
         result = StageResult(task.started_ns, now)
         following = self.coordinator.stage_done(task, result, self, now)
-        if following is None:
-            self.residents.leave(task, task.computed_tokens, task.computed_tokens)
-            self.view.num_outstanding -= 1
-        else:
+        if following is not None and DECODE in self.serves:
+            self._record_segment(task, now, DONE)
             self.residents.follow(task, following)
             following.started_ns = now
             self._join(following, now)
+            return
+        self.view.num_outstanding -= 1
+        if following is not None:
+            task.joined_ns = now
+        self._record_segment(task, now, DONE)
+        if following is None or not self._hand_over(task, following, now):
+            self.residents.leave(task, task.computed_tokens, task.computed_tokens)
+
+    def _hand_over(self, task: Task, following: Task, now: int) -> bool:
+        """A decode whose first token was sampled here: whether `task`'s blocks must stay for a client to go on with."""
+        following.generated_tokens = 1
+        following.target_tokens = following.computed_tokens = following.inherited_tokens = task.computed_tokens
+        if following.stage.oracle_output_tokens == 1:
+            self.coordinator.stage_done(following, StageResult(now, now, 1), self, now)
+            return False
+        if not self.coordinator.hand_over(task, following, self, now):
+            return False
+        self.residents.hold(task)
+        return True
+
+    def sent(self, task: Task) -> None:
+        """The KV cache of `task` has reached the client that decodes on."""
+        self.residents.sent(task)
+        if self.idle and self.residents.num_waiting:
+            self.waker.wake(self)
+
+    def _take_over(self, now: int) -> None:
+        """Decodes whose KV cache was handed over join the cohort while they fit; their next token is the step's."""
+        while (task := self.residents.take_over(self.batching.max_num_seqs)) is not None:
+            task.started_ns = now
+            self.residents.cohort.join(task, task.stage.oracle_output_tokens - task.generated_tokens)
 
     def _join(self, task: Task, now: int) -> None:
         """A decode whose context is computed emits a token now, and the rest with the cohort's next steps."""
@@ -321,21 +386,24 @@ class Client:
         task.cached_tokens = task.inherited_tokens = 0
 
     def cut(self, now: int) -> list[Task]:
-        """The simulation stops at `now`: close the segments of all tasks here, and return these tasks."""
+        """The simulation stops at `now`: close the segments of all tasks here, and return them and those to come."""
         residents = self.residents
-        tasks = [*residents.running.values(), *residents.waiting, *self._unseen]
+        for channel in (self.nic, self.host):
+            if channel is not None:
+                channel.cut(now)
+        tasks = [*residents.running.values(), *residents.waiting, *residents.handed_over]
         for task in tasks:
             self._record_segment(task, now, CUT)
             if task.join_step >= 0:
                 task.generated_tokens += residents.cohort.generated(task)
-        return tasks
+        return [*tasks, *self.incoming]
 
     def _record_segment(self, task: Task, now: int, how: int) -> None:
         computed = task.computed_tokens - task.cached_tokens - task.inherited_tokens
         cohort = self.residents.cohort
         has_joined = task.join_step >= 0
         last_step = cohort.step if has_joined else -1
-        generated = 1 + cohort.generated(task) if has_joined else 0
+        generated = (task.joined_ns >= 0) + (cohort.generated(task) if has_joined else 0)
         self._append_task(
             (task.request.index, task.stage_index, self._stage_kind[task.stage.kind], self.index,
              task.queued_ns, task.started_ns, task.joined_ns, now, how,

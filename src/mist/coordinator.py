@@ -16,7 +16,7 @@ from mist.errors import InvariantError
 from mist.kernel import Kernel
 from mist.pipeline import PipelineFactory
 from mist.records import FINISHED, REJECTED, UNFINISHED, Records
-from mist.request import DECODE, ClientView, Request, Stage, StageResult, Task
+from mist.request import DECODE, ClientView, Request, StageResult, Task
 from mist.routing import RoutingPolicy
 from mist.workload import RequestTable
 
@@ -53,6 +53,7 @@ class Coordinator:
         self._arrival_ns: list[int] = workload.arrival_ns.tolist()
         self._input_tokens: list[int] = workload.input_tokens.tolist()
         self._output_tokens: list[int] = workload.output_tokens.tolist()
+        self._hit_tokens: list[int] | None = None if workload.cached_tokens is None else workload.cached_tokens.tolist()
         for client in clients:
             client.coordinator = self
             client.emits = workload.concurrency is not None or self._hands_over(client)
@@ -81,7 +82,12 @@ class Coordinator:
     def _arrive(self, index: int, now: int) -> None:
         keys = self.workload.block_keys
         request = Request(
-            index, now, self._input_tokens[index], self._output_tokens[index], keys[index] if keys is not None else ()
+            index,
+            now,
+            self._input_tokens[index],
+            self._output_tokens[index],
+            keys[index] if keys is not None else (),
+            self._hit_tokens[index] if self._hit_tokens is not None else 0,
         )
         request.pipeline = self.pipeline(request, lambda: self.rng_of(index))
         self.in_system[index] = request
@@ -91,7 +97,7 @@ class Coordinator:
     # --- stage to stage ---
 
     def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Task | None:
-        """`task` ended on `client`; the next task if it goes on right there with its KV cache, else None."""
+        """`task` ended on `client`; the decode that is to go on with its KV cache, or None."""
         request = task.request
         if task.stage.visible:
             request.output_tokens += result.output_tokens
@@ -100,8 +106,23 @@ class Coordinator:
             request.first_token_ns = now
         return following
 
+    def hand_over(self, task: Task, following: Task, client: Client, now: int) -> bool:
+        """The KV cache of `task` goes from `client` to one that decodes on; False: it can't, and the request left."""
+        there = self._choose(following, now)
+        if not there.expect(following, now):
+            return False
+        transfer = (task, client, following, there)
+        client.nic.send(task.request.index, there.index, following.target_tokens, self._handed_over, transfer, now)
+        return True
+
+    def _handed_over(self, transfer: tuple[Task, Client, Task, Client], now: int) -> None:
+        task, here, following, there = transfer
+        here.sent(task)
+        following.queued_ns = now
+        there.receive(following, now)
+
     def advance(self, request: Request, result: StageResult | None, here: Client | None, now: int) -> Task | None:
-        """Ask for the next stage and place it: a decode stays where its prefill left the KV cache."""
+        """Ask for the next stage and place it; a decode is returned, to go on where its prefill left the KV cache."""
         pipeline = request.pipeline
         assert pipeline is not None
         try:
@@ -114,39 +135,43 @@ class Coordinator:
         task = Task(request, stage, request.num_stages, stage.input_tokens, now)
         request.num_stages += 1
         if stage.kind == DECODE:
-            if here is None or DECODE not in here.serves:
-                raise InvariantError(f"request {request.index}: a decode must follow a prefill on a client of both")
+            if here is None:
+                raise InvariantError(f"request {request.index}: a decode must follow a stage that leaves a KV cache")
             return task
-        self._place(task, stage, now)
+        self._choose(task, now).accept(task, now)
         return None
 
-    def _place(self, task: Task, stage: Stage, now: int) -> None:
-        candidates = self._serving.get(stage.kind)
+    def _choose(self, task: Task, now: int) -> Client:
+        kind = task.stage.kind
+        candidates = self._serving.get(kind)
         if not candidates:
-            raise InvariantError(f"the pipeline yielded a stage {stage.kind!r} that it did not announce")
+            raise InvariantError(f"the pipeline yielded a stage {kind!r} that it did not announce")
         if len(candidates) == 1:
-            client = candidates[0]
-        else:
-            views = [candidate.refresh_view() for candidate in candidates]
-            router = self.routers[stage.kind]
-            chosen = router.choose(task, views, now)
-            if not isinstance(chosen, ClientView) or stage.kind not in self.clients[chosen.index].serves:
-                name = type(router).__name__
-                raise InvariantError(f"{name} chose {chosen!r} for request {task.request.index}: none of its choices")
-            client = self.clients[chosen.index]
-        client.accept(task, now)
+            return candidates[0]
+        views = [candidate.refresh_view() for candidate in candidates]
+        router = self.routers[kind]
+        chosen = router.choose(task, views, now)
+        if not isinstance(chosen, ClientView) or kind not in self.clients[chosen.index].serves:
+            name = type(router).__name__
+            raise InvariantError(f"{name} chose {chosen!r} for request {task.request.index}: none of its choices")
+        return self.clients[chosen.index]
 
     def _hands_over(self, client: Client) -> bool:
-        """Whether a task's end on `client` can reach another: not where each stage is the last, or decodes on."""
-        kinds = self.pipeline.kinds
+        """Whether a task's end on `client` can reach another: not where each stage is the last, or decodes on here."""
         if not self.pipeline.is_fixed:
             return True
-        return any(kind in client.serves and following != DECODE for kind, following in pairwise(kinds))
+        here = client.serves
+        return any(
+            kind in here and (following != DECODE or DECODE not in here)
+            for kind, following in pairwise(self.pipeline.kinds)
+        )
 
     # --- requests leave ---
 
     def rejected(self, task: Task, client: Client, reason: str, now: int) -> None:
         """`client` can never serve `task`: its request leaves, with the reason."""
+        if task.stage.visible:
+            task.request.output_tokens += task.generated_tokens
         self._leave(task.request, REJECTED, now, reason)
 
     def cut(self, now: int) -> None:

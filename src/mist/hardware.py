@@ -35,6 +35,10 @@ GENERIC_LINK_BYTES_PER_S = 32.0 * GB  # PCIe 4.0 x16, one direction
 #: Between nodes, where nothing is given: a 400 Gbit/s NIC per device and a message's time through it (unverified).
 GENERIC_INTER_NODE_BYTES_PER_S = 50.0 * GB
 GENERIC_INTER_NODE_LATENCY_NS = 8_000
+#: To host memory, where nothing is given: PCIe 4.0 x16 at the 0.82 of its 32 GB/s that an A100 reaches
+#: (nvbandwidth, Azure/AI-benchmarking-guide), and the start of a copy (unverified).
+GENERIC_HOST_LINK_BYTES_PER_S = 26.0 * GB
+GENERIC_HOST_LINK_LATENCY_NS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ class Device:
     `link_bytes_per_s`: scale-up link in total, per direction; `scale_up_domain`: devices that it joins; `switched`:
     every pair talks at full rate (NVSwitch, full mesh), so that small all-reduces need no ring.
     `inter_node_bytes_per_s`, `inter_node_latency_ns`: a device's share of the network between such domains.
+    `host_link_bytes_per_s`, `host_link_latency_ns`: large copies from host memory, as measured and not the link's peak.
     `efficiency`: fraction of peak by operator class; a key with a suffix (`gemm_fp8`, `attention_decode_fp8`,
     `allreduce_8` for eight ranks) overrides its class there. `kernel_launch_ns`: fixed time of a kernel, same keys.
     `attention_ramp_tokens`: context tokens that every new token costs in prefill attention on top of its true context
@@ -63,6 +68,8 @@ class Device:
     switched: bool = False
     inter_node_bytes_per_s: float = GENERIC_INTER_NODE_BYTES_PER_S
     inter_node_latency_ns: int = GENERIC_INTER_NODE_LATENCY_NS
+    host_link_bytes_per_s: float = GENERIC_HOST_LINK_BYTES_PER_S
+    host_link_latency_ns: int = GENERIC_HOST_LINK_LATENCY_NS
     tdp_w: float | None = None
     efficiency: Mapping[str, float] = field(default_factory=dict)
     kernel_launch_ns: Mapping[str, float] = field(default_factory=dict)
@@ -291,7 +298,8 @@ class MappingReader:
 
 _QUANTITIES = {
     "memory_bytes": 1, "memory_bytes_per_s": 1, "link_bytes_per_s": 1, "link_latency_ns": 0, "scale_up_domain": 1,
-    "inter_node_bytes_per_s": 1, "inter_node_latency_ns": 0, "tdp_w": 1, "attention_ramp_tokens": 0,
+    "inter_node_bytes_per_s": 1, "inter_node_latency_ns": 0, "host_link_bytes_per_s": 1, "host_link_latency_ns": 0,
+    "tdp_w": 1, "attention_ramp_tokens": 0,
 }  # fmt: skip
 
 

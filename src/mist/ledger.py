@@ -16,6 +16,8 @@ from mist.errors import InvariantError
 from mist.kernel import FOREVER, Kernel
 from mist.lanes import Lane
 from mist.metrics.load import littles_identity
+from mist.network import HOST
+from mist.pipeline import StageList
 from mist.records import FINISHED, PREEMPTED, Records
 from mist.request import DECODE, Step, Task, Wait
 from mist.speculation import PACE_BITS, SpeculativeCohort
@@ -37,28 +39,37 @@ class Ledger:
         self._busy_until = [0] * len(clients)
         self._device_until = [0] * len(clients)
         self._told_to_wait = [False] * len(clients)
-        kernel.on_instant = self.check_requests
+        kernel.on_instant = self.check_instant
         for client in clients:
             client.watcher = self
 
+    def check_instant(self, now: int) -> None:
+        """requests and tasks, and places: each request in the system is one client's task, perhaps on its way there."""
+        self.check_requests(now)
+        placed = sum(client.view.num_outstanding for client in self.clients)
+        self._equal("requests in exactly one place", placed, len(self.coordinator.in_system))
+
     def check_requests(self, now: int) -> None:
-        """requests: arrived = left + in the system; tasks: accepted = at the front end + waiting + running.
+        """requests: arrived = left + in the system; tasks: accepted = incoming + waiting + running.
 
         work: no client sleeps through what came in, unless it is next in a lane whose common step is in flight.
         """
         coordinator = self.coordinator
+        under_way = self._under_way()
         self._now = now
         self._equal("arrived", coordinator.num_arrived, coordinator.num_left + len(coordinator.in_system))
         for client in self.clients:
             residents = client.residents
-            at_front_end = client.view.num_outstanding - len(residents.running) - len(residents.waiting)
+            incoming = client.view.num_outstanding - len(residents.running) - residents.num_waiting
+            self._equal(f"{client.name}: incoming tasks", incoming, len(client.incoming))
+            at_front_end = incoming - under_way[client.index]
             possible = at_front_end == 0 or (at_front_end > 0 and client.engine.request_overhead_ns > 0)
             self._true(possible, f"{client.name}: {at_front_end} tasks at the front end")
-            asleep = client.idle and not self._told_to_wait[client.index] and len(residents.waiting) > 0
-            self._true(
-                not asleep or _is_next(client),
-                f"{client.name} was not woken for {len(residents.waiting)} waiting tasks",
-            )
+            self._equal(f"{client.name}: KV caches being sent", len(residents.sending), len(client.nic.in_flight))
+            may_sleep = self._told_to_wait[client.index] or residents.sending
+            asleep = client.idle and not may_sleep and residents.num_waiting > 0
+            told = not asleep or _is_next(client)
+            self._true(told, f"{client.name} was not woken for {residents.num_waiting} waiting tasks")
 
     # --- what clients report ---
 
@@ -87,8 +98,9 @@ class Ledger:
         self._now = now
         residents = client.residents
         self._told_to_wait[client.index] = wait.until_ns is not None
-        idle_for_good = wait.until_ns is None and (residents.running or residents.waiting)
-        tasks = f"{len(residents.running)} running tasks, {len(residents.waiting)} waiting"
+        # blocks that are being sent come back, and the client is woken then
+        idle_for_good = wait.until_ns is None and not residents.sending and (residents.running or residents.num_waiting)
+        tasks = f"{len(residents.running)} running tasks, {residents.num_waiting} waiting"
         self._true(not idle_for_good, f"{client.name} idles with {tasks}, {residents.kv.available} free blocks")
         self._check_blocks(client)
 
@@ -110,7 +122,7 @@ class Ledger:
                         _sum(tasks["last_step"] - tasks["join_step"], decoded))  # fmt: skip
             num_steps, gained = (
                 (tasks["last_step"] - tasks["join_step"])[decoded],
-                tasks["generated_tokens"][decoded] - 1,
+                (tasks["generated_tokens"] - (tasks["joined_ns"] >= 0))[decoded],
             )
             most = client.residents.cohort.tokens_per_decode * num_steps
             self._true(bool(np.all((num_steps <= gained) & (gained <= most))), f"{client.name}: tokens of decode steps")
@@ -128,8 +140,11 @@ class Ledger:
             generates = DECODE in self.coordinator.pipeline.kinds
             wanted = np.asarray(self.coordinator.workload.output_tokens)[requests["request"]] * generates
             self._true(bool(np.all((requests["output_tokens"] == wanted)[finished])), "a request ended short of tokens")
-            emitted = (tasks["joined_ns"] >= 0) * tasks["generated_tokens"]
+            emitted = tasks["generated_tokens"]
             self._equal("tokens emitted", int(emitted.sum()), int(requests["output_tokens"].sum()))
+        if type(self.coordinator.pipeline) is StageList:
+            self._check_prompts(tasks, requests)
+        self._check_transfers(tasks)
         if not self.coordinator.in_system:
             integral, sojourns = littles_identity(requests, int(requests["end_ns"].max(initial=0)))
             self._equal("Little's integral", integral, sojourns)
@@ -155,7 +170,44 @@ class Ledger:
         again = decodes & ~np.isin(tasks["request"], preempted)
         self._equal("tokens computed again without a preemption", _sum(tasks["computed_tokens"], again), 0)
 
+    def _check_prompts(self, tasks: dict[str, np.ndarray], requests: dict[str, np.ndarray]) -> None:
+        """tokens: computed + found in the prefix cache = prompt, per stage, unless a preemption computed some again."""
+        kinds = self.coordinator.pipeline.kinds
+        done = np.zeros(self.coordinator.num_arrived, np.int64)
+        np.add.at(done, tasks["request"], tasks["computed_tokens"] + tasks["cached_tokens"])
+        plain = (requests["status"] == FINISHED) & (requests["num_preemptions"] == 0)
+        wanted = requests["input_tokens"] * (len(kinds) - (DECODE in kinds))
+        as_wanted = (done[requests["request"]] == wanted)[plain]
+        self._true(bool(np.all(as_wanted)), "computed and found tokens of a request are not those of its prompt")
+
+    def _check_transfers(self, tasks: dict[str, np.ndarray]) -> None:
+        """transfers: first come first served on each link; a decode goes on elsewhere only with its KV cache."""
+        rows = self.records.transfers.as_columns()
+        for client in self.clients:
+            for channel, mine in ((client.nic, rows["sender"] == client.index), (client.host, rows["sender"] == HOST)):
+                if channel is None:
+                    continue
+                mine = mine & (rows["start_ns"] >= 0) & ((channel is client.nic) | (rows["receiver"] == client.index))
+                order = np.argsort(rows["start_ns"][mine], kind="stable")
+                queued, start, num_bytes = (rows[name][mine][order] for name in ("queued_ns", "start_ns", "bytes"))
+                free = start + [channel.link.wire_ns(n) for n in num_bytes.tolist()]
+                self._true(bool(np.all(start >= queued)), f"{client.name}: a transfer starts before it is queued")
+                self._true(bool(np.all(start[1:] >= free[:-1])), f"{client.name}: transfers overlap on one link")
+        came = set(zip(*(rows[name].tolist() for name in ("request", "receiver", "end_ns")), strict=True))
+        on = (tasks["joined_ns"] < 0) & (tasks["join_step"] >= 0)
+        went = set(zip(*(tasks[name][on].tolist() for name in ("request", "client", "queued_ns")), strict=True))
+        self._true(went <= came, f"decodes went on without their KV cache: {sorted(went - came)[:3]}")
+
     # --- recounting ---
+
+    def _under_way(self) -> list[int]:
+        """Transfers that are on their way to each client."""
+        number = [0] * len(self.clients)
+        for client in self.clients:
+            for channel in (client.nic, client.host):
+                for transfer in channel.in_flight if channel is not None else ():
+                    number[transfer.receiver] += 1
+        return number
 
     def _check_cohort(self, client: Client) -> None:
         cohort, residents = client.residents.cohort, client.residents
@@ -205,6 +257,9 @@ class Ledger:
     def _check_blocks(self, client: Client) -> None:
         residents, kv = client.residents, client.residents.kv
         private = sum(residents.held_blocks(t) - t.num_indexed * kv.unit_blocks for t in residents.running.values())
+        private += sum(
+            kv.blocks_for(t.computed_tokens) - t.num_indexed * kv.unit_blocks for t in residents.sending.values()
+        )
         referenced = private + kv.count_referenced_units()
         self._equal(f"{client.name}: KV blocks", kv.free + kv.cached + referenced, kv.num_blocks)
         self._equal(f"{client.name}: cached KV blocks", kv.cached, kv.count_evictable())

@@ -1,4 +1,4 @@
-"""What a run writes down: append-only tables of requests, task segments and steps.
+"""What a run writes down: append-only tables of requests, task segments, steps and transfers.
 
 They are the only output of a run; every metric is an expression over them. A row is a fixed number of 64-bit
 integers (times in ns, -1 for "never"), kept in one flat array, so a row costs one call and 8 bytes a cell.
@@ -52,11 +52,14 @@ class Records:
     """All tables of one run, and the names that their index columns refer to.
 
     requests: one row per request, written when it leaves the system (or at the end, `unfinished`).
-    tasks: one row per segment of a task: from its queueing to its end or preemption. A decode segment has
-      emitted a token at `joined_ns` (-1: it never joined), then one at the end of each decode step
-      `join_step` + 1 .. `last_step` of its client, counting that client's steps with num_decodes > 0 from 1; more than
-      one where it speculates: `generated_tokens` are those of the segment, evenly spread over its decode steps.
+    tasks: one row per segment of a task: from its queueing to its end or preemption. It has emitted a token at
+      `joined_ns` (-1: it sampled none when its context was computed), then one at the end of each decode step
+      `join_step` + 1 .. `last_step` (-1: it never joined) of its client, counting that client's steps with
+      num_decodes > 0 from 1; more than one where it speculates: `generated_tokens` are all those of the segment, evenly
+      spread over its decode steps. Where another client decodes on, the first token is the prefill's.
     steps: one row per step of a client. `kv_blocks` are the blocks referenced while it ran.
+    transfers: one row per KV cache that moved, written when it is there (or at the end: `end_ns`, and `start_ns` if
+      it still waited for the link, are -1). `sender` and `receiver` are clients, a sender of -1 is the host memory.
     """
 
     client_names: list[str] = field(default_factory=list)
@@ -74,3 +77,4 @@ class Records:
         "client", "start_ns", "end_ns", "num_prefills", "num_prefill_tokens", "num_decodes",
         "decode_context", "kv_blocks", "num_waiting",
     )  # fmt: skip
+    transfers: Table = _table("request", "sender", "receiver", "bytes", "queued_ns", "start_ns", "end_ns")

@@ -45,7 +45,8 @@ class Request:
     """One user's request. Times are integer ns, -1 while unknown.
 
     `block_keys` are the prompt's prefix hashes, each chained through its parent, one per `hash_block_size` tokens
-    of the workload; empty where the content is unknown (nothing is then shared with other requests).
+    of the workload; empty where the content is unknown (nothing is then shared with other requests). `hit_tokens`:
+    tokens at the front of the prompt that the workload says are in the prefix cache, whatever their content.
     """
 
     index: int
@@ -53,6 +54,7 @@ class Request:
     input_tokens: int
     oracle_output_tokens: int
     block_keys: tuple[int, ...] = ()
+    hit_tokens: int = 0
     # progress
     first_token_ns: int = -1
     output_tokens: int = 0

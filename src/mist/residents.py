@@ -18,13 +18,15 @@ class Residents:
     """Tasks of one client: `waiting` (first come first, preempted in front), `running` in order of admission.
 
     A running task is `prefilling` (tokens left to compute) or in the cohort. A running task holds
-    `kv.blocks_for(reserved tokens)` blocks: what it has computed, plus what this step computes for it. With
+    `kv.blocks_for(reserved tokens)` blocks: what it has computed, plus what this step computes for it. A task that is
+    `sending` is done here and keeps its blocks until its KV cache has reached the client that decodes on. With
     `reserves_output` a task is admitted only where all that run could be served to their last token without preemption.
     """
 
     __slots__ = (
-        "_admissions", "_grown", "_has_preempted", "_promised", "_promises", "_scheduled", "cohort", "kv",
-        "num_preemptions", "on_preempt", "pending_tokens", "prefilling_tasks", "reserves_output", "running", "waiting",
+        "_admissions", "_grown", "_has_preempted", "_promised", "_promises", "_scheduled", "cohort", "handed_over",
+        "kv", "num_preemptions", "on_preempt", "pending_tokens", "prefilling_tasks", "reserves_output", "running",
+        "sending", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -44,7 +46,10 @@ class Residents:
         self.waiting: deque[Task] = deque()
         self.running: dict[int, Task] = {}
         self.prefilling_tasks: dict[int, Task] = {}
+        self.sending: dict[int, Task] = {}
         self.on_preempt = on_preempt
+        #: decodes that wait with a context that was computed elsewhere: nothing for a policy to schedule
+        self.handed_over: deque[Task] = deque()
         #: tokens still to be computed for waiting and prefilling tasks
         self.pending_tokens = 0
         self.num_preemptions = 0
@@ -61,6 +66,11 @@ class Residents:
     @property
     def prefilling(self) -> list[Task]:
         return list(self.prefilling_tasks.values())
+
+    @property
+    def num_waiting(self) -> int:
+        """Tasks that aren't admitted, those included that no policy sees."""
+        return len(self.waiting) + len(self.handed_over)
 
     @property
     def num_running(self) -> int:
@@ -103,16 +113,16 @@ class Residents:
             return 0
         kv = self.kv
         hit = kv.match(task)
-        remaining = task.target_tokens - hit.num_tokens
+        found = max(hit.num_tokens, kv.stated_hit(task))
+        remaining = task.target_tokens - found
         chunk = min(remaining, max_tokens)
         if chunk <= 0 or (whole and chunk < remaining):
             return 0
-        reserved = hit.num_tokens + chunk
+        reserved = found + chunk
         needed = kv.blocks_for(reserved) - kv.blocks_for(hit.num_tokens)
         if needed + hit.num_unreferenced + kv.watermark_blocks > kv.available:
             return 0
-        promise = self._promise(task)
-        if self._promised + promise + kv.watermark_blocks > kv.num_blocks and self.reserves_output:
+        if not self._keeps_promises(task):
             return 0
         if task is self.waiting[0]:
             self.waiting.popleft()
@@ -120,29 +130,17 @@ class Residents:
             self.waiting.remove(task)
         if hit.num_tokens:
             kv.refer(task, hit)
-            task.computed_tokens = hit.num_tokens
-            task.cached_tokens = hit.num_tokens
+        if found:
+            task.computed_tokens = task.cached_tokens = found
             if not task.request.num_preemptions:
-                task.request.cached_tokens += hit.num_tokens
-            self.pending_tokens -= hit.num_tokens
+                task.request.cached_tokens += found
+            self.pending_tokens -= found
         kv.take(needed)
         kv.index(task, reserved)
-        self._admissions += 1
-        task.admission = self._admissions
-        if promise:
-            self._promises[task.admission] = promise
-            self._promised += promise
-        self.running[task.admission] = task
+        self._let_in(task)
         self.prefilling_tasks[task.admission] = task
         self._scheduled[task.admission] = chunk
         return chunk
-
-    def _promise(self, task: Task) -> int:
-        """Blocks that `task` holds at its last token: the engine knows max_tokens, which its request uses up."""
-        if not self.reserves_output:
-            return 0
-        request = task.request
-        return self.kv.blocks_for(request.input_tokens + max(0, request.oracle_output_tokens - 1))
 
     # --- changes made by the client ---
 
@@ -152,8 +150,30 @@ class Residents:
 
     def enqueue(self, task: Task) -> None:
         """A task arrives: it waits behind the others."""
-        self.waiting.append(task)
-        self.pending_tokens += task.target_tokens
+        if task.remaining_tokens:
+            self.waiting.append(task)
+            self.pending_tokens += task.remaining_tokens
+        else:
+            self.handed_over.append(task)
+
+    def take_over(self, max_num_seqs: int) -> Task | None:
+        """Admit the first decode that was handed over if it fits with its next token; None if not.
+
+        As in any admission, those that decode already grow first, and so does whoever was preempted or came before.
+        """
+        if not self.handed_over or len(self.running) >= max_num_seqs:
+            return None
+        task, first = self.handed_over[0], self.waiting[0] if self.waiting else None
+        if first is not None and (first.request.num_preemptions or first.queued_ns <= task.queued_ns):
+            return None
+        kv, cohort = self.kv, self.cohort
+        needed = cohort.num_new_blocks() + kv.blocks_for(task.target_tokens + cohort.tokens_per_decode)
+        if needed + kv.watermark_blocks > kv.available or not self._keeps_promises(task):
+            return None
+        self.handed_over.popleft()
+        kv.take(kv.blocks_for(task.target_tokens))
+        self._let_in(task)
+        return task
 
     def computed(self, task: Task, num_tokens: int) -> bool:
         """A chunk of `task` is done; True if that was its last."""
@@ -184,13 +204,41 @@ class Residents:
         """`task` stops running and releases its blocks, for `reserved_tokens`, of which it has filled `num_tokens`."""
         self._release(task, num_tokens, reserved_tokens, resumes=False)
 
+    def hold(self, task: Task) -> None:
+        """`task` is done and stops running; its blocks stay until `sent`."""
+        self.sending[task.admission] = self.running.pop(task.admission)
+
+    def sent(self, task: Task) -> None:
+        """The KV cache of `task` is where it is needed: release its blocks here."""
+        num_tokens = self.sending.pop(task.admission).computed_tokens
+        self.kv.release(task, num_tokens, self.kv.blocks_for(num_tokens), resumes=False)
+
     def held_blocks(self, task: Task) -> int:
         """KV blocks that a running task holds now, what this step computes for it included."""
         if task.admission in self.prefilling_tasks:
             return self.kv.blocks_for(task.computed_tokens + self._scheduled.get(task.admission, 0))
         return self.kv.blocks_for(self.cohort.reserved_tokens(task, self._grown))
 
+    def _let_in(self, task: Task) -> None:
+        self._admissions += 1
+        task.admission = self._admissions
+        self.running[task.admission] = task
+        if self.reserves_output:
+            self._promises[task.admission] = promise = self._promise(task)
+            self._promised += promise
+
     # --- scarcity ---
+
+    def _promise(self, task: Task) -> int:
+        """Blocks that `task` holds at its last token: the engine knows max_tokens, which its request uses up."""
+        request = task.request
+        return self.kv.blocks_for(request.input_tokens + max(0, request.oracle_output_tokens - 1))
+
+    def _keeps_promises(self, task: Task) -> bool:
+        """Whether `task` may come in and all that run still have room to their last token."""
+        if not self.reserves_output:
+            return True
+        return self._promised + self._promise(task) + self.kv.watermark_blocks <= self.kv.num_blocks
 
     def _grow_one_by_one(self) -> int:
         """The step on which blocks run out: serve decodes in order of admission, preempting from the tail."""

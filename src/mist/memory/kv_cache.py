@@ -120,6 +120,10 @@ class KVCache:
             run_blocks = min(run.full_blocks, self._evictable[run.entry], (most - tokens) // self.block_size)
         return Hit(tokens + run_blocks * self.block_size, units, run_blocks, unreferenced + run_blocks)
 
+    def stated_hit(self, task: Task) -> int:
+        """Tokens of `task`'s target that the workload says are cached; at least one token is left to compute."""
+        return min(task.request.hit_tokens, task.target_tokens - 1) if self.prefix_caching else 0
+
     def refer(self, task: Task, hit: Hit) -> None:
         """Let `task` refer to what `match` just found."""
         for key in task.request.block_keys[: hit.num_units]:

@@ -19,6 +19,7 @@ from mist.metrics.saturation import judge, unjudged
 from mist.metrics.slo import Targets, percentiles_of, summarise_slo
 from mist.metrics.stages import stage_times, summarise_stages
 from mist.metrics.tokens import DecodeSteps, Segments, longest_gaps, token_gaps, tokens_by_client
+from mist.metrics.transfers import summarise_transfers
 from mist.metrics.window import BoolColumn, Columns, Window
 from mist.metrics.words import counted
 from mist.records import FINISHED, STATUSES, UNFINISHED, IntColumn, Records
@@ -75,6 +76,7 @@ def summarise(
         "schema_version": SCHEMA_VERSION,
         "requests": _counts(requests, chosen),
         **figures,
+        **summarise_transfers(records.transfers.as_columns(), requests, chosen, percentiles),
         "offered": offered_load(requests, chosen, oracle_output_tokens) if open_loop else None,
         "throughput": _throughput(requests, int(emitted.sum()), span),
         "duration_s": (span.last_ns - span.first_ns) / NS_PER_S,

@@ -40,8 +40,9 @@ class DecodeSteps:
 class Segments:
     """The stretches in which a request generated: one row each, a request's rows together and in order.
 
-    Row i emitted a token at `joined_ns`, then `tokens` evenly at the ends of the decode steps `begin` .. `stop` - 1
-    (without speculation one each), which are places in `DecodeSteps.end_ns`; `last_ns` is its last token's time.
+    Row i emitted a token at `joined_ns`, unless it `continues` what another client began, then `tokens` evenly at the
+    ends of the decode steps `begin` .. `stop` - 1 (without speculation one each), which are places in
+    `DecodeSteps.end_ns`; `last_ns` is its last token's time.
     """
 
     request: IntColumn
@@ -51,28 +52,31 @@ class Segments:
     stop: IntColumn
     last_ns: IntColumn
     tokens: IntColumn
+    continues: BoolColumn
 
     @classmethod
     def of(cls, tasks: Columns, decode_steps: DecodeSteps) -> Segments:
         """From task rows in which a request's rows are together and in order."""
-        joined = tasks["joined_ns"] >= 0
+        continues = (tasks["joined_ns"] < 0) & (tasks["last_step"] > tasks["join_step"])
+        emitted = (tasks["joined_ns"] >= 0) | continues
         names = ("request", "client", "joined_ns", "join_step", "last_step", "generated_tokens")
-        rows = {name: tasks[name][joined] for name in names}
+        rows = {name: tasks[name][emitted] for name in names}
+        joined = np.where(continues, tasks["started_ns"], tasks["joined_ns"])[emitted]
         offset = decode_steps.first[rows["client"]]
-        begin = offset + rows["join_step"]
+        begin = offset + np.maximum(rows["join_step"], 0)
         stop = np.maximum(offset + rows["last_step"], begin)
-        last = rows["joined_ns"].copy()
+        last = joined.copy()
         more = stop > begin
         last[more] = decode_steps.end_ns[stop[more] - 1]
-        tokens = rows["generated_tokens"] - 1
-        return cls(rows["request"], rows["client"], rows["joined_ns"], begin, stop, last, tokens)
+        tokens = rows["generated_tokens"] - (rows["joined_ns"] >= 0)
+        return cls(rows["request"], rows["client"], joined, begin, stop, last, tokens, continues[emitted])
 
     @property
-    def follows(self) -> BoolColumn:
-        """Whether the row before is the same request's."""
-        follows = np.zeros(len(self.request), np.bool_)
-        follows[1:] = self.request[1:] == self.request[:-1]
-        return follows
+    def resumes(self) -> BoolColumn:
+        """Whether the row before is the same request's, and its first token came at the join."""
+        resumes = np.zeros(len(self.request), np.bool_)
+        resumes[1:] = self.request[1:] == self.request[:-1]
+        return resumes & ~self.continues
 
     def since(self, first_token_ns: IntColumn) -> Segments:
         """The segments from a request's first visible token on; `first_token_ns` by request number, -1: leave out."""
@@ -106,7 +110,7 @@ def longest_gaps(segments: Segments, decode_steps: DecodeSteps, num_requests: in
     entry, resume = _entry_gaps(segments, decode_steps)
     more = segments.stop > segments.begin
     np.maximum.at(longest, segments.request[more], entry)
-    np.maximum.at(longest, segments.request[segments.follows], resume)
+    np.maximum.at(longest, segments.request[segments.resumes], resume)
     between = np.diff(decode_steps.end_ns, prepend=decode_steps.end_ns[:1])
     rows = np.flatnonzero(segments.stop > segments.begin + 1)
     if len(rows):
@@ -133,13 +137,15 @@ def tokens_by_client(segments: Segments, decode_steps: DecodeSteps, window: Wind
         for bound in (low, high)
     )
     emitted = np.zeros(num_clients, np.int64)
-    np.add.at(emitted, segments.client, until - before + window.holds(segments.joined_ns))
+    at_join = window.holds(segments.joined_ns) & ~segments.continues
+    np.add.at(emitted, segments.client, until - before + at_join)
     return emitted
 
 
 def _entry_gaps(segments: Segments, decode_steps: DecodeSteps) -> tuple[IntColumn, IntColumn]:
     """Gaps that aren't between two steps of one segment: to its first step, and from the segment before."""
     more = segments.stop > segments.begin
-    entry = decode_steps.end_ns[segments.begin[more]] - segments.joined_ns[more]
-    after = np.flatnonzero(segments.follows)
+    before = np.where(segments.continues, np.roll(segments.last_ns, 1), segments.joined_ns)
+    entry = decode_steps.end_ns[segments.begin[more]] - before[more]
+    after = np.flatnonzero(segments.resumes)
     return entry, segments.joined_ns[after] - segments.last_ns[after - 1]

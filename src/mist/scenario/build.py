@@ -24,6 +24,7 @@ from mist.ledger import Ledger
 from mist.memory.kv_cache import KVCache
 from mist.metrics import ClientInfo, summarise
 from mist.metrics.words import counted
+from mist.network import KVLink
 from mist.perf import ORIGINS, Deployment, PerfModel
 from mist.perf.drafted import Drafted
 from mist.records import Records
@@ -98,6 +99,13 @@ def build_workload(scenario: Scenario) -> RequestTable:
         table = _read(scenario) if workload.trace is not None else _draw(scenario)
     except ValueError as error:
         raise ScenarioError(scenario.problem(("workload", "arrivals"), str(error))) from None
+    if workload.cached_tokens is not None:
+        table.cached_tokens = workload.cached_tokens.build().sample(len(table), random_of(scenario.seed, "cached"))
+    if table.cached_tokens is not None:
+        table.cached_tokens = np.minimum(table.cached_tokens, table.input_tokens - 1)
+        finds_nothing = [name for name, pool in scenario.clients.items() if not pool.kv_cache.enable_prefix_caching]
+        note = "{}: prefix caching is off, so the workload's cached_tokens are computed here."
+        table.notes += tuple(note.format(name) for name in finds_nothing)
     return rate_scale(table, workload.rate_scale) if workload.rate_scale != 1 else table
 
 
@@ -163,6 +171,8 @@ def _build_fleet(scenario: Scenario, workload: RequestTable, kernel: Kernel, rec
                 kernel=kernel,
                 records=records,
                 speculation=_speculation(scenario, pool),
+                nic=_nic(scenario, pool),
+                host=_host_link(pool),
             )
             records.client_names.append(name)
             fleet.clients.append(client)
@@ -196,6 +206,20 @@ def _kv_cache(scenario: Scenario, name: str, pool: Pool, num_blocks: int, hash_b
         hash_block_size=hash_block_size,
         watermark_blocks=int(settings.watermark * num_blocks),
     )
+
+
+def _nic(scenario: Scenario, pool: Pool) -> KVLink:
+    """The link to decode clients: keys and values of all layers and ranks go over it."""
+    link, token_bytes = scenario.network.kv_transfer, pool.model.kv_bytes_per_token(pool.kv_dtype)
+    return KVLink(token_bytes, link.bytes_per_s, link.latency_ns) if link is not None else KVLink(token_bytes)
+
+
+def _host_link(pool: Pool) -> KVLink | None:
+    """The link to host memory, if prefixes are there: each device fetches its share over its own."""
+    if pool.kv_cache.prefix_tier != "cpu":
+        return None
+    token_bytes = pool.model.kv_bytes_per_token_per_device(pool.kv_dtype, pool.tp, pool.pp)
+    return KVLink(token_bytes, pool.device.host_link_bytes_per_s, pool.device.host_link_latency_ns)
 
 
 def _perf_model(scenario: Scenario, name: str, pool: Pool) -> tuple[PerfModel, list[str]]:

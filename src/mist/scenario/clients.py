@@ -6,7 +6,7 @@ looks at other sections; whether the clients together can serve the pipeline is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -128,6 +128,8 @@ class KVSettings(Section):
     """tokens in a block"""
     enable_prefix_caching: bool = _left_out()
     """keep the blocks of prompts for requests that begin alike"""
+    prefix_tier: Literal["hbm", "cpu"] = "hbm"
+    """where the workload's `cached_tokens` are: in device memory, or in the host's, from which they are fetched"""
     watermark: Annotated[float, Field(ge=0, lt=1)] = _left_out()
     """share of the blocks that admission leaves free"""
     gpu_memory_utilization: Fraction = _left_out()
@@ -324,6 +326,10 @@ class Pool(Section):
             weights_dtype=model.checkpoint_dtype if known else self.weights_dtype,
             tokens_per_decode=1,
         )
+
+    def hands_over(self, stages: Collection[str]) -> bool:
+        """Whether decodes of prompts that are computed here go on elsewhere, in a pipeline of `stages`."""
+        return DECODE in stages and PREFILL in self.serves and DECODE not in self.serves
 
     def _with_tp(self, tp: int) -> Pool:
         return self.model_copy(update={"tp": tp})

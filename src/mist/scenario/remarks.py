@@ -18,9 +18,17 @@ def remarks(scenario: Scenario) -> list[str]:
     """Sentences about the pools' memory and about figures that nobody measured or confirmed."""
     found = [remark for name, pool in scenario.clients.items() for remark in _memory(name, pool)]
     found += [remark for name, pool in scenario.clients.items() for remark in _speculation(name, pool)]
+    found += _not_modelled(scenario)
     devices = {pool.device.name: pool.device for pool in scenario.clients.values()}
     found += [remark for device in devices.values() for remark in _figures(device)]
     return [*found, NOT_VALIDATED]
+
+
+def _not_modelled(scenario: Scenario) -> Iterator[str]:
+    """What the scenario has, at no cost."""
+    pools = scenario.clients.values()
+    if scenario.network.kv_transfer is None and any(pool.hands_over(scenario.stages) for pool in pools):
+        yield "KV caches go from prefill to decode clients in no time: network.kv_transfer gives them a link."
 
 
 def _memory(name: str, pool: Pool) -> Iterator[str]:

@@ -31,7 +31,7 @@ from mist.units import NS_PER_S
 Columns = dict[str, npt.NDArray[Any]]
 
 #: what `Result.write` makes
-RESULT_FILES = ("summary.json", "requests.parquet", "steps.parquet", "scenario.yaml")
+RESULT_FILES = ("summary.json", "requests.parquet", "steps.parquet", "transfers.parquet", "scenario.yaml")
 
 #: width of the printed form where there is no terminal to fill
 PLAIN_WIDTH = 100
@@ -76,6 +76,11 @@ class Result:
         """One row per segment of a task (queueing to end or preemption), by request and in order."""
         return task_columns(self.records)
 
+    @cached_property
+    def transfers(self) -> Columns:
+        """One row per KV cache that moved: when, and from which client (None: host memory) to which."""
+        return transfer_columns(self.records)
+
     def __str__(self) -> str:
         console = Console(width=PLAIN_WIDTH, file=io.StringIO(), color_system=None, legacy_windows=False)
         with console.capture() as capture:
@@ -90,7 +95,7 @@ class Result:
         return render(self.name, self.summary())
 
     def write(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write summary.json, requests.parquet, steps.parquet and scenario.yaml into `folder`; return it.
+        """Write summary.json, scenario.yaml and the tables of requests, steps and transfers to `folder`; return it.
 
         The files are made in a new folder beside it, which takes its place in the end: whatever goes wrong, earlier
         results stay whole. Other files of an overwritten folder are kept. Raises ScenarioError where `folder` can't be
@@ -114,6 +119,7 @@ class Result:
         (folder / "scenario.yaml").write_text(to_yaml(self.scenario), encoding="utf-8")
         _write_parquet(self.requests, folder / "requests.parquet")
         _write_parquet(self.steps, folder / "steps.parquet")
+        _write_parquet(self.transfers, folder / "transfers.parquet")
 
 
 def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
@@ -179,6 +185,20 @@ def task_columns(records: Records) -> Columns:
         "how": _names(SEGMENT_ENDS, rows["how"]),
         **{name: rows[name] for name in ("computed_tokens", "cached_tokens")},
         **{name: rows[name] for name in ("join_step", "last_step", "generated_tokens")},
+    }
+
+
+def transfer_columns(records: Records) -> Columns:
+    """The table of transfers in seconds, as they were queued."""
+    rows = records.transfers.as_columns()
+    order = np.lexsort((rows["request"], rows["queued_ns"]))
+    rows = {name: column[order] for name, column in rows.items()}
+    return {
+        "request": rows["request"],
+        "sender": _names(records.client_names, rows["sender"]),
+        "receiver": _names(records.client_names, rows["receiver"]),
+        "bytes": rows["bytes"],
+        **{f"{event}_s": _seconds(rows[f"{event}_ns"]) for event in ("queued", "start", "end")},
     }
 
 

@@ -19,6 +19,7 @@ from mist.scenario.fitted import Fitted
 Summary = Mapping[str, Any]
 
 _LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "E2E"}
+_TRANSFERS = {"kv_transfer": "KV transfer", "prefix_fetch": "prefix fetch"}
 _STATISTICS = {"mean": "mean", "p50": "P50", "p90": "P90", "p99": "P99"}
 _NOTHING = "-"
 
@@ -67,8 +68,10 @@ def _latencies(summary: Summary) -> RenderableType:
     further = [s for s in summary["e2e_s"] if s not in _STATISTICS]
     statistics = sorted({*_STATISTICS, *further}, key=lambda s: -1.0 if s == "mean" else float(s[1:]))
     table = Fitted("Latency", [*(s if s == "mean" else s.upper() for s in statistics), ""])
-    for metric, label in _LATENCIES.items():
-        cells, unit = _scaled([summary[metric][s] for s in statistics])
+    rows = {label: summary[metric] for metric, label in _LATENCIES.items()}
+    rows |= {label: summary[moved]["time_s"] for moved, label in _TRANSFERS.items() if summary[moved]}
+    for label, figures in rows.items():
+        cells, unit = _scaled([figures[s] for s in statistics])
         table.add_row(label, *cells, unit)
     return table
 

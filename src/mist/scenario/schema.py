@@ -26,9 +26,10 @@ from mist import registry
 from mist.errors import Problem, ScenarioError
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
-from mist.scenario.clients import Count, Name, PerfList, Pool
+from mist.scenario.clients import Count, Fraction, Name, PerfList, Pool
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
 from mist.scenario.pricing import PREFERRED
+from mist.units import NS_PER_S, parse_bytes_per_s, parse_time_ns
 from mist.workload.trace import find_trace
 
 Arrivals = Annotated[Spec, SpecOf("arrivals")]
@@ -37,6 +38,7 @@ Routing = Annotated[Spec, SpecOf("routing")]
 
 #: a third of a century, well within the simulator's clock
 MAX_SECONDS = 1e9
+MAX_BYTES_PER_S = 1e18
 
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
@@ -93,6 +95,30 @@ def _routing(value: Any) -> Any:
     return {"": value}
 
 
+def _bandwidth(value: str) -> str:
+    try:
+        rate = parse_bytes_per_s(value)
+    except (ValueError, OverflowError) as error:
+        raise problem(str(error), "such as 50 GB/s") from None
+    if not 1 <= rate <= MAX_BYTES_PER_S:
+        raise problem(f"a bandwidth of {short(value)} is out of range", "such as 50 GB/s")
+    return value
+
+
+def _latency(value: str) -> str:
+    try:
+        time_ns = parse_time_ns(value)
+    except (ValueError, OverflowError) as error:
+        raise problem(str(error), "such as 1 ms") from None
+    if time_ns > MAX_SECONDS * NS_PER_S:
+        raise problem(f"a latency of {short(value)} is out of range", "such as 1 ms")
+    return value
+
+
+def _none_of_zero(value: Any) -> Any:
+    return None if value == 0 and not isinstance(value, bool) else value
+
+
 _SECONDS = {"type": "number", "minimum": 0}
 Window = Annotated[
     tuple[float | None, float],
@@ -107,6 +133,8 @@ Window = Annotated[
         }
     ),
 ]
+Bandwidth = Annotated[str, AfterValidator(_bandwidth)]
+Latency = Annotated[str, AfterValidator(_latency)]
 ClientName = Annotated[str, AfterValidator(_client_name)]
 Percentile = Annotated[str, AfterValidator(_percentile)]
 Targets = dict[Percentile, PositiveSeconds]
@@ -165,6 +193,8 @@ class Workload(Section):
     """tokens of a prompt: a number, or a distribution such as {lognormal: {mean: 1155, cv: 0.9}}"""
     output_tokens: Lengths | None = None
     """tokens of an answer: a number or a distribution"""
+    cached_tokens: Annotated[Lengths | None, BeforeValidator(_none_of_zero)] = None
+    """tokens of each prompt that are in the prefix cache already: a number or a distribution; one is always computed"""
     rate_scale: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     """arrivals this many times as fast; 2 halves all arrival times"""
     limit: Count | None = None
@@ -233,6 +263,32 @@ class Slo(Section):
     """time from arrival to last token"""
 
 
+class KVTransfer(Section):
+    """The link that each prefill client sends KV caches over, one after the other."""
+
+    bandwidth: Bandwidth
+    """bytes that it carries at its best, such as 50 GB/s"""
+    latency: Latency = "0 s"
+    """time that each transfer takes besides, such as 1 ms"""
+    efficiency: Fraction = 1.0
+    """share of the bandwidth that transfers reach"""
+
+    @property
+    def bytes_per_s(self) -> float:
+        return parse_bytes_per_s(self.bandwidth) * self.efficiency
+
+    @property
+    def latency_ns(self) -> int:
+        return parse_time_ns(self.latency)
+
+
+class Network(Section):
+    """What lies between the clients."""
+
+    kv_transfer: KVTransfer | None = None
+    """how KV caches get from prefill to decode clients; left out, they take no time"""
+
+
 class ScenarioFile(Section):
     """A scenario: a workload, a pipeline, and the clients that serve it."""
 
@@ -250,6 +306,8 @@ class ScenarioFile(Section):
     """who serves the stages, by name"""
     routing: Routings = Field(default="least_outstanding", validate_default=True)
     """which replica takes a task: a policy for all stages, or {stage: policy}"""
+    network: Network = Network()
+    """what lies between the clients"""
     slo: Slo = Slo()
     """service levels that the result is held against"""
     warmup_s: Seconds = 0.0

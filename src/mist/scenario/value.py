@@ -21,7 +21,7 @@ from mist.scenario import catalogue
 from mist.scenario.clients import Pool
 from mist.scenario.named import Located, Section, Spec
 from mist.scenario.nodes import is_text
-from mist.scenario.schema import ScenarioFile, Slo, Workload
+from mist.scenario.schema import Network, ScenarioFile, Slo, Workload
 from mist.scenario.source import KeyPath, Source, key_path, override, read_file, read_mapping
 from mist.workload.trace import find_trace
 
@@ -44,6 +44,7 @@ class Scenario:
     stages: tuple[str, ...]
     clients: Mapping[str, Pool]
     routing: Mapping[str, Spec]
+    network: Network
     slo: Slo
     warmup_s: float
     window_s: tuple[float, float] | None
@@ -103,6 +104,7 @@ class Scenario:
                 "pipeline": self.pipeline.plain(),
                 "clients": {name: self._resolved_client(name) for name in self.clients},
                 "routing": {stage: spec.plain() for stage, spec in self.routing.items()},
+                "network": _plain(self.network) or None,
                 "slo": {metric: targets for metric, targets in self.slo.model_dump().items() if targets},
                 "warmup_s": self.warmup_s,
                 "window_s": self.window_s and list(self.window_s),
@@ -176,9 +178,20 @@ class Scenario:
         if client.model.is_encoder and DECODE in self.stages and DECODE in client.serves:
             message = f"{client.model.name} is an encoder: it decodes nothing"
             yield ("clients", name, "model"), Problem(message, hint="take a decoder, or pipeline: [prefill]")
-        if {PREFILL, DECODE} <= set(self.stages) and (PREFILL in client.serves) != (DECODE in client.serves):
-            message = "prefill and decode on different clients is not available yet"
-            yield ("clients", name, "serves"), Problem(message, hint="serve both: [prefill, decode]")
+        if client.hands_over(self.stages):
+            yield from self._hand_over_conflicts(name, client)
+
+    def _hand_over_conflicts(self, name: str, client: Pool) -> Iterator[Located]:
+        """What keeps the KV caches of this client from being decoded elsewhere."""
+        for other_name, other in self.clients.items():
+            if DECODE not in other.serves:
+                continue
+            if other.model.layers != client.model.layers:
+                message = f"{name} hands KV caches of {client.model.name} over to {other_name}, which has another model"
+                yield ("clients", other_name, "model"), Problem(message, hint="give both the same model")
+            if other.batching.name == "static":
+                message = f"{other_name} takes decodes over from {name} one by one, which no static batch can"
+                yield ("clients", other_name, "batching"), Problem(message, hint="take chunked or continuous")
 
     def _resolved_workload(self) -> dict[str, Any]:
         plain = {"format" if key == "columns" else key: value for key, value in _plain(self.workload).items()}

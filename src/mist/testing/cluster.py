@@ -20,6 +20,7 @@ from mist.engine import EngineProfile
 from mist.kernel import FOREVER, Kernel
 from mist.ledger import Ledger
 from mist.memory.kv_cache import KVCache
+from mist.network import KVLink
 from mist.perf import Deployment, OperatorTime, PerfModel
 from mist.pipeline import PipelineFactory, StageList
 from mist.records import Records
@@ -84,10 +85,12 @@ def table(
     output_tokens: Any,
     keys: list[tuple[int, ...]] | None = None,
     concurrency: int | None = None,
+    cached_tokens: Any = None,
 ) -> RequestTable:
-    """A workload from three sequences of ints."""
+    """A workload from three sequences of ints, and perhaps a fourth of stated prefix hits."""
     arrivals, inputs, outputs = (np.asarray(c, dtype=np.int64) for c in (arrival_ns, input_tokens, output_tokens))
-    return RequestTable(arrivals, inputs, outputs, block_keys=keys, concurrency=concurrency)
+    cached = None if cached_tokens is None else np.asarray(cached_tokens, dtype=np.int64)
+    return RequestTable(arrivals, inputs, outputs, block_keys=keys, concurrency=concurrency, cached_tokens=cached)
 
 
 @dataclass
@@ -119,12 +122,15 @@ def play(
     until_ns: int = FOREVER,
     ledger: bool = True,
     serves: Sequence[tuple[str, ...]] | None = None,
+    nic: KVLink | None = None,
+    host: KVLink | None = None,
     prepare: Callable[[Kernel, list[Client]], None] | None = None,
     speculation: Speculation | None = None,
 ) -> Run:
     """Run `workload` to the end (or `until_ns`) on equal clients and check every law on the way.
 
-    `serves`: stage kinds per client. `prepare` is called with the built parts before the first event.
+    `serves`: stage kinds per client. `nic`, `host`: each one's links. `prepare` is called with the built parts before
+    the first event.
     Raises InvariantError where a law breaks.
     """
     pipeline = pipeline or StageList()
@@ -149,6 +155,8 @@ def play(
             kernel=kernel,
             records=records,
             speculation=speculation,
+            nic=nic,
+            host=host,
         )
         for i in range(num_clients)
     ]
@@ -234,4 +242,4 @@ def random_scenario(seed: int, *, roomy: bool = False) -> SmallScenario:
 
 def record_bytes(records: Records) -> tuple[bytes, ...]:
     """All tables of a run, to compare two runs with."""
-    return tuple(t.cells.tobytes() for t in (records.requests, records.tasks, records.steps))
+    return tuple(t.cells.tobytes() for t in (records.requests, records.tasks, records.steps, records.transfers))

@@ -24,7 +24,8 @@ class RequestTable:
     `concurrency` rows, and each later request starts when one ends. `input_tokens` >= 1, `output_tokens` >= 0:
     int64[n]. `block_keys`: per request the prompt's prefix hashes, each chained through its parent (equal key = equal
     content *and* equal prefix), one per `hash_block_size` tokens, the last perhaps partial; None where the workload
-    tells nothing of content.
+    tells nothing of content. `cached_tokens`: int64[n], tokens at the front of each prompt that are found in the prefix
+    cache without any keys, all but one of it at most; None where none are.
     `notes` are what the reader of a result should know of the workload, as sentences.
     """
 
@@ -35,6 +36,7 @@ class RequestTable:
     hash_block_size: int = 0
     concurrency: int | None = None
     notes: tuple[str, ...] = ()
+    cached_tokens: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.input_tokens)

@@ -41,7 +41,8 @@ class ColumnMap:
 
     `time_unit` is s, ms, us, ns or timestamp; any other text fits columns of time stamps alone. `hash_ids` holds lists
     of block ids (in CSV separated by spaces), one per `hash_block_size` tokens; 0 means that the column
-    `hash_block_size` says how many. Columns in `optional` may be absent; "" for `arrival` is a file without times.
+    `hash_block_size` says how many. `cached_tokens` are tokens found in the prefix cache. Columns in `optional` may be
+    absent; "" for `arrival` is a file without times.
     """
 
     arrival: str
@@ -51,6 +52,7 @@ class ColumnMap:
     hash_ids: str = ""
     hash_block_size: int = 0
     optional: frozenset[str] = frozenset()
+    cached_tokens: str = ""
 
     def read(self, path: Path) -> RequestTable:
         """The whole trace, sorted by arrival (stably), the first one at 0; ScenarioError tells all that is wrong."""
@@ -59,6 +61,7 @@ class ColumnMap:
         arrival_ns = _arrivals(rows, self.arrival, self.time_unit)
         input_tokens = _tokens(rows, self.input_tokens, minimum=1)
         output_tokens = _tokens(rows, self.output_tokens, minimum=0)
+        cached = _tokens(rows, self.cached_tokens, minimum=0) if self.cached_tokens in rows.columns else None
         hash_ids, block_size = self._hash_ids(rows, input_tokens)
         rows.problems.raise_any()
         if not len(rows.lines):
@@ -77,12 +80,15 @@ class ColumnMap:
             block_keys=None if hash_ids is None else chain_keys([hash_ids[i] for i in order]),
             hash_block_size=block_size,
             notes=tuple(notes),
+            cached_tokens=None if cached is None else np.minimum(cached, input_tokens - 1)[order],
         )
 
     def _names(self) -> list[str]:
         names = [name for name in (self.arrival, self.input_tokens, self.output_tokens) if name]
         if self.hash_ids:
             names += [self.hash_ids] if self.hash_block_size else [self.hash_ids, HASH_BLOCK_SIZE]
+        if self.cached_tokens:
+            names.append(self.cached_tokens)
         return names
 
     def _require_columns(self, rows: Rows) -> None:

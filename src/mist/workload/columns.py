@@ -20,6 +20,7 @@ from mist.workload.column_map import HASH_BLOCK_SIZE, ColumnMap, unit_problem
 from mist.workload.rows import csv_names, json_names
 
 _HASH_IDS = "hash_ids"
+_CACHED = "cached_tokens"
 
 
 @register("trace", "columns")
@@ -31,6 +32,7 @@ class Columns:
     column's type in a Parquet file.
     `hash_ids` is the column of the prompt's block ids (lists; in CSV separated by spaces), one id per
     `hash_block_size` tokens. Left out, they are read from the columns `hash_ids` and `hash_block_size` if there.
+    `cached_tokens` is the column of the prompt's tokens in the prefix cache; left out, that of this name if there.
     """
 
     arrival: str | None = "arrival_ns"
@@ -39,6 +41,7 @@ class Columns:
     hash_ids: str | None = None
     hash_block_size: int = 0
     time_unit: str | None = None
+    cached_tokens: str | None = None
 
     def __post_init__(self) -> None:
         if self.arrival and self.time_unit and (reason := unit_problem(self._unit(), self.arrival)):
@@ -61,7 +64,8 @@ class Columns:
             time_unit=self._unit(),
             hash_ids=self.hash_ids or _HASH_IDS,
             hash_block_size=self.hash_block_size,
-            optional=frozenset() if self.hash_ids else frozenset({_HASH_IDS, HASH_BLOCK_SIZE}),
+            cached_tokens=self.cached_tokens or _CACHED,
+            optional=self._optional(),
         ).read(path)
 
     def problem_with(self, trace: str) -> str | None:
@@ -69,6 +73,11 @@ class Columns:
         if self.arrival and trace.endswith((".csv", ".jsonl", ".csv.gz", ".jsonl.gz")):
             return unit_problem(self._unit(), self.arrival)
         return None
+
+    def _optional(self) -> frozenset[str]:
+        """Columns that nobody asked for, read where they are."""
+        hashes = () if self.hash_ids else (_HASH_IDS, HASH_BLOCK_SIZE)
+        return frozenset(hashes if self.cached_tokens else (*hashes, _CACHED))
 
     def _unit(self) -> str:
         return self.time_unit or (self.arrival or "").rpartition("_")[2]
@@ -99,6 +108,9 @@ def _csv_text(table: RequestTable) -> str:
     if table.block_keys is not None:
         names += [_HASH_IDS, HASH_BLOCK_SIZE]
         columns += [[" ".join(map(str, keys)) for keys in table.block_keys], [table.hash_block_size] * len(table)]
+    if table.cached_tokens is not None:
+        names.append(_CACHED)
+        columns.append(table.cached_tokens.tolist())
     writer.writerow(names)
     writer.writerows(zip(*columns, strict=True))
     return text.getvalue()
@@ -114,4 +126,7 @@ def _jsonl_text(table: RequestTable) -> str:
     if table.block_keys is not None:
         for row, keys in zip(rows, table.block_keys, strict=True):
             row |= {_HASH_IDS: list(keys), HASH_BLOCK_SIZE: table.hash_block_size}
+    if table.cached_tokens is not None:
+        for row, cached in zip(rows, table.cached_tokens.tolist(), strict=True):
+            row[_CACHED] = cached
     return "".join(json.dumps(row) + "\n" for row in rows)

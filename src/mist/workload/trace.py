@@ -88,4 +88,5 @@ def limit(table: RequestTable, num_requests: int) -> RequestTable:
         input_tokens=table.input_tokens[:num_requests],
         output_tokens=table.output_tokens[:num_requests],
         block_keys=None if table.block_keys is None else table.block_keys[:num_requests],
+        cached_tokens=None if table.cached_tokens is None else table.cached_tokens[:num_requests],
     )
