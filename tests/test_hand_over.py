@@ -290,7 +290,7 @@ def keep_sent_blocks(patch: pytest.MonkeyPatch) -> None:
 
 def free_blocks_at_once(patch: pytest.MonkeyPatch) -> None:
     def free(self: Residents, task: Task) -> None:
-        self.leave(task, task.computed_tokens)
+        self.leave(task, task.computed_tokens, task.computed_tokens)
         self.sending[task.admission] = task
 
     patch.setattr(Residents, "hold", free)

@@ -285,7 +285,7 @@ def bump(column: str, row: int, by: int) -> Callable[[dict[str, Any]], None]:
         ("tasks", bump("how", 0, 1), r"preemptions: 1 is not 2"),
         ("requests", bump("first_token_ns", 0, 10**9), "a first token lies outside its request"),
         ("requests", bump("output_tokens", 0, -1), "a request ended short of tokens"),
-        ("tasks", bump("joined_ns", -1, -(10**9)), r"tokens emitted: \d+ is not \d+"),
+        ("tasks", bump("joined_ns", -1, -(10**9)), "gpu-0: tokens of decode steps"),
         ("tasks", bump("generated_tokens", -1, 1), "gpu-0: tokens of decode steps"),
         ("requests", bump("num_preemptions", 0, 1), r"preemptions: 2 is not 1"),
         ("requests", lambda columns: [column.pop() for column in columns.values()], r"requests recorded: 3 is not 4"),

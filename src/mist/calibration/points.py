@@ -215,7 +215,7 @@ def _covariance(
     size = len(constants)
     normal = jacobian.T @ jacobian
     variance = float(residuals @ residuals) / max(1, len(residuals) - size)
-    covariance: FloatArray = np.linalg.pinv(normal) * variance
+    covariance: FloatArray = np.asarray(np.linalg.pinv(normal) * variance, np.float64)
     warnings = []
     sizes = np.sqrt(np.diag(normal))
     for i, constant in enumerate(constants):

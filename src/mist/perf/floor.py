@@ -25,7 +25,7 @@ class StepFloor:
     """Tabulated for one deployment: weights by tokens, all other work by its rate for each sum of a step.
 
     FLOP count at the peak of each operator's dtype, weights once, KV within each attention window; no activation counts
-    and no time on the links.
+    and no time on the links. Attention groups that share experts count as even ones.
     """
 
     def __init__(self, deployment: Deployment) -> None:
@@ -42,13 +42,13 @@ class StepFloor:
             sum(self._weights_ns(o, 1) for o in self._operators if o.driver in drivers)
             for drivers in (("sampled",), ("decodes",), ("prefill_tokens", "prefill_context"))
         )
-        self._dense = [o for o in self._operators if o.driver == "tokens"]
+        self._dense = [o for o in self._operators if o.driver in ("tokens", "shared_tokens")]
         last = max(deployment.max_num_batched_tokens, _TABULATED_TOKENS)
         self._dense_ns = [0.0, *self._dense_weights_ns(last)]
 
     def time(self, step: Step) -> float:
         """The floor of `step`, ns."""
-        n, chunks, tokens = step.num_decodes, step.chunks, step.num_prefill_tokens + step.num_decodes
+        n, chunks, tokens = step.num_decodes, step.chunks, step.num_tokens
         memory = self._dense_ns[tokens] if tokens < len(self._dense_ns) else self._dense_at(tokens)
         if step.num_sampled:
             memory += self._sampled_ns
@@ -96,6 +96,6 @@ def _rates(parts: Iterable[tuple[Mapping[str, float], float]]) -> _Rates:
     total = dict.fromkeys(_SUMS, 0.0)
     for coefficients, factor in parts:
         for name, value in coefficients.items():
-            total[name] += factor * value
+            total["tokens" if name == "shared_tokens" else name] += factor * value
     a, b, c, d, e, f, g = total.values()
     return a, b, c, d, e, f, g

@@ -33,10 +33,11 @@ _MAX_PREFILL_CONTEXT = 2**18
 class Kernels:
     """Sums of measured operator times.
 
-    `framework`: whose kernels, "" the engine's or else vLLM's; `version`: of its tables, "" the newest for the device. `tables`: a folder to read in
-    place of the installed package's. `system`: whose tables, "" those of the deployment's device. `distribution` of
-    tokens over experts, as the tables name it: others stand in where it wasn't measured. `eager_launch_ns`: what a
-    kernel costs the host where no graph is replayed. `fallback` prices the operators that aren't measured.
+    `framework`: whose kernels, "" the engine's or else vLLM's; `version`: of its tables, "" the newest for the device.
+    `tables`: a folder to read in place of the installed package's. `system`: whose tables, "" those of the deployment's
+    device. `distribution` of tokens over experts, as the tables name it: others stand in where it wasn't measured.
+    `eager_launch_ns`: what a kernel costs the host where no graph is replayed. `fallback` prices the operators that
+    aren't measured.
     """
 
     framework: Literal["", "vllm", "sglang", "trtllm"] = ""

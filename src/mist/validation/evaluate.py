@@ -1,4 +1,4 @@
-"""Runs every point, several at a time, and keeps what came out: a line of a file for each, so that a killed run resumes.
+"""Runs every point, several at a time, and keeps what came out: a line of a file for each, so that it can be resumed.
 
 The second part of a validation: points go in, comparisons come out, one for each measured value. Whatever a point does,
 it ends as a comparison or as a skip with its reason. It computes no error statistics.

@@ -1,7 +1,8 @@
 """One operating point as a scenario, from its columns alone; and which engine profile stands for an engine's version.
 
 Between the points that were measured and the runs that are compared with them. What the columns leave empty is the
-engine's default; what can't be run is a `Skip` with its reason. It never looks at a measured value of a latency or rate.
+engine's default; what can't be run is a `Skip` with its reason. It never looks at a measured latency or rate, but to
+judge what the schema judges by it: whether an open loop was saturated.
 """
 
 from __future__ import annotations
