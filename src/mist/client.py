@@ -108,6 +108,7 @@ class Client:
         self.step = Step(tokens_per_decode=1 + self._num_drafts)
         self._chunks: list[tuple[Task, int]] = []
         self._step_row = (0, 0)
+        self._front_end_free_ns = 0
         self._append_step = records.steps.append
         self._append_task = records.tasks.append
         self._stage_kind = {kind: i for i, kind in enumerate(records.stage_kinds)}
@@ -141,8 +142,12 @@ class Client:
 
     def receive(self, task: Task, now: int) -> None:
         """An expected task is here: it passes the front end, then its prefix is fetched, then it waits."""
-        if self.engine.request_overhead_ns:
-            self.kernel.at(now + self.engine.request_overhead_ns, self._fetch, task)
+        engine = self.engine
+        self._front_end_free_ns = begin = max(now, self._front_end_free_ns)
+        self._front_end_free_ns += engine.request_serial_ns
+        ready = max(begin + engine.request_overhead_ns, self._front_end_free_ns)
+        if ready > now:
+            self.kernel.at(ready, self._fetch, task)
         else:
             self._fetch(task, now)
 

@@ -15,7 +15,10 @@ from mist.model import ACTIVATION_BYTES, LayerGroup, ModelSpec
 from mist.units import GIB
 
 #: classes of operators whose time an engine version changes
-OPERATOR_CLASSES = ("gemm", "experts", "attention_prefill", "attention_decode", "elementwise", "network")
+OPERATOR_CLASSES = (
+    "gemm", "experts", "attention_prefill", "attention_decode", "attention_decode_gqa", "attention_decode_kv8",
+    "elementwise", "network",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,8 @@ class EngineProfile:
     `engine` and `first_version` say which releases it stands for, `first_date` from when on where only a date is known,
     `harness` static_batch that it stands for a benchmark of single batches alone.
     Host time: `step_overhead_ns` per step, `prefill_overhead_ns` more per step with prefills, `token_overhead_ns` per
-    sequence that samples in it, `request_overhead_ns` before a request joins the queue; `overlapped` engines prepare a
+    sequence that samples in it, `request_overhead_ns` before a request joins the queue, `request_serial_ns` of it one
+    request at a time; `overlapped` engines prepare a
     step while the device runs the one before, so that a step takes the longer of the two rather than their sum. With
     `async_scheduling` the next step is decided when one starts: what arrives meanwhile joins the step after it.
     Device time: `time_factors` by class of operator, this version's kernels over those that are measured.
@@ -94,6 +98,7 @@ class EngineProfile:
     token_overhead_ns: int = 0
     prefill_overhead_ns: int = 0
     request_overhead_ns: int = 0
+    request_serial_ns: int = 0
     overlapped: bool = False
     async_scheduling: bool = False
     time_factors: Mapping[str, float] = field(default_factory=dict)
@@ -114,6 +119,11 @@ class EngineProfile:
     overhead_bytes: int = 0
     cuda_graph: bool = True
     sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def has_front_end(self) -> bool:
+        """Whether a request takes any time before it joins the queue."""
+        return self.request_overhead_ns > 0 or self.request_serial_ns > 0 or self.async_scheduling
 
     def limits_for(self, device: Device, model: ModelSpec) -> tuple[int, int]:
         """The engine's default (max_num_seqs, max_num_batched_tokens) for `model` on `device`."""

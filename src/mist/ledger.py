@@ -63,7 +63,7 @@ class Ledger:
             incoming = client.view.num_outstanding - len(residents.running) - residents.num_waiting
             self._equal(f"{client.name}: incoming tasks", incoming, len(client.incoming))
             at_front_end = incoming - under_way[client.index]
-            possible = at_front_end == 0 or (at_front_end > 0 and client.engine.request_overhead_ns > 0)
+            possible = at_front_end == 0 or (at_front_end > 0 and client.engine.has_front_end)
             self._true(possible, f"{client.name}: {at_front_end} tasks at the front end")
             self._equal(f"{client.name}: KV caches being sent", len(residents.sending), len(client.nic.in_flight))
             may_sleep = self._told_to_wait[client.index] or residents.sending

@@ -18,6 +18,7 @@ from scipy.optimize import least_squares
 
 from mist.engine import OPERATOR_CLASSES, EngineProfile
 from mist.errors import Problem, ScenarioError, nearest
+from mist.hardware import GENERIC_EFFICIENCY, Device
 from mist.validation.evaluate import Comparison, evaluate
 from mist.validation.points import Point
 from mist.validation.score import kind_of
@@ -30,8 +31,10 @@ BOUNDS: dict[str, tuple[float, float, float]] = {
     "token_overhead_ns": (0.0, 1e6, 20e3),
     "prefill_overhead_ns": (0.0, 100e6, 2e6),
     "request_overhead_ns": (0.0, 500e6, 5e6),
+    "request_serial_ns": (0.0, 50e6, 1e6),
     "overhead_bytes": (0.0, 16 * 2**30, 2**30),
-    **{f"time_factors.{name}": (0.3, 6.0, 0.1) for name in OPERATOR_CLASSES},
+    **{f"time_factors.{name}": (0.3, 10.0, 0.1) for name in OPERATOR_CLASSES},
+    **{f"device.efficiency.{name}": (0.02, 1.0, 0.05) for name in GENERIC_EFFICIENCY},
 }
 #: kinds of metrics that a fit looks at, and how much: tails and first tokens repeat less well
 WEIGHTS = {"ttft": 0.5, "tpot": 1.0, "itl": 1.0, "e2e": 1.0, "makespan": 1.0, "throughput": 1.0}
@@ -73,6 +76,7 @@ def fit_points(
     profile: Mapping[str, Any],
     constants: Sequence[str],
     *,
+    device: Mapping[str, Any] | None = None,
     perf: Any = None,
     workers: int = 0,
     saturated: bool = True,
@@ -80,6 +84,7 @@ def fit_points(
 ) -> Fit:
     """The values of `constants` of `profile` (a mapping, as in a catalogue file) that fit `points` best.
 
+    Constants that begin with `device.` are of `device`, a mapping too, which then stands for the points' device.
     `saturated` False leaves out values of saturated runs. ScenarioError for an unknown constant, and where no point
     runs. `workers` as in `evaluate`.
     """
@@ -87,10 +92,11 @@ def fit_points(
     for constant in constants:
         if constant not in BOUNDS:
             raise ScenarioError(Problem(f"{constant!r} can't be fitted", hint=nearest(constant, BOUNDS)))
-    start = np.array([_value(profile, constant) for constant in constants])
+    parts = {_PROFILE: dict(profile), _DEVICE: dict(device or {})}
+    start = np.array([_value(parts, constant) for constant in constants])
     scales = np.array([BOUNDS[c][2] for c in constants])
     lows, highs = (np.array([BOUNDS[c][i] for c in constants]) / scales for i in (0, 1))
-    runs = _Runs(points, folder, name, tuple(constants), dict(profile), perf, workers, saturated, progress)
+    runs = _Runs(points, folder, tuple(constants), parts, perf, workers, saturated, progress)
     first = runs.compared(start)
     if not first:
         raise ScenarioError(Problem("none of the points can be run", hint="`mist validate` says why of each"))
@@ -117,9 +123,9 @@ def fit_points(
     )
 
 
-def changed(profile: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, Any]:
-    """A copy of a profile's mapping with these constants, given by their dotted names."""
-    found = {**profile}
+def changed(mapping: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, Any]:
+    """A copy of a profile's or device's mapping with these constants, given by their dotted names."""
+    found = {**mapping}
     for name, value in values.items():
         key, _, inner = name.partition(".")
         number: Any = round(value, 4) if inner else round(value)
@@ -127,15 +133,24 @@ def changed(profile: Mapping[str, Any], values: Mapping[str, float]) -> dict[str
     return found
 
 
+_PROFILE, _DEVICE = "", "device."
+
+
+def _split(constant: str) -> tuple[str, str]:
+    """Whether a constant is the profile's or the device's, and its name there."""
+    return (_DEVICE, constant.removeprefix(_DEVICE)) if constant.startswith(_DEVICE) else (_PROFILE, constant)
+
+
 class _Runs:
     """The points, run with given constants; the comparisons that all runs have in common are what is fitted."""
 
     def __init__(
-        self, points: Sequence[Point], folder: Path, name: str, constants: tuple[str, ...], profile: dict[str, Any],
+        self, points: Sequence[Point], folder: Path, constants: tuple[str, ...], parts: Mapping[str, dict[str, Any]],
         perf: Any, workers: int, saturated: bool, progress: Progress | None,
     ) -> None:  # fmt: skip
-        self._points, self._folder, self._name = points, folder, name
-        self._constants, self._profile, self._perf, self._workers = constants, profile, perf, workers
+        self._points, self._folder, self._parts = points, folder, parts
+        self._name = str(parts[_PROFILE]["name"])
+        self._constants, self._perf, self._workers = constants, perf, workers
         self._saturated, self._progress = saturated, progress
         self._ids: list[str] = []
         self._weights = np.ones(0)
@@ -144,7 +159,13 @@ class _Runs:
 
     def compared(self, values: FloatArray) -> list[Comparison]:
         """All comparisons that count, with these values of the constants."""
-        overrides = {self._name: changed(self._profile, dict(zip(self._constants, values.tolist(), strict=True)))}
+        values_of: dict[str, dict[str, float]] = {_PROFILE: {}, _DEVICE: {}}
+        for constant, value in zip(self._constants, values.tolist(), strict=True):
+            part, key = _split(constant)
+            values_of[part][key] = value
+        overrides = {self._name: changed(self._parts[_PROFILE], values_of[_PROFILE])}
+        if device := self._parts[_DEVICE]:
+            overrides[f"device:{device['name']}"] = changed(device, values_of[_DEVICE])
         evaluated = evaluate(self._points, self._folder, overrides=overrides, perf=self._perf, workers=self._workers)
         self._num_runs += 1
         return [
@@ -201,9 +222,14 @@ class _Runs:
         return np.array(columns).T
 
 
-def _value(profile: Mapping[str, Any], constant: str) -> float:
-    key, _, inner = constant.partition(".")
-    value = getattr(EngineProfile.from_mapping(dict(profile)), key)
+def _value(parts: Mapping[str, dict[str, Any]], constant: str) -> float:
+    part, name = _split(constant)
+    key, _, inner = name.partition(".")
+    if part == _DEVICE:
+        if not parts[_DEVICE]:
+            raise ScenarioError(Problem(f"{constant} is of a device, and none is named"))
+        return Device.from_mapping(parts[_DEVICE]).efficiency_of(inner, "bf16")
+    value = getattr(EngineProfile.from_mapping(parts[_PROFILE]), key)
     return float(value.get(inner, 1.0) if inner else value)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mist.hardware import Platform
-from mist.model import ModelSpec
+from mist.model import ACTIVATION_BYTES, DTYPE_BYTES, ModelSpec
 from mist.request import Step
 
 #: where a step time may come from
@@ -51,8 +51,24 @@ class Deployment:
     time_factors: Mapping[str, float] = field(default_factory=dict)
 
     def time_factor(self, kind: str) -> float:
-        """What the known time of an operator of this kind is multiplied by."""
-        return self.time_factors.get(OPERATOR_CLASSES[kind], 1.0)
+        """What the known time of an operator of this kind is multiplied by.
+
+        Decode attention has kernels of its own for KV caches of 8 bits (`attention_decode_kv8`) and for queries that
+        share keys and values (`attention_decode_gqa`), which take `attention_decode` where they have no factor.
+        """
+        name = OPERATOR_CLASSES[kind]
+        if name == "attention_decode":
+            for special, applies in self._decode_kernels():
+                if applies and special in self.time_factors:
+                    return self.time_factors[special]
+        return self.time_factors.get(name, 1.0)
+
+    def _decode_kernels(self) -> tuple[tuple[str, bool], ...]:
+        groups = self.model.layers
+        return (
+            ("attention_decode_kv8", DTYPE_BYTES[self.kv_dtype] < ACTIVATION_BYTES),
+            ("attention_decode_gqa", all(g.num_kv_heads < g.num_heads for g in groups)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,11 +67,15 @@ class _Draft:
 def setting_of(point: Point, folder: Path, overrides: Overrides | None = None, perf: Any = None) -> Setting:
     """The scenario of `point`; paths of request lists start at `folder`.
 
-    `overrides` change fields of engine profiles by name (calibration does), `perf` is the list of performance models.
+    `overrides` change fields of engine profiles by name, or replace devices by `device:NAME` (calibration does both);
+    `perf` is the list of performance models.
     Skip says why the point can't be run.
     """
     profile = engine_profile(point)
-    draft = _Draft(point, folder, {**profile, **(overrides or {}).get(str(profile["name"]), {})})
+    changes = overrides or {}
+    draft = _Draft(point, folder, {**profile, **changes.get(str(profile["name"]), {})})
+    if f"device:{point['device']}" in changes:
+        draft.pool["device"] = dict(changes[f"device:{point['device']}"])
     _LOADS.get(point["load"], _unknown_load)(draft)
     pools = _pools(draft)
     mapping: dict[str, Any] = {
@@ -259,8 +263,9 @@ def _pools(draft: _Draft) -> dict[str, Any]:
         draft.pool["speculation"] = _speculation(point["spec_decode"])
     if point["power_cap_w"]:
         raise Skip("power caps aren't modelled")
+    draft.pool = {"device": _named("devices", point["device"])} | draft.pool
     draft.pool |= {
-        "device": _named("devices", point["device"]), "model": _model(draft),
+        "model": _model(draft),
         "engine": draft.profile, "weights_dtype": _weights(point), "kv_dtype": _kv_dtype(point),
         "batching": _batching(draft), "kv_cache": _kv_cache(draft),
     }  # fmt: skip
