@@ -37,6 +37,7 @@ class Deployment:
     whose kernels run ("" any); `time_factors` by class of operator (`OPERATOR_CLASSES`) is how long its version of them
     takes, over those that a performance model knows.
     `tokens_per_decode`: of all its steps, what a decode computes there; more than one where it verifies drafts.
+    `clock`: share of its full clock that the device keeps in operators bound by compute; less than 1 under a power cap.
     """
 
     model: ModelSpec
@@ -49,6 +50,7 @@ class Deployment:
     tokens_per_decode: int = 1
     engine: str = ""
     time_factors: Mapping[str, float] = field(default_factory=dict)
+    clock: float = 1.0
 
     def time_factor(self, kind: str) -> float:
         """What the known time of an operator of this kind is multiplied by."""
