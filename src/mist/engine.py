@@ -75,7 +75,8 @@ class EngineProfile:
     sequence that samples in it, `request_overhead_ns` before a request joins the queue; `overlapped` engines prepare a
     step while the device runs the one before, so that a step takes the longer of the two rather than their sum. With
     `async_scheduling` the next step is decided when one starts: what arrives meanwhile joins the step after it.
-    Device time: `time_factors` by class of operator, this version's kernels over those that are measured.
+    Device time: `time_factors` by class of operator, this version's kernels over those that are measured;
+    `tables_version`, a release such as "0.19": these are each operator's newest that aren't newer, "" the newest.
     Limits: `large_device_*` replace the defaults on devices of `large_device_bytes` and more, but not on
     `small_devices`; with `fit_whole_prompts` a step may always hold a prompt of the model's longest context.
     Memory: `gpu_memory_utilization` is a share of the whole, or with `utilization_of_free` of what weights and
@@ -97,6 +98,7 @@ class EngineProfile:
     overlapped: bool = False
     async_scheduling: bool = False
     time_factors: Mapping[str, float] = field(default_factory=dict)
+    tables_version: str = ""
     batching: str = "chunked"
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -179,6 +181,8 @@ class EngineProfile:
                     reader.problem(key, f"must be true or false, not {data[key]!r}")
             else:
                 values[key] = data[key] if isinstance(data[key], Mapping) else str(data[key] or "")
+        if isinstance(data.get("tables_version"), int | float):
+            reader.problem("tables_version", 'is a number: a release is written in quotes, as "0.10"')
         values["small_devices"] = tuple(map(str, data.get("small_devices") or ()))
         for name, factor in dict(values.get("time_factors") or {}).items():
             if name not in OPERATOR_CLASSES:

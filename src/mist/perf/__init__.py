@@ -35,7 +35,8 @@ class Deployment:
 
     With `cuda_graph` the device replays a captured step; without, the host launches every kernel of it. `engine` is
     whose kernels run ("" any); `time_factors` by class of operator (`OPERATOR_CLASSES`) is how long its version of them
-    takes, over those that a performance model knows.
+    takes, over those that a performance model knows; `tables_version`: the release whose measured kernels are nearest
+    to it, "" the newest.
     `tokens_per_decode`: of all its steps, what a decode computes there; more than one where it verifies drafts.
     `clock`: share of its full clock that the device keeps in operators bound by compute; less than 1 under a power cap.
     """
@@ -51,6 +52,7 @@ class Deployment:
     engine: str = ""
     time_factors: Mapping[str, float] = field(default_factory=dict)
     clock: float = 1.0
+    tables_version: str = ""
 
     def time_factor(self, kind: str) -> float:
         """What the known time of an operator of this kind is multiplied by."""

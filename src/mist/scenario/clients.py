@@ -308,6 +308,7 @@ class Pool(Section):
             engine=self.engine.engine,
             time_factors=self.engine.time_factors,
             clock=self.device.clock_under(self.power_cap_w),
+            tables_version=self.engine.tables_version,
         )
 
     @property
