@@ -82,6 +82,8 @@ class EngineProfile:
     Memory: `gpu_memory_utilization` is a share of the whole, or with `utilization_of_free` of what weights and
     activations leave; `overhead_bytes` is what is neither (context, communicators, graphs). With `reserves_output` a
     request is admitted only where its longest answer and those of all that run fit, so that none is ever preempted.
+    `first_token`: where prefill and decode are apart, the stage whose client streams the token that a prefill sampled:
+    `prefill` as it ends, or `decode` as it goes on there (an answer of one token never moves).
     `cuda_graph`: steps replay captured graphs; without, the host launches every kernel of a step.
     """
 
@@ -115,6 +117,7 @@ class EngineProfile:
     reserves_output: bool = False
     overhead_bytes: int = 0
     cuda_graph: bool = True
+    first_token: str = "prefill"
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def limits_for(self, device: Device, model: ModelSpec) -> tuple[int, int]:
@@ -189,6 +192,8 @@ class EngineProfile:
                 reader.problem("time_factors", f"has no {name!r}; known: {', '.join(OPERATOR_CLASSES)}")
             elif isinstance(factor, bool) or not isinstance(factor, int | float) or not 0.1 <= factor <= 100:
                 reader.problem("time_factors", f"has {name}: {factor!r}, where 0.1 to 100 would do")
+        if values.get("first_token", "prefill") not in ("prefill", "decode"):
+            reader.problem("first_token", f"must be prefill or decode, not {data['first_token']!r}")
         for key in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if values.get(key) == 0:
                 reader.problem(key, "must be at least 1")
