@@ -44,6 +44,9 @@ def column(records: Records, table_name: str, name: str) -> list[int]:
     return list(getattr(records, table_name).as_columns()[name].tolist())
 
 
+STREAMS = pytest.mark.parametrize("first_token", ["prefill", "decode"])
+
+
 def figures(run: Run) -> dict[str, Any]:
     return summarise(run.records, clients=[ClientInfo(c.name, c.name) for c in run.clients])
 
@@ -51,15 +54,16 @@ def figures(run: Run) -> dict[str, Any]:
 # --- closed forms ---
 
 
+@STREAMS
 @pytest.mark.parametrize("output", [2, 3, 40])
 @pytest.mark.parametrize("link", [LINK, KVLink(7, 3e9, 0), KVLink(10)])
-def test_one_request_alone_is_the_sum_of_its_parts(link: KVLink, output: int) -> None:
-    run = pair(table([100], [300], [output]), nic=link)
+def test_one_request_alone_is_the_sum_of_its_parts(link: KVLink, output: int, first_token: str) -> None:
+    run = pair(table([100], [300], [output]), nic=link, engine_profile=engine(first_token=first_token))
     steps = LinearSteps()
     prefill_end = 100 + steps.of(300, 0, 0, 1)
     arrival = prefill_end + link.wire_ns(300 * link.bytes_per_token) + link.latency_ns
     end = arrival + sum(steps.of(0, 1, 300 + k, 0) for k in range(1, output))
-    assert column(run.records, "requests", "first_token_ns") == [prefill_end]
+    assert column(run.records, "requests", "first_token_ns") == [arrival if first_token == "decode" else prefill_end]
     assert column(run.records, "requests", "end_ns") == [end]
     assert column(run.records, "requests", "output_tokens") == [output]
     assert column(run.records, "transfers", "bytes") == [300 * link.bytes_per_token]
@@ -67,9 +71,10 @@ def test_one_request_alone_is_the_sum_of_its_parts(link: KVLink, output: int) ->
     assert sum(column(run.records, "steps", "num_prefill_tokens")) == 300
 
 
+@STREAMS
 @pytest.mark.parametrize("output", [0, 1])
-def test_what_the_prefill_answers_alone_moves_nowhere(output: int) -> None:
-    run = pair(table([0], [300], [output]))
+def test_what_the_prefill_answers_alone_moves_nowhere(output: int, first_token: str) -> None:
+    run = pair(table([0], [300], [output]), engine_profile=engine(first_token=first_token))
     assert not len(run.records.transfers)
     assert column(run.records, "requests", "output_tokens") == [output]
     assert column(run.records, "requests", "end_ns") == [LinearSteps().of(300, 0, 0, 1)]
@@ -107,6 +112,24 @@ def test_each_prefill_client_has_a_link_of_its_own() -> None:
     run = play(table([0, 0], [300, 300], [5, 5]), num_clients=3, serves=[("prefill",)] * 2 + [("decode",)], nic=LINK)
     assert column(run.records, "transfers", "sender") == [0, 1]
     assert len(set(column(run.records, "transfers", "end_ns"))) == 1
+
+
+def test_the_stage_that_streams_the_first_token_moves_nothing_else() -> None:
+    """Tokens, steps and transfers stay; the first token of whatever moved comes out as it joins."""
+    workload = table([0, 0, 500, 9000], [300, 200, 90, 40], [5, 12, 1, 7])
+    early, late = (pair(workload, engine_profile=engine(first_token=who)) for who in ("prefill", "decode"))
+    for name in ("steps", "transfers"):
+        assert rows(early.records)[name] == rows(late.records)[name]
+    for name in ("request", "end_ns", "output_tokens"):
+        assert column(early.records, "requests", name) == column(late.records, "requests", name)
+    tasks = late.records.tasks.as_columns()
+    joined = {r: int(t) for r, k, t in zip(*(tasks[n] for n in ("request", "kind", "started_ns")), strict=True) if k}
+    first, ended = (
+        dict(zip(column(run.records, "requests", "request"), column(run.records, "requests", "first_token_ns"),
+                 strict=True)) for run in (late, early)
+    )  # fmt: skip
+    assert first == ended | joined
+    assert all(joined[r] > ended[r] for r in joined)
 
 
 # --- blocks ---
@@ -227,6 +250,7 @@ def random_pools(seed: int) -> Callable[[], Run]:
     }
     if rng.random() < 0.2:
         options["until_ns"] = rng.randint(1, 60_000)
+    options["engine_profile"] = replace(options["engine_profile"], first_token=rng.choice(["prefill", "decode"]))
     return lambda: scenario.play(policy, router=router(), **options)
 
 
@@ -270,12 +294,14 @@ def test_gaps_between_tokens_span_the_transfer() -> None:
         assert sum(parts) == pytest.approx(summary["e2e_s"]["mean"])
 
 
-def test_a_cut_leaves_transfers_without_an_end() -> None:
+@STREAMS
+def test_a_cut_leaves_transfers_without_an_end(first_token: str) -> None:
     first = LinearSteps().of(500, 0, 0, 2)
-    run = pair(table([0, 0], [300, 200], [5, 5]), until_ns=first + 1000)
+    profile = engine(first_token=first_token)
+    run = pair(table([0, 0], [300, 200], [5, 5]), until_ns=first + 1000, engine_profile=profile)
     assert column(run.records, "transfers", "start_ns") == [first, -1]
     assert column(run.records, "transfers", "end_ns") == [-1, -1]
-    assert column(run.records, "requests", "output_tokens") == [1, 1]
+    assert column(run.records, "requests", "output_tokens") == [first_token == "prefill"] * 2
     assert figures(run)["kv_transfer"] is None
 
 
@@ -353,11 +379,12 @@ SABOTAGES: dict[Sabotage, str] = {
 }
 
 
+@STREAMS
 @pytest.mark.parametrize("sabotage", SABOTAGES, ids=lambda sabotage: sabotage.__name__)
-def test_a_planted_bug_is_caught(sabotage: Sabotage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_bug_is_caught(sabotage: Sabotage, first_token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sabotage(monkeypatch)
     with pytest.raises(InvariantError, match=SABOTAGES[sabotage]):
-        pair(table([0, 0, 9000], [300, 200, 50], [5, 5, 9]))
+        pair(table([0, 0, 9000], [300, 200, 50], [5, 5, 9]), engine_profile=engine(first_token=first_token))
 
 
 # --- scenarios ---

@@ -212,6 +212,19 @@ def test_all_reduce_is_near_measured_times(name: str, ranks: int, message: float
     assert Platform(device(name), ranks).all_reduce_ns(message) / 1e3 == pytest.approx(measured_us, rel=0.15)
 
 
+def test_only_a_prefill_or_a_decode_streams_the_first_token() -> None:
+    assert EngineProfile.from_mapping({"name": "mine"}).first_token == "prefill"
+    assert EngineProfile.from_mapping(ENGINES["vllm-0.10"]).first_token == "decode"
+    with pytest.raises(ScenarioError, match="prefill or decode"):
+        EngineProfile.from_mapping({"name": "mine", "first_token": "router"})
+
+
+def test_a_release_of_tables_is_text() -> None:
+    assert EngineProfile.from_mapping({"name": "mine", "tables_version": "0.10"}).tables_version == "0.10"
+    with pytest.raises(ScenarioError, match="in quotes"):
+        EngineProfile.from_mapping({"name": "mine", "tables_version": 0.10})
+
+
 @pytest.mark.parametrize("name", sorted(ENGINES))
 def test_engine_catalogue_loads_with_sources(name: str) -> None:
     engine = EngineProfile.from_mapping(ENGINES[name])

@@ -64,6 +64,23 @@ def step(chunks: Sequence[tuple[int, int]] = (), decodes: int = 0, context: int 
     return Step(decodes, context, list(chunks), sum(c for c, _ in chunks), decodes + len(chunks))
 
 
+def test_an_engine_names_the_release_whose_tables_are_nearest(prepared: Prepared, tmp_path: Path) -> None:
+    root = write_system(tmp_path / "t", gemm=gemm_rows(ms=lambda m, n, k: 2 * gemm_ms(m, n, k)))
+    write(root, "made_up/gemm/vllm/0.19.0", "gemm_perf", gemm_rows())
+    one = step(chunks=[(64, 0)])
+
+    def took(tables_version: str, engine: str = "vllm", **fields: Any) -> int:
+        deployment = replace(small_deployment(), engine=engine, tables_version=tables_version)
+        return prepared(deployment, root, **fields).step_time(one)
+
+    newest, older = took(""), took("0.19")
+    assert older < newest
+    assert took("0.23") == took("0.1") == older
+    assert took("0.24") == took("1.0") == newest
+    assert took("0.19", version="0.24.0") == newest, "the model's own version comes first"
+    assert took("0.19", engine="sglang") == newest, "another engine's release says nothing of vLLM's tables"
+
+
 def dense_ms(rows: int, sampled: int, tp: int = 1) -> float:
     """The laws of the made-up tables for the small deployment's 2 layers (hidden 512, 8 heads of 64, FFN 1,024)."""
     qkv = (8 // tp + 2 * 4 // tp) * 64

@@ -283,6 +283,18 @@ def test_the_newest_complete_version_is_the_default_and_families_fall_back(tmp_p
     assert folder.file("made_up", moe, "sglang", "") is None
 
 
+def test_a_release_stands_for_all_that_its_numbers_begin(tmp_path: Path) -> None:
+    folder, moe = TablesFolder(tmp_path, "1.0"), BY_NAME["moe"]
+    for version in ("0.9.2", "0.19.0", "0.19.3", "0.24.0", "1.3.0rc10", "1.3.0rc20", "1.3.0"):
+        write(tmp_path, f"made_up/moe/vllm/{version}", moe.file, [])
+    wanted = {
+        "0.8": "0.9.2", "0.10": "0.9.2", "0.19": "0.19.3", "0.19.0": "0.19.0", "0.19.1": "0.19.0", "0.23": "0.19.3",
+        "1.2": "0.24.0", "1.3.0rc10": "1.3.0rc10", "1.3.0rc9": "0.24.0", "1.3": "1.3.0", "2": "1.3.0",
+    }  # fmt: skip
+    found = {version: folder.file("made_up", moe, "vllm", version) for version in wanted}
+    assert {version: path.parent.name for version, path in found.items() if path} == wanted
+
+
 def test_problem_names_what_is_missing(tmp_path: Path) -> None:
     root = write_system(tmp_path / "t")
     assert opened(root).problem() is None

@@ -17,7 +17,7 @@ from mist.memory.kv_cache import KVCache
 from mist.network import HOST, Channel, KVLink
 from mist.perf import PerfModel
 from mist.records import CUT, DONE, PREEMPTED, Records
-from mist.request import DECODE, Batch, ClientView, StageResult, Step, Task, Wait
+from mist.request import DECODE, PREFILL, Batch, ClientView, StageResult, Step, Task, Wait
 from mist.residents import Residents
 from mist.speculation import Speculation, SpeculativeCohort
 
@@ -332,15 +332,16 @@ class Client:
             self._join(following, now)
             return
         self.view.num_outstanding -= 1
-        if following is not None:
+        is_last = following is not None and following.stage.oracle_output_tokens == 1
+        if following is not None and (is_last or self.engine.first_token == PREFILL):
             task.joined_ns = now
+            _emit(following, now)
         self._record_segment(task, now, DONE)
         if following is None or not self._hand_over(task, following, now):
             self.residents.leave(task, task.computed_tokens, task.computed_tokens)
 
     def _hand_over(self, task: Task, following: Task, now: int) -> bool:
         """A decode whose first token was sampled here: whether `task`'s blocks must stay for a client to go on with."""
-        following.generated_tokens = 1
         following.target_tokens = following.computed_tokens = following.inherited_tokens = task.computed_tokens
         if following.stage.oracle_output_tokens == 1:
             self.coordinator.stage_done(following, StageResult(now, now, 1), self, now)
@@ -357,15 +358,21 @@ class Client:
             self.waker.wake(self)
 
     def _take_over(self, now: int) -> None:
-        """Decodes whose KV cache was handed over join the cohort while they fit; their next token is the step's."""
+        """Decodes whose KV cache was handed over join the cohort while they fit; their next token is the step's.
+
+        The one that the prefill sampled comes out now, unless it did there.
+        """
         while (task := self.residents.take_over(self.batching.max_num_seqs)) is not None:
             task.started_ns = now
-            self.residents.cohort.join(task, task.stage.oracle_output_tokens - task.generated_tokens)
+            if task.generated_tokens:
+                self.residents.cohort.join(task, task.stage.oracle_output_tokens - task.generated_tokens)
+            else:
+                self._join(task, now)
 
     def _join(self, task: Task, now: int) -> None:
         """A decode whose context is computed emits a token now, and the rest with the cohort's next steps."""
         task.joined_ns = now
-        task.generated_tokens += 1
+        _emit(task, now)
         num_tokens = task.stage.oracle_output_tokens - task.generated_tokens
         cohort = self.residents.cohort
         if num_tokens:
@@ -414,3 +421,10 @@ class Client:
              task.queued_ns, task.started_ns, task.joined_ns, now, how,
              computed, task.cached_tokens, task.join_step, last_step, generated)
         )  # fmt: skip
+
+
+def _emit(task: Task, now: int) -> None:
+    """A token comes out of the decode `task` that its context ends in."""
+    task.generated_tokens += 1
+    if task.stage.visible and task.request.first_token_ns < 0:
+        task.request.first_token_ns = now

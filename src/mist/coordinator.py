@@ -101,10 +101,7 @@ class Coordinator:
         request = task.request
         if task.stage.visible:
             request.output_tokens += result.output_tokens
-        following = self.advance(request, result, client, now)
-        if following is not None and following.stage.visible and request.first_token_ns < 0:
-            request.first_token_ns = now
-        return following
+        return self.advance(request, result, client, now)
 
     def hand_over(self, task: Task, following: Task, client: Client, now: int) -> bool:
         """The KV cache of `task` goes from `client` to one that decodes on; False: it can't, and the request left."""

@@ -16,7 +16,7 @@ from mist.units import GIB
 
 #: classes of operators whose time an engine version changes
 OPERATOR_CLASSES = (
-    "gemm", "experts", "attention_prefill", "attention_decode", "attention_decode_gqa", "attention_decode_kv8",
+    "gemm", "gemm_compute", "experts", "experts_compute", "attention_prefill", "attention_decode", "attention_decode_gqa", "attention_decode_kv8",
     "elementwise", "network",
 )  # fmt: skip
 
@@ -79,12 +79,15 @@ class EngineProfile:
     request at a time; `overlapped` engines prepare a
     step while the device runs the one before, so that a step takes the longer of the two rather than their sum. With
     `async_scheduling` the next step is decided when one starts: what arrives meanwhile joins the step after it.
-    Device time: `time_factors` by class of operator, this version's kernels over those that are measured.
+    Device time: `time_factors` by class of operator, this version's kernels over those that are measured;
+    `tables_version`, a release such as "0.19": these are each operator's newest that aren't newer, "" the newest.
     Limits: `large_device_*` replace the defaults on devices of `large_device_bytes` and more, but not on
     `small_devices`; with `fit_whole_prompts` a step may always hold a prompt of the model's longest context.
     Memory: `gpu_memory_utilization` is a share of the whole, or with `utilization_of_free` of what weights and
     activations leave; `overhead_bytes` is what is neither (context, communicators, graphs). With `reserves_output` a
     request is admitted only where its longest answer and those of all that run fit, so that none is ever preempted.
+    `first_token`: where prefill and decode are apart, the stage whose client streams the token that a prefill sampled:
+    `prefill` as it ends, or `decode` as it goes on there (an answer of one token never moves).
     `cuda_graph`: steps replay captured graphs; without, the host launches every kernel of a step.
     """
 
@@ -102,6 +105,7 @@ class EngineProfile:
     overlapped: bool = False
     async_scheduling: bool = False
     time_factors: Mapping[str, float] = field(default_factory=dict)
+    tables_version: str = ""
     batching: str = "chunked"
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -118,6 +122,7 @@ class EngineProfile:
     reserves_output: bool = False
     overhead_bytes: int = 0
     cuda_graph: bool = True
+    first_token: str = "prefill"
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -189,12 +194,18 @@ class EngineProfile:
                     reader.problem(key, f"must be true or false, not {data[key]!r}")
             else:
                 values[key] = data[key] if isinstance(data[key], Mapping) else str(data[key] or "")
+        if isinstance(data.get("tables_version"), int | float):
+            reader.problem("tables_version", 'is a number: a release is written in quotes, as "0.10"')
         values["small_devices"] = tuple(map(str, data.get("small_devices") or ()))
         for name, factor in dict(values.get("time_factors") or {}).items():
             if name not in OPERATOR_CLASSES:
                 reader.problem("time_factors", f"has no {name!r}; known: {', '.join(OPERATOR_CLASSES)}")
+            elif name.endswith("_compute") and isinstance(factor, int | float) and factor < 1:
+                reader.problem("time_factors", f"has {name}: {factor!r}, where 1 or more would do")
             elif isinstance(factor, bool) or not isinstance(factor, int | float) or not 0.1 <= factor <= 100:
                 reader.problem("time_factors", f"has {name}: {factor!r}, where 0.1 to 100 would do")
+        if values.get("first_token", "prefill") not in ("prefill", "decode"):
+            reader.problem("first_token", f"must be prefill or decode, not {data['first_token']!r}")
         for key in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if values.get(key) == 0:
                 reader.problem(key, "must be at least 1")

@@ -39,6 +39,9 @@ GENERIC_INTER_NODE_LATENCY_NS = 8_000
 #: (nvbandwidth, Azure/AI-benchmarking-guide), and the start of a copy (unverified).
 GENERIC_HOST_LINK_BYTES_PER_S = 26.0 * GB
 GENERIC_HOST_LINK_LATENCY_NS = 10_000
+#: Share of its TDP that a busy device draws whatever its clock: the least that a B200 drew under any kernel of the vLLM
+#: 0.22.0 tables of aiconfigurator-core 0.12.0, 243 of 1,000 W (unverified for other devices).
+BASE_POWER = 0.24
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,24 @@ class Device:
     def launch_ns(self, operator_class: str, variant: str | int = "") -> float:
         """Fixed time of one kernel of `operator_class`, ns."""
         return _most_specific(operator_class, variant, self.kernel_launch_ns, GENERIC_LAUNCH_NS)
+
+    def clock_under(self, power_cap_w: float | None) -> float:
+        """Share of its clock that a device keeps in kernels bound by compute, which alone would draw its TDP.
+
+        ((cap - base) / (TDP - base))^(1/3), 1.0 without a cap: beyond `BASE_POWER` power goes as the clock times the
+        voltage squared, which falls with the clock (textbook; unverified). What kernels draw is measured: prompts of
+        2,048 and more tokens 0.95 to 1.0 of the TDP and decodes 0.43 on A100 (Splitwise, arXiv 2311.18677, its
+        profiles), prefill attention 0.94 and decode attention 0.58 on B200 (medians, aiconfigurator-core 0.12.0).
+        ValueError for a cap that isn't above the base and at most the TDP, or where no TDP is known.
+        """
+        if power_cap_w is None:
+            return 1.0
+        if self.tdp_w is None:
+            raise ValueError(f"no TDP is known of {self.name}")
+        base_w = BASE_POWER * self.tdp_w
+        if not base_w < power_cap_w <= self.tdp_w:
+            raise ValueError(f"{self.name} is capped above {base_w:g} W, up to its TDP of {self.tdp_w:g} W")
+        return float(((power_cap_w - base_w) / (self.tdp_w - base_w)) ** (1 / 3))
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> Device:

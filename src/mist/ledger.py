@@ -194,7 +194,13 @@ class Ledger:
                 self._true(bool(np.all(start >= queued)), f"{client.name}: a transfer starts before it is queued")
                 self._true(bool(np.all(start[1:] >= free[:-1])), f"{client.name}: transfers overlap on one link")
         came = set(zip(*(rows[name].tolist() for name in ("request", "receiver", "end_ns")), strict=True))
-        on = (tasks["joined_ns"] < 0) & (tasks["join_step"] >= 0)
+        kinds, order = self.records.stage_kinds, np.argsort(tasks["request"], kind="stable")
+        before = np.full(len(order), -1, np.int64)  # the client of a request's segment before, -1: none
+        same = tasks["request"][order[1:]] == tasks["request"][order[:-1]]
+        before[order[1:][same]] = tasks["client"][order[:-1][same]]
+        moved = (before >= 0) & (before != tasks["client"]) & (tasks["join_step"] >= 0)
+        on = moved & (tasks["kind"] == (kinds.index(DECODE) if DECODE in kinds else -1))
+        on &= tasks["computed_tokens"] + tasks["cached_tokens"] == 0
         went = set(zip(*(tasks[name][on].tolist() for name in ("request", "client", "queued_ns")), strict=True))
         self._true(went <= came, f"decodes went on without their KV cache: {sorted(went - came)[:3]}")
 

@@ -56,7 +56,8 @@ class Records:
       `joined_ns` (-1: it sampled none when its context was computed), then one at the end of each decode step
       `join_step` + 1 .. `last_step` (-1: it never joined) of its client, counting that client's steps with
       num_decodes > 0 from 1; more than one where it speculates: `generated_tokens` are all those of the segment, evenly
-      spread over its decode steps. Where another client decodes on, the first token is the prefill's.
+      spread over its decode steps. Where another client decodes on, the first token is the prefill's or, by the engine,
+      that of the join there.
     steps: one row per step of a client. `kv_blocks` are the blocks referenced while it ran.
     transfers: one row per KV cache that moved, written when it is there (or at the end: `end_ns`, and `start_ns` if
       it still waited for the link, are -1). `sender` and `receiver` are clients, a sender of -1 is the host memory.

@@ -35,8 +35,10 @@ class Deployment:
 
     With `cuda_graph` the device replays a captured step; without, the host launches every kernel of it. `engine` is
     whose kernels run ("" any); `time_factors` by class of operator (`OPERATOR_CLASSES`) is how long its version of them
-    takes, over those that a performance model knows.
+    takes, over those that a performance model knows; `tables_version`: the release whose measured kernels are nearest
+    to it, "" the newest.
     `tokens_per_decode`: of all its steps, what a decode computes there; more than one where it verifies drafts.
+    `clock`: share of its full clock that the device keeps in operators bound by compute; less than 1 under a power cap.
     """
 
     model: ModelSpec
@@ -49,6 +51,8 @@ class Deployment:
     tokens_per_decode: int = 1
     engine: str = ""
     time_factors: Mapping[str, float] = field(default_factory=dict)
+    clock: float = 1.0
+    tables_version: str = ""
 
     def time_factor(self, kind: str) -> float:
         """What the known time of an operator of this kind is multiplied by.
@@ -62,6 +66,14 @@ class Deployment:
                 if applies and special in self.time_factors:
                     return self.time_factors[special]
         return self.time_factors.get(name, 1.0)
+
+    def clock_of(self, kind: str) -> float:
+        """The clock at which operators of this kind seem to run where compute binds them.
+
+        Lower than `clock` by a factor `gemm_compute` or `experts_compute`: kernels that read as fast as the known ones
+        and multiply more slowly, such as those that unpack weights of 4 bits.
+        """
+        return self.clock / self.time_factors.get(f"{OPERATOR_CLASSES[kind]}_compute", 1.0)
 
     def _decode_kernels(self) -> tuple[tuple[str, bool], ...]:
         groups = self.model.layers

@@ -33,7 +33,8 @@ _MAX_PREFILL_CONTEXT = 2**18
 class Kernels:
     """Sums of measured operator times.
 
-    `framework`: whose kernels, "" the engine's or else vLLM's; `version`: of its tables, "" the newest for the device.
+    `framework`: whose kernels, "" the engine's or else vLLM's; `version`: of its tables, "" the one that the engine's
+    profile names, else the newest for the device.
     `tables`: a folder to read in place of the installed package's. `system`: whose tables, "" those of the deployment's
     device. `distribution` of tokens over experts, as the tables name it: others stand in where it wasn't measured.
     `eager_launch_ns`: what a kernel costs the host where no graph is replayed. `fallback` prices the operators that
@@ -195,7 +196,8 @@ class Kernels:
         if not system:
             return f"no operators were measured on {name}"
         framework = self.framework or (deployment.engine if deployment.engine in FRAMEWORKS else FRAMEWORKS[0])
-        tables = OperatorTables(folder, system, framework, self.version)
+        nearest = deployment.tables_version if framework == deployment.engine else ""
+        tables = OperatorTables(folder, system, framework, self.version or nearest)
         if not self.framework and framework != FRAMEWORKS[0] and tables.problem():
             tables = OperatorTables(folder, system, FRAMEWORKS[0], self.version)
         return tables.problem() or tables

@@ -203,6 +203,7 @@ class Roofline:
     def _per_launch(self, o: Operator, rows: FloatArray) -> tuple[FloatArray, FloatArray, float]:
         """(compute, memory or network, launch) of one launch of a row-driven operator, ns, for each number of rows."""
         device, factor = self._device, self._deployment.time_factor(o.kind)
+        peak = device.peak(o.dtype) * self._deployment.clock_of(o.kind)
         if o.kind in NETWORK_KINDS:
             network = factor * _network_ns(o, self._platform, o.bytes[o.driver] * rows)
             launch = 0.0 if o.kind == "message" else factor * _network_launch_ns(o, device)
@@ -211,7 +212,7 @@ class Roofline:
         kind = _CLASSES.get(o.kind, o.kind)
         memory_class = "gemm_memory" if kind == "gemm" else kind
         weights = o.weight_bytes * o.experts.touched_share(o.groups * rows) if o.experts else o.weight_bytes
-        flop_ns = 1e9 / (device.peak(o.dtype) * min(1.0, device.efficiency_of(kind, o.dtype) / factor))
+        flop_ns = 1e9 / (peak * min(1.0, device.efficiency_of(kind, o.dtype) / factor))
         byte_ns = 1e9 / (device.memory_bytes_per_s * min(1.0, device.efficiency_of(memory_class, o.dtype) / factor))
         compute = o.flop.get(o.driver, 0.0) * rows * flop_ns
         memory = (weights + o.bytes[o.driver] * rows) * byte_ns
@@ -248,7 +249,8 @@ class Roofline:
         compute = device.efficiency_of("attention_prefill" if prefill else "gemm", kv_dtype if prefill else o.dtype)
         memory = device.efficiency_of("attention_decode" if decode else "gemm_memory", kv_dtype)
         factor = self._deployment.time_factor(o.kind)
-        flop_ns = 1e9 * o.repeats / (device.peak(o.dtype) * min(1.0, compute / factor))
+        peak = device.peak(o.dtype) * self._deployment.clock_of(o.kind)
+        flop_ns = 1e9 * o.repeats / (peak * min(1.0, compute / factor))
         byte_ns = 1e9 * o.repeats / (device.memory_bytes_per_s * min(1.0, memory / factor))
         ramp = device.attention_ramp_tokens if prefill else 0.0
         work, context, rows = _PREFILL if o.driver in _PREFILL else _DECODE

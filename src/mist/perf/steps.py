@@ -194,6 +194,8 @@ def _mismatch(profile: StepProfile, d: Deployment) -> str | None:
     wrong = [f"{key} {theirs}, not {ours}" for key, theirs, ours in pairs if theirs != ours]
     if wrong:
         return f"the profile {profile.name} is of {'; '.join(wrong)}"
+    if d.clock < 1:
+        return f"the profile {profile.name} is of devices without a power cap"
     if not profile.regimes.keys() & {PREFILL, MIXED}:
         return f"the profile {profile.name} has no steps with prefills"
     if not profile.regimes.keys() & {DECODE, MIXED} and not d.model.is_encoder:

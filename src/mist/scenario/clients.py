@@ -230,6 +230,8 @@ class Pool(Section):
     """performance models, the first that supports the client answers; left out, the scenario's"""
     max_model_len: Count = _left_out()
     """longest context in tokens; left out, the model's"""
+    power_cap_w: Annotated[float, Field(gt=0)] | None = None
+    """power cap of each device, W, at most its TDP: what is bound by compute slows down with the clock"""
     speculation: SpeculationSettings | None = None
     """speculative decoding, such as {method: mtp, num_draft_tokens: 3, acceptance: 0.6}"""
 
@@ -305,6 +307,8 @@ class Pool(Section):
             tokens_per_decode=self.tokens_per_decode,
             engine=self.engine.engine,
             time_factors=self.engine.time_factors,
+            clock=self.device.clock_under(self.power_cap_w),
+            tables_version=self.engine.tables_version,
         )
 
     @property
@@ -408,6 +412,10 @@ class Pool(Section):
             message = f"no fp32 rate is known of {self.device.name}"
             hint = "take bf16, or give the device peak_tflops: {fp32: ...}"
             yield ("weights_dtype",), Problem(message, hint=hint)
+        try:
+            self.device.clock_under(self.power_cap_w)
+        except ValueError as error:
+            yield ("power_cap_w",), Problem(f"no clock is known under {self.power_cap_w:g} W", hint=str(error))
         if self.max_model_len > self.model.max_context:
             message = (
                 f"{self.model.name} has a context of {self.model.max_context:,} tokens, not {self.max_model_len:,}"

@@ -192,6 +192,7 @@ def explain_step(
         cuda_graph=profile.cuda_graph,
         engine=profile.engine,
         time_factors=profile.time_factors,
+        tables_version=profile.tables_version,
     )
     priced = price(_specs(perf, folder or Path()), deployment)
     prepared = priced.model

@@ -68,14 +68,17 @@ class LinearSteps:
         return {"roofline": 1.0}
 
 
-def engine(*, step_ns: int = 0, token_ns: int = 0, request_ns: int = 0, overlapped: bool = False) -> EngineProfile:
-    """An engine profile with these host overheads, in ns."""
+def engine(
+    *, step_ns: int = 0, token_ns: int = 0, request_ns: int = 0, overlapped: bool = False, first_token: str = "prefill"
+) -> EngineProfile:
+    """An engine profile with these host overheads, in ns; `first_token`: the stage that streams it."""
     return EngineProfile(
         "test",
         step_overhead_ns=step_ns,
         token_overhead_ns=token_ns,
         request_overhead_ns=request_ns,
         overlapped=overlapped,
+        first_token=first_token,
     )
 
 

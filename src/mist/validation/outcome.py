@@ -92,12 +92,12 @@ class Outcome:
         return float(self._done.sum()) / self._step_s()
 
     def _transfer_s(self) -> float:
-        found = (self._result.metrics.get("kv_transfer") or {}).get("mean")
-        return float(found) if found else float("nan")
+        found = self._result.metrics.get("kv_transfer")
+        return float(found["time_s"]["mean"]) if found else float("nan")
 
     def _transfer_rate(self) -> float:
-        pool = next(iter(self._result.scenario["clients"].values()))
-        raise Skip(f"kv_transfer_gb_per_s of {pool['model']} isn't recorded")
+        found = self._result.metrics.get("kv_transfer")
+        return float(found["mean_bytes"]) / 1e9 / self._transfer_s() if found else float("nan")
 
 
 _METRICS: dict[str, Callable[[Outcome], float]] = {

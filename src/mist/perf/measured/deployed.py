@@ -70,7 +70,7 @@ class Pricing:
         if found is None:
             return _clamp(Estimate(self._fallback_ns(o, rows), _roofline(rows)), self._floor_ns(o, rows))
         times = self.deployment.time_factor(o.kind) * o.repeats * found.ns
-        return _clamp(Estimate(times, found.origin), self._floor_ns(o, rows))
+        return _slowed(_clamp(Estimate(times, found.origin), self._floor_ns(o, rows)), self._slowdown([o], rows))
 
     def attention(self, o: Operator) -> PricedAttention:
         """All layers of an attention operator."""
@@ -82,11 +82,20 @@ class Pricing:
             times = latent_attention(self.tables, o, self.deployment, self._others_ns(o, names))
         if times is None:
             return PricedAttention(o, _FallbackAttention(o, self.fallback), self, 1.0)
-        return PricedAttention(o, times, self, self.deployment.time_factor(o.kind))
+        is_capped = self.deployment.clock_of(o.kind) < 1
+        return PricedAttention(o, times, self, self.deployment.time_factor(o.kind), is_capped)
 
     def flop_ns(self, o: Operator) -> float:
         """Data-sheet time of one FLOP of an operator."""
         return 1e9 / self.device.peak(o.dtype)
+
+    def capped(self, kind: str, compute: FloatArray, memory: FloatArray) -> FloatArray:
+        """What a lower clock multiplies the known time of an operator of this kind by, of work that takes these times (> 0) at the data sheet's rates.
+
+        What the cap does to the longer of the two: all of it where compute binds, nothing where memory does by far.
+        """
+        clock = self.deployment.clock_of(kind)
+        return np.maximum(compute / clock, memory) / np.maximum(np.maximum(compute, memory), 1e-9)
 
     def _fused_share(self, o: Operator, rows: FloatArray) -> Estimate:
         """The measured time of all experts' operators, split as the fallback prices them; the floor is that of all."""
@@ -98,8 +107,19 @@ class Pricing:
         found = fused_ns(self._experts, local_width(self.deployment), tokens)
         floor = np.sum([self._floor_ns(other, rows) for other in fused], axis=0)
         times = self.deployment.time_factor(o.kind) * o.repeats * found.ns
-        priced = _clamp(Estimate(times, found.origin), floor)
+        priced = _slowed(_clamp(Estimate(times, found.origin), floor), self._slowdown(fused, rows))
         return Estimate(priced.ns * share, priced.origin)
+
+    def _slowdown(self, operators: Sequence[Operator], rows: FloatArray) -> FloatArray:
+        """What a power cap multiplies the time of one kernel by that does these per-row operators; 1 of a network's."""
+        if self.deployment.clock_of(operators[0].kind) == 1 or operators[0].kind in NETWORK_KINDS:
+            return np.ones(len(rows))
+        compute, memory = np.zeros(len(rows)), np.zeros(len(rows))
+        for o in operators:
+            touched = o.experts.touched_share(o.groups * rows) if o.experts else 1.0
+            compute += o.repeats * o.flop.get(o.driver, 0.0) * rows * self.flop_ns(o)
+            memory += o.repeats * (o.weight_bytes * touched + o.bytes.get(o.driver, 0.0) * rows) * self.byte_ns
+        return self.capped(operators[0].kind, compute, memory)
 
     def _fallback_ns(self, o: Operator, rows: FloatArray) -> FloatArray:
         samples = _SAMPLES[: int(np.searchsorted(_SAMPLES, rows.max())) + 1]
@@ -122,7 +142,9 @@ class Pricing:
     def _others_ns(self, attention: Operator, names: Sequence[str]) -> Callable[[FloatArray], FloatArray]:
         """What the operators of these names take in one layer, ns, by tokens (all of them new)."""
         others = [o for o in self.operators if o.name in names]
-        times = np.sum([self.rows(o, _SAMPLES / self._queries(o)).ns / attention.repeats for o in others], axis=0)
+        rows = [_SAMPLES / self._queries(o) for o in others]
+        full_clock = [self.rows(o, x).ns / self._slowdown([o], x) for o, x in zip(others, rows, strict=True)]
+        times = np.sum([ns / attention.repeats for ns in full_clock], axis=0)
         return lambda tokens: np.interp(tokens, _SAMPLES, times)
 
     def _queries(self, o: Operator) -> int:
@@ -146,18 +168,31 @@ class _FallbackAttention:
 
 @dataclass(frozen=True, slots=True)
 class PricedAttention:
-    """All layers of an attention operator, `factor` times as long as known, never below their floor."""
+    """All layers of an attention operator, `factor` times as long as known, never below their floor.
+
+    `is_capped`: the times are those of a full clock, and the devices run under a power cap.
+    """
 
     o: Operator
     times: AttentionTimes
     price: Pricing
     factor: float
+    is_capped: bool = False
 
     def at(self, outer: float, inner: FloatArray) -> Estimate:
         """Time, ns, rising along `inner`."""
         found = self.times.at(outer, inner)
-        ns = np.maximum.accumulate(self.factor * self.o.repeats * found.ns)
-        return _clamp(Estimate(ns, found.origin), self.floor_ns(outer, inner))
+        ns = self.factor * self.o.repeats * found.ns
+        if self.is_capped:
+            ns = ns * self._slowdown(outer, inner)
+        return _clamp(Estimate(np.maximum.accumulate(ns), found.origin), self.floor_ns(outer, inner))
+
+    def _slowdown(self, outer: float, inner: FloatArray) -> FloatArray:
+        sums = [_equal(self.o, outer, float(x)) for x in inner]
+        compute = np.array([self.o.flop_of(s) for s in sums]) * self.price.flop_ns(self.o)
+        return self.price.capped(
+            self.o.kind, compute, np.array([self.o.bytes_of(s) for s in sums]) * self.price.byte_ns
+        )
 
     def floor_ns(self, outer: float, inner: FloatArray) -> FloatArray:
         """FLOP over peak or KV bytes over bandwidth, whichever is more."""
@@ -185,6 +220,10 @@ def _equal(o: Operator, outer: float, inner: float) -> StepSums:
 
 def _roofline(x: FloatArray) -> Any:
     return np.full(len(x), ROOFLINE, np.int8)
+
+
+def _slowed(found: Estimate, factor: FloatArray) -> Estimate:
+    return Estimate(found.ns * factor, found.origin)
 
 
 def _clamp(found: Estimate, floor: FloatArray) -> Estimate:

@@ -43,11 +43,15 @@ class TablesFolder:
         return sorted((p.parent.name for p in folder.glob(f"*/{family.file}.parquet")), key=version_key)
 
     def file(self, system: str, family: Family, framework: str, version: str) -> Path | None:
-        """The family's table of `version`, else of the newest older one, else of the oldest; "" is the newest."""
+        """The family's table of `version`, else of the newest older one, else of the oldest; "" is the newest.
+
+        A release stands for all that its numbers begin: 0.19 for 0.19.2, 1.3 for 1.3.0rc20, but 1.3.0rc10 for itself.
+        """
         found = self.versions(system, family, framework)
         if not found:
             return None
-        older = [v for v in found if not version or family.library or version_key(v) <= version_key(version)]
+        wanted = version_key(version)[:-1]
+        older = [v for v in found if not version or family.library or version_key(v)[: len(wanted)] <= wanted]
         chosen = older[-1] if older else found[0]
         return self.path / system / family.folder / (family.library or framework) / chosen / f"{family.file}.parquet"
 
