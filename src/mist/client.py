@@ -145,7 +145,8 @@ class Client:
         engine = self.engine
         self._front_end_free_ns = begin = max(now, self._front_end_free_ns)
         self._front_end_free_ns += engine.request_serial_ns
-        ready = max(begin + engine.request_overhead_ns, self._front_end_free_ns)
+        took = engine.request_overhead_ns + engine.prompt_token_overhead_ns * task.request.input_tokens
+        ready = max(begin + took, self._front_end_free_ns)
         if ready > now:
             self.kernel.at(ready, self._fetch, task)
         else:

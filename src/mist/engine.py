@@ -16,8 +16,8 @@ from mist.units import GIB
 
 #: classes of operators whose time an engine version changes
 OPERATOR_CLASSES = (
-    "gemm", "gemm_compute", "experts", "experts_compute", "attention_prefill", "attention_decode", "attention_decode_gqa", "attention_decode_kv8",
-    "elementwise", "network",
+    "gemm", "gemm_compute", "experts", "experts_4bit", "experts_compute_4bit", "attention_prefill", "attention_decode",
+    "attention_decode_gqa", "attention_decode_kv8", "elementwise", "network",
 )  # fmt: skip
 
 
@@ -75,10 +75,11 @@ class EngineProfile:
     `engine` and `first_version` say which releases it stands for, `first_date` from when on where only a date is known,
     `harness` static_batch that it stands for a benchmark of single batches alone.
     Host time: `step_overhead_ns` per step, `prefill_overhead_ns` more per step with prefills, `token_overhead_ns` per
-    sequence that samples in it, `request_overhead_ns` before a request joins the queue, `request_serial_ns` of it one
-    request at a time; `overlapped` engines prepare a
-    step while the device runs the one before, so that a step takes the longer of the two rather than their sum. With
-    `async_scheduling` the next step is decided when one starts: what arrives meanwhile joins the step after it.
+    sequence that samples in it; `overlapped` engines prepare a step while the device runs the one before, so that a
+    step takes the longer of the two rather than their sum. With `async_scheduling` the next step is decided when one
+    starts: what arrives meanwhile joins the step after it. Before it joins the queue, a request takes
+    `request_overhead_ns` and `prompt_token_overhead_ns` for each token of its prompt; for `request_serial_ns` of that
+    the front end serves it alone.
     Device time: `time_factors` by class of operator, this version's kernels over those that are measured;
     `tables_version`, a release such as "0.19": these are each operator's newest that aren't newer, "" the newest.
     Limits: `large_device_*` replace the defaults on devices of `large_device_bytes` and more, but not on
@@ -102,6 +103,7 @@ class EngineProfile:
     prefill_overhead_ns: int = 0
     request_overhead_ns: int = 0
     request_serial_ns: int = 0
+    prompt_token_overhead_ns: int = 0
     overlapped: bool = False
     async_scheduling: bool = False
     time_factors: Mapping[str, float] = field(default_factory=dict)
@@ -128,7 +130,9 @@ class EngineProfile:
     @property
     def has_front_end(self) -> bool:
         """Whether a request takes any time before it joins the queue."""
-        return self.request_overhead_ns > 0 or self.request_serial_ns > 0 or self.async_scheduling
+        return self.async_scheduling or any(
+            (self.request_overhead_ns, self.request_serial_ns, self.prompt_token_overhead_ns)
+        )
 
     def limits_for(self, device: Device, model: ModelSpec) -> tuple[int, int]:
         """The engine's default (max_num_seqs, max_num_batched_tokens) for `model` on `device`."""
@@ -200,7 +204,7 @@ class EngineProfile:
         for name, factor in dict(values.get("time_factors") or {}).items():
             if name not in OPERATOR_CLASSES:
                 reader.problem("time_factors", f"has no {name!r}; known: {', '.join(OPERATOR_CLASSES)}")
-            elif name.endswith("_compute") and isinstance(factor, int | float) and factor < 1:
+            elif "_compute" in name and isinstance(factor, int | float) and factor < 1:
                 reader.problem("time_factors", f"has {name}: {factor!r}, where 1 or more would do")
             elif isinstance(factor, bool) or not isinstance(factor, int | float) or not 0.1 <= factor <= 100:
                 reader.problem("time_factors", f"has {name}: {factor!r}, where 0.1 to 100 would do")

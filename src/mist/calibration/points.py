@@ -31,9 +31,10 @@ BOUNDS: dict[str, tuple[float, float, float]] = {
     "token_overhead_ns": (0.0, 1e6, 20e3),
     "prefill_overhead_ns": (0.0, 100e6, 2e6),
     "request_overhead_ns": (0.0, 500e6, 5e6),
+    "prompt_token_overhead_ns": (0.0, 50e3, 2e3),
     "request_serial_ns": (0.0, 50e6, 1e6),
     "overhead_bytes": (0.0, 16 * 2**30, 2**30),
-    **{f"time_factors.{name}": (0.3, 10.0, 0.1) for name in OPERATOR_CLASSES},
+    **{f"time_factors.{n}": (1.0 if "_compute" in n else 0.3, 10.0, 0.1) for n in OPERATOR_CLASSES},
     **{f"device.efficiency.{name}": (0.02, 1.0, 0.05) for name in GENERIC_EFFICIENCY},
 }
 #: kinds of metrics that a fit looks at, and how much: tails and first tokens repeat less well
@@ -42,7 +43,7 @@ WEIGHTS = {"ttft": 0.5, "tpot": 1.0, "itl": 1.0, "e2e": 1.0, "makespan": 1.0, "t
 CONFOUNDED = 0.95
 #: log misfit beyond which a point counts linearly instead of quadratically
 _OUTLYING = 0.1
-_MAX_ROUNDS = 6
+_MAX_ROUNDS = 4
 #: weight of the assumption that an engine's kernels are as fast as the known ones, and how far off they may well be
 _PRIOR_WEIGHT, _PRIOR_SPREAD = 0.1, 0.3
 

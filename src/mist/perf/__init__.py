@@ -57,29 +57,39 @@ class Deployment:
     def time_factor(self, kind: str) -> float:
         """What the known time of an operator of this kind is multiplied by.
 
-        Decode attention has kernels of its own for KV caches of 8 bits (`attention_decode_kv8`) and for queries that
-        share keys and values (`attention_decode_gqa`), which take `attention_decode` where they have no factor.
+        Some have kernels of their own, with a factor of the class where they have none: experts of 4 bits
+        (`experts_4bit`), decode attention over KV caches of 8 bits (`attention_decode_kv8`) and for queries that share
+        keys and values (`attention_decode_gqa`).
         """
         name = OPERATOR_CLASSES[kind]
-        if name == "attention_decode":
-            for special, applies in self._decode_kernels():
-                if applies and special in self.time_factors:
-                    return self.time_factors[special]
+        for special, applies in self._special_kernels(name):
+            if applies and special in self.time_factors:
+                return self.time_factors[special]
         return self.time_factors.get(name, 1.0)
 
     def clock_of(self, kind: str) -> float:
         """The clock at which operators of this kind seem to run where compute binds them.
 
-        Lower than `clock` by a factor `gemm_compute` or `experts_compute`: kernels that read as fast as the known ones
-        and multiply more slowly, such as those that unpack weights of 4 bits.
+        Lower than `clock` by a factor `gemm_compute`, or `experts_compute_4bit` of weights of 4 bits: kernels that read
+        as fast as the known ones and multiply more slowly, such as those that unpack the weights first.
         """
-        return self.clock / self.time_factors.get(f"{OPERATOR_CLASSES[kind]}_compute", 1.0)
+        name = OPERATOR_CLASSES[kind]
+        if name == "experts":
+            return self.clock / (self.time_factors.get("experts_compute_4bit", 1.0) if self._has_4bit_experts else 1.0)
+        return self.clock / (self.time_factors.get("gemm_compute", 1.0) if name == "gemm" else 1.0)
 
-    def _decode_kernels(self) -> tuple[tuple[str, bool], ...]:
-        groups = self.model.layers
+    @property
+    def _has_4bit_experts(self) -> bool:
+        return DTYPE_BYTES[self.model.matrix_dtypes(self.weights_dtype)[1]] < 1
+
+    def _special_kernels(self, name: str) -> tuple[tuple[str, bool], ...]:
+        if name == "experts":
+            return (("experts_4bit", self._has_4bit_experts),)
+        if name != "attention_decode":
+            return ()
         return (
             ("attention_decode_kv8", DTYPE_BYTES[self.kv_dtype] < ACTIVATION_BYTES),
-            ("attention_decode_gqa", all(g.num_kv_heads < g.num_heads for g in groups)),
+            ("attention_decode_gqa", all(g.num_kv_heads < g.num_heads for g in self.model.layers)),
         )
 
 

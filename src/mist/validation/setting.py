@@ -40,6 +40,11 @@ DRAFT_ALIASES = {
 #: at 200 GB/s, 19 MB to 4.8 GB): 0.730 and 394 us, off by 3.1 % in the median and 7 % at most
 HAND_OFF = {"bandwidth": "50 GB/s", "efficiency": 0.73, "latency": "394 us"}
 
+#: what the proxy before prefill and decode workers adds per request and prompt token, ns: fitted to the fitting part of
+#: mooncake_pd, as are the hand-over's constants
+PROXY_REQUEST_NS = 13_000_000
+PROXY_PROMPT_TOKEN_NS = 4_400
+
 Overrides = Mapping[str, Mapping[str, Any]]
 
 
@@ -295,7 +300,14 @@ def _worker_pools(draft: _Draft) -> dict[str, Any]:
             raise Skip(f"{stage}_pool is {draft.point[f'{stage}_pool']!r}, not as 2xTP4")
         count, tp = (int(part) for part in match.groups())
         pools[stage] = draft.pool | {"serves": [stage], "count": count, "tp": tp, "ep": draft.point.count("ep", 1)}
+    pools["prefill"]["engine"] = _through_a_proxy(draft.profile)
     return pools
+
+
+def _through_a_proxy(profile: Mapping[str, Any]) -> dict[str, Any]:
+    """The profile of workers behind a proxy, which passes each request to both kinds."""
+    keys = {"request_overhead_ns": PROXY_REQUEST_NS, "prompt_token_overhead_ns": PROXY_PROMPT_TOKEN_NS}
+    return {**profile, **{key: _quantity(profile, key) + more for key, more in keys.items()}}
 
 
 def _hand_off(draft: _Draft) -> dict[str, Any]:

@@ -90,9 +90,9 @@ class Pricing:
         return 1e9 / self.device.peak(o.dtype)
 
     def capped(self, kind: str, compute: FloatArray, memory: FloatArray) -> FloatArray:
-        """What a lower clock multiplies the known time of an operator of this kind by, of work that takes these times (> 0) at the data sheet's rates.
+        """What a lower clock multiplies a known time by, of work that takes these times (> 0) by the data sheet.
 
-        What the cap does to the longer of the two: all of it where compute binds, nothing where memory does by far.
+        What it does to the longer of the two: all of it where compute binds, nothing where memory does by far.
         """
         clock = self.deployment.clock_of(kind)
         return np.maximum(compute / clock, memory) / np.maximum(np.maximum(compute, memory), 1e-9)
