@@ -36,8 +36,7 @@ Progress = Callable[[int, int], None]
 class Comparison:
     """One measured value beside the simulated one; `ape` is 100 |simulated / measured - 1|, `error` with its sign.
 
-    `profile` is the engine profile that stood for the engine; `perf` the performance model that step times came from:
-    "kernels" where any was measured on the device, else "roofline".
+    `profile` is the engine profile that stood for the engine; `perf` the performance model that steps were priced by.
     """
 
     id: str
@@ -151,8 +150,8 @@ def _check_size(scenario: Scenario) -> None:
 
 
 def _priced_by(result: Result) -> str:
-    shares = result.metrics["provenance"]
-    return "kernels" if shares["measured"] + shares["interpolated"] > 0 else "roofline"
+    """The performance model of the first pool."""
+    return str(next(iter(result.metrics["expected_error"].values()))["perf"])
 
 
 def _none(point: Point, reason: str) -> Evaluated:
