@@ -19,7 +19,7 @@ from mist.validation.score import TRUSTED, kind_of, statistics
 AXES = {
     "device": ("device",),
     "tensor parallelism": ("tp", "num_devices"),
-    "batch size": ("batch_size",),
+    "batch size": ("batch_size", "num_requests"),
     "concurrency": ("concurrency", "num_requests"),
     "rate": ("rate_per_s", "num_requests"),
     "dtype": ("weights_dtype", "kv_dtype", "checkpoint"),
