@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-long check docs bench lock clean
+.PHONY: demo test test-long check docs bench validate lock clean
 
 demo: $(READY)  ## simulate the shipped example and print its report
 	$(BIN)/mist run examples/demo.yaml --out out/demo --trace out/demo/timeline.json.gz --overwrite
@@ -27,6 +27,9 @@ docs: $(READY)  ## run every example of the documentation
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+validate: $(READY)  ## docs/validation.md and the bands of results, from the measured points of MIST_DATA
+	$(BIN)/python benchmarks/validate.py
 
 # one file of pins with hashes for every supported Python and platform
 lock:

@@ -84,8 +84,12 @@ def test_generic_figures_are_told() -> None:
     assert not any("generic" in note for note in notes())
 
 
-def test_every_result_says_that_it_is_not_validated() -> None:
-    assert notes()[-1].startswith("Expected error: not validated")
+def test_every_result_says_what_error_to_expect() -> None:
+    assert notes()[-1].startswith("Expected error")
+    unchecked = {
+        "device": {"name": "d", "peak_tflops": {"bf16": 500}, "memory_bytes": "80 GiB", "memory_bytes_per_s": "2 TB/s"}
+    }
+    assert notes(gpu=unchecked)[-1].startswith("Expected error: not validated")
 
 
 @pytest.mark.parametrize(

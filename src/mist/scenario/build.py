@@ -29,6 +29,7 @@ from mist.perf import ORIGINS, Deployment, PerfModel
 from mist.perf.drafted import Drafted
 from mist.records import Records
 from mist.request import DECODE
+from mist.scenario.bands import expected_error
 from mist.scenario.clients import Pool
 from mist.scenario.pricing import host_beside, price
 from mist.scenario.remarks import remarks
@@ -76,7 +77,10 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         oracle_output_tokens=workload.output_tokens if DECODE in scenario.stages else None,
     )
     metrics["notes"] += [*cut, *_rejections(records), *workload.notes, *_verified(scenario, fleet, records)]
-    metrics["notes"] += [*fleet.remarks, *remarks(scenario)]
+    metrics["notes"] += [*fleet.remarks, *remarks(scenario, fleet.priced_by)]
+    metrics["expected_error"] = {
+        name: expected_error(pool, fleet.priced_by[name]) for name, pool in scenario.clients.items()
+    }
     ended = time.perf_counter()
     return Result(
         name=scenario.name,
@@ -143,11 +147,15 @@ def _seed_of(seed: int, purpose: str, *index: int) -> np.random.SeedSequence:
 
 @dataclass(slots=True)
 class _Fleet:
-    """The clients of a run, with what summaries need to know of each, its performance model, and remarks on these."""
+    """The clients of a run, with what summaries need to know of each, its performance model, and remarks on these.
+
+    `priced_by`: the name of the performance model of each pool.
+    """
 
     clients: list[Client] = field(default_factory=list)
     infos: list[ClientInfo] = field(default_factory=list)
     models: list[PerfModel] = field(default_factory=list)
+    priced_by: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
 
@@ -155,7 +163,7 @@ def _build_fleet(scenario: Scenario, workload: RequestTable, kernel: Kernel, rec
     """A client for every attention group of every lane of every replica of every pool."""
     fleet = _Fleet()
     for pool_name, pool in scenario.clients.items():
-        perf, refusals = _perf_model(scenario, pool_name, pool)
+        perf, fleet.priced_by[pool_name], refusals = _perf_model(scenario, pool_name, pool)
         fleet.remarks += refusals
         num_blocks = (pool.kv_cache.num_blocks or pool.kv_capacity().num_blocks) // pool.pp
         for name in _client_names(pool_name, pool):
@@ -222,24 +230,25 @@ def _host_link(pool: Pool) -> KVLink | None:
     return KVLink(token_bytes, pool.device.host_link_bytes_per_s, pool.device.host_link_latency_ns)
 
 
-def _perf_model(scenario: Scenario, name: str, pool: Pool) -> tuple[PerfModel, list[str]]:
-    """The first of the pool's performance models that supports it, prepared, and a remark on those before it."""
+def _perf_model(scenario: Scenario, name: str, pool: Pool) -> tuple[PerfModel, str, list[str]]:
+    """The first of the pool's performance models that supports it, prepared, its name, and a remark on those before."""
 
-    def priced(deployment: Deployment, what: str) -> tuple[PerfModel, list[str]]:
+    def priced(deployment: Deployment, what: str) -> tuple[PerfModel, str, list[str]]:
         found = price(pool.perf, deployment)
         if found.model is None:
             message = "; ".join(found.refusals)
             raise ScenarioError(scenario.problem(("clients", name, "perf"), message, "such as perf: roofline"))
-        return found.model, [f"{name}: {what} times by {found.name}, {refusal}." for refusal in found.refusals]
+        refusals = [f"{name}: {what} times by {found.name}, {refusal}." for refusal in found.refusals]
+        return found.model, found.name, refusals
 
-    target, refusals = priced(pool.deployment(), "step")
+    target, perf, refusals = priced(pool.deployment(), "step")
     settings = pool.speculation
     if settings is None:
-        return target, refusals
+        return target, perf, refusals
     if settings.draft_cost is not None or pool.draft is None:
-        return Drafted(target, settings.num_draft_tokens, draft_cost=settings.draft_cost or 0.0), refusals
-    draft, more = priced(pool.draft, "draft")
-    return Drafted(target, settings.num_draft_tokens, draft), [*refusals, *more]
+        return Drafted(target, settings.num_draft_tokens, draft_cost=settings.draft_cost or 0.0), perf, refusals
+    draft, _, more = priced(pool.draft, "draft")
+    return Drafted(target, settings.num_draft_tokens, draft), perf, [*refusals, *more]
 
 
 def _speculation(scenario: Scenario, pool: Pool) -> Speculation | None:

@@ -5,23 +5,27 @@ Beside the checks, which refuse: a remark lets pass. `mist check` prints them an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from mist.hardware import GENERIC_EFFICIENCY, Device
+from mist.scenario.bands import expected_error
 from mist.scenario.clients import Pool
 from mist.scenario.value import Scenario
 
-NOT_VALIDATED = "Expected error: not validated here yet against measured deployments."
 
+def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None) -> list[str]:
+    """Sentences about the pools' memory, about figures that nobody measured or confirmed, and the expected error.
 
-def remarks(scenario: Scenario) -> list[str]:
-    """Sentences about the pools' memory and about figures that nobody measured or confirmed."""
+    `priced_by` names the performance model of each pool, where it is known already.
+    """
     found = [remark for name, pool in scenario.clients.items() for remark in _memory(name, pool)]
     found += [remark for name, pool in scenario.clients.items() for remark in _speculation(name, pool)]
     found += _not_modelled(scenario)
     devices = {pool.device.name: pool.device for pool in scenario.clients.values()}
     found += [remark for device in devices.values() for remark in _figures(device)]
-    return [*found, NOT_VALIDATED]
+    priced_by = priced_by or {}
+    expected = [expected_error(pool, priced_by.get(name, "")) for name, pool in scenario.clients.items()]
+    return [*found, *dict.fromkeys(each["statement"] for each in expected)]
 
 
 def _not_modelled(scenario: Scenario) -> Iterator[str]:

@@ -6,23 +6,27 @@ it ends as a comparison or as a skip with its reason. It computes no error stati
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mist import __version__
-from mist.errors import InvariantError, Problem, ScenarioError
+from mist.errors import ScenarioError
 from mist.scenario.build import run
+from mist.scenario.result import Result
+from mist.scenario.value import Scenario
+from mist.validation import journal as journals
 from mist.validation.outcome import Outcome
 from mist.validation.points import Point, Skip
 from mist.validation.setting import Overrides, setting_of
+from mist.validation.workers import TooLong, each, time_limit
+
+#: seconds of real time that one point may take, and requests that are run of one
+LIMIT_S = 120.0
+MAX_REQUESTS = 1_000_000
 
 #: called with the points that are done and all of them
 Progress = Callable[[int, int], None]
@@ -32,7 +36,7 @@ Progress = Callable[[int, int], None]
 class Comparison:
     """One measured value beside the simulated one; `ape` is 100 |simulated / measured - 1|, `error` with its sign.
 
-    `profile` is the engine profile that stood for the engine.
+    `profile` is the engine profile that stood for the engine; `perf` the performance model that steps were priced by.
     """
 
     id: str
@@ -49,6 +53,7 @@ class Comparison:
     engine: str
     model: str
     profile: str
+    perf: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,40 +74,57 @@ def evaluate(
     workers: int = 0,
     journal: Path | None = None,
     progress: Progress | None = None,
+    limit_s: float = LIMIT_S,
 ) -> list[Evaluated]:
     """Every point, in order. `workers` 0 takes a process per core, 1 none but this one.
 
-    `journal`: a file in which each finished point is a line; points that are in it already, run by the same version of
-    MIST from the same columns, aren't run again.
+    `journal`: a file in which each finished point is a line; points that are in it already, run by the same simulator
+    from the same columns, aren't run again. A point that takes longer than `limit_s` seconds is a skip.
     """
-    known = _read_journal(journal) if journal is not None else {}
-    keys = [_key(point, overrides, perf) for point in points]
-    missing = [i for i, key in enumerate(keys) if key not in known]
-    found = {i: known[key] for i, key in enumerate(keys) if key in known}
-    work = partial(evaluate_point, folder=folder, overrides=overrides, perf=perf)
-    # long ones first would balance better, but nobody knows which they are; small chunks do nearly as well
-    with _opened(journal) as file:
-        for i, evaluated in zip(missing, _mapped(work, [points[i] for i in missing], workers), strict=True):
-            found[i] = evaluated
+    work = partial(evaluate_point, folder=folder, overrides=overrides, perf=perf, limit_s=limit_s)
+    found: dict[int, Evaluated] = {}
+    keys: list[str] = []
+    if journal is not None:
+        known = journals.read(journal)
+        keys = [journals.key_of(point, folder, overrides, perf, limit_s) for point in points]
+        found = {i: _from_plain(known[key]) for i, key in enumerate(keys) if key in known}
+    missing = [i for i in range(len(points)) if i not in found]
+    if progress is not None:
+        progress(len(found), len(points))
+    with journals.appending(journal) if journal is not None else nullcontext() as file:
+        for place, evaluated in each(work, [points[i] for i in missing], workers or os.cpu_count() or 1):
+            i = missing[place]
+            found[i] = evaluated or _none(points[i], "the simulator failed: its process died, as for want of memory")
             if file is not None:
-                file.write(json.dumps({"key": keys[i], **asdict(evaluated)}) + "\n")
-                file.flush()
+                journals.add(file, keys[i], asdict(found[i]))
             if progress is not None:
                 progress(len(found), len(points))
     return [found[i] for i in range(len(points))]
 
 
-def evaluate_point(point: Point, *, folder: Path, overrides: Overrides | None = None, perf: Any = None) -> Evaluated:
-    """Run one point and compare; never raises for what is wrong with the point."""
+def evaluate_point(
+    point: Point, *, folder: Path, overrides: Overrides | None = None, perf: Any = None, limit_s: float = LIMIT_S
+) -> Evaluated:
+    """Run one point and compare; never raises for what is wrong with the point, or with the simulator."""
     try:
-        setting = setting_of(point, folder, overrides, perf)
-        outcome = Outcome(point, setting, run(setting.scenario))
+        with time_limit(limit_s):
+            return _compared(point, folder, overrides, perf)
     except Skip as skip:
         return _none(point, str(skip))
     except ScenarioError as error:
         return _none(point, "; ".join(problem.message for problem in error.problems))
-    except (InvariantError, ArithmeticError, MemoryError) as error:
+    except TooLong:
+        return _none(point, f"the simulation took longer than {limit_s:g} s")
+    except Exception as error:
+        # a file of points is judged as a whole: whatever one of them brings to light is counted, with what it was
         return _none(point, f"the simulator failed: {type(error).__name__}: {error}")
+
+
+def _compared(point: Point, folder: Path, overrides: Overrides | None, perf: Any) -> Evaluated:
+    setting = setting_of(point, folder, overrides, perf)
+    _check_size(setting.scenario)
+    result = run(setting.scenario)
+    outcome, priced_by = Outcome(point, setting, result), _priced_by(result)
     comparisons, skipped = [], list(point.skipped)
     for row in point.measured:
         try:
@@ -115,66 +137,28 @@ def evaluate_point(point: Point, *, folder: Path, overrides: Overrides | None = 
             Comparison(
                 row.id, point.name, point["source"], row.metric, row.value, simulated, abs(error_pct), error_pct,
                 setting.saturated, point.trust, point["device"], point["engine"], point["model"], setting.engine,
+                priced_by,
             )
         )  # fmt: skip
     return Evaluated(point.name, tuple(comparisons), tuple(skipped))
+
+
+def _check_size(scenario: Scenario) -> None:
+    number = scenario.workload.num_requests or 0
+    if number > MAX_REQUESTS:
+        raise Skip(f"{number:,} requests are more than the {MAX_REQUESTS:,} that are run of a point")
+
+
+def _priced_by(result: Result) -> str:
+    """The performance model of the first pool."""
+    return str(next(iter(result.metrics["expected_error"].values()))["perf"])
 
 
 def _none(point: Point, reason: str) -> Evaluated:
     return Evaluated(point.name, (), (*point.skipped, *((row.id, reason) for row in point.measured)))
 
 
-def _mapped(work: Callable[[Point], Evaluated], points: Sequence[Point], workers: int) -> Iterator[Evaluated]:
-    workers = min(workers or os.cpu_count() or 1, len(points))
-    if workers <= 1:
-        yield from map(work, points)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        try:
-            yield from pool.map(work, points, chunksize=2)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _key(point: Point, overrides: Overrides | None, perf: Any) -> str:
-    """What a point's outcome depends on, as a short text."""
-    rows = [(m.id, m.metric, m.value) for m in point.measured]
-    text = json.dumps([__version__, dict(point.columns), rows, overrides, perf], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _read_journal(path: Path) -> dict[str, Evaluated]:
-    if not path.exists():
-        return {}
-    found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            found[row["key"]] = Evaluated(
-                row["point"],
-                tuple(Comparison(**c) for c in row["comparisons"]),
-                tuple((i, reason) for i, reason in row["skipped"]),
-            )
-        except (ValueError, KeyError, TypeError):
-            if number == 1:
-                hint = "name another file; one that a validation wrote is continued"
-                raise ScenarioError(Problem("is no journal of a validation", str(path), 1, 1, hint)) from None
-            continue  # a line that was cut when the run was killed
-    return found
-
-
-def _opened(path: Path | None) -> Any:
-    if path is None:
-        return nullcontext()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-    file = path.open("a", encoding="utf-8")
-    if torn:
-        file.write("\n")
-    return file
-
-
-def skipped_rows(evaluated: Iterable[Evaluated]) -> list[tuple[str, str]]:
-    """All rows that aren't compared, with why."""
-    return [row for each in evaluated for row in each.skipped]
+def _from_plain(row: Mapping[str, Any]) -> Evaluated:
+    """What a line of the journal says."""
+    comparisons = tuple(Comparison(**c) for c in row["comparisons"])
+    return Evaluated(row["point"], comparisons, tuple((i, reason) for i, reason in row["skipped"]))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mist.errors import Problem, ScenarioError, nearest
@@ -104,7 +105,8 @@ class PointFile:
 def read_points(path: Path, *, sources: Iterable[str] = (), trusts: Iterable[str] = (), device: str = "") -> PointFile:
     """The points of a CSV file (.gz too), only those of the named sources and trusts where any are named.
 
-    ScenarioError where the file can't be read, isn't a table of points, or holds none of the named sources.
+    A row without `point` is a point of its own, one without `id` is called by its line. ScenarioError where the file
+    can't be read, isn't a table of points, or holds none of the named sources.
     """
     rows, columns = _rows(path)
     missing = [name for name in REQUIRED if name not in columns]
@@ -119,17 +121,20 @@ def read_points(path: Path, *, sources: Iterable[str] = (), trusts: Iterable[str
         hint = nearest(min(unknown), known)
         raise ScenarioError(Problem(f"there is no source {min(unknown)!r}", str(path), 0, 0, hint))
     found = PointFile(path, [], 0, [])
-    by_name: dict[str, Point] = {}
-    for row in rows:
+    by_name: dict[tuple[str, str], Point] = {}
+    for number, row in enumerate(rows, 1):
         if (wanted and row["source"] not in wanted) or (trusted and (row.get("trust") or "B") not in trusted):
             continue
         found.num_rows += 1
+        row["id"] = row["id"] or f"row-{number}"
+        row["point"] = row["point"] or row["id"]
         if (row.get("runnable") or "true").lower() != "true":
             found.not_runnable.append((row["id"], row.get("why_not") or "not runnable, as the file says"))
             continue
-        point = by_name.get(row["point"])
+        name = row["source"], row["point"]
+        point = by_name.get(name)
         if point is None:
-            point = by_name[row["point"]] = Point(row["point"], row)
+            point = by_name[name] = Point(row["point"], row)
             found.points.append(point)
         try:
             value = float(row["value"])
@@ -143,6 +148,24 @@ def read_points(path: Path, *, sources: Iterable[str] = (), trusts: Iterable[str
     return found
 
 
+def sampled(file: PointFile, per_source: int) -> PointFile:
+    """`per_source` points of each source, evenly spaced in the file; rows are then counted of these points alone."""
+    by_source: dict[str, list[Point]] = {}
+    for point in file.points:
+        by_source.setdefault(point["source"], []).append(point)
+    chosen = {id(point) for points in by_source.values() for point in _evenly(points, per_source)}
+    points = [point for point in file.points if id(point) in chosen]
+    num_rows = sum(len(point.measured) + len(point.skipped) for point in points)
+    return replace(file, points=points, num_rows=num_rows, not_runnable=[])
+
+
+def _evenly(points: list[Point], number: int) -> list[Point]:
+    """The middles of `number` equal parts, or all of fewer."""
+    if number >= len(points):
+        return points
+    return [points[(2 * i + 1) * len(points) // (2 * number)] for i in range(number)]
+
+
 def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     try:
         data = path.read_bytes()
@@ -150,7 +173,7 @@ def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     except OSError as error:
         hint = "name a CSV file of measured points"
         raise ScenarioError(Problem(f"{path}: {error.strerror or error}", hint=hint)) from None
-    except (UnicodeDecodeError, EOFError) as error:
+    except (UnicodeDecodeError, EOFError, zlib.error) as error:
         raise ScenarioError(Problem(f"is no text file: {error}", str(path), 1, 1, "points are UTF-8 CSV")) from None
     reader = csv.DictReader(io.StringIO(text), restval="")
     try:

@@ -17,7 +17,8 @@ from mist.validation.evaluate import Comparison, Evaluated
 from mist.validation.points import PointFile
 
 SCHEMA_VERSION = 1
-#: what is trusted enough to judge by
+#: how far a measurement is trusted, and what is enough to judge by
+TRUSTS = ("A", "B", "C")
 TRUSTED = ("A", "B")
 
 Statistics = dict[str, Any]
@@ -30,8 +31,7 @@ def report(file: PointFile, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
     trusted = [c for c in comparisons if c.trust in TRUSTED]
     judged = [c for c in trusted if not c.saturated]
     by_trust = {
-        trust: grouped([c for c in comparisons if c.trust == trust and not c.saturated], source_of)
-        for trust in ("A", "B", "C")
+        trust: grouped([c for c in comparisons if c.trust == trust and not c.saturated], source_of) for trust in TRUSTS
     }
     return {
         "schema_version": SCHEMA_VERSION,
@@ -77,11 +77,15 @@ _KINDS = (
 )  # fmt: skip
 
 
-def grouped(comparisons: Iterable[Comparison], by: Callable[[Comparison], str]) -> Tables:
-    """{group: {metric: statistics}}, sorted."""
+def grouped(
+    comparisons: Iterable[Comparison],
+    by: Callable[[Comparison], str],
+    of: Callable[[Comparison], str] = lambda c: c.metric,
+) -> Tables:
+    """{group: {metric (or what `of` says): statistics}}, sorted."""
     groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for c in comparisons:
-        groups[by(c)][c.metric].append(c.error)
+        groups[by(c)][of(c)].append(c.error)
     return {
         group: {metric: statistics(errors) for metric, errors in sorted(metrics.items())}
         for group, metrics in sorted(groups.items())
@@ -103,13 +107,7 @@ def statistics(errors: Sequence[float]) -> Statistics:
 
 def families(comparisons: Iterable[Comparison]) -> dict[str, Any]:
     """By family of sources and kind of metric; and per kind the mean of the families' medians, each counted once."""
-    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for c in comparisons:
-        groups[family_of(c.source)][kind_of(c.metric)].append(c.error)
-    tables = {
-        family: {kind: statistics(errors) for kind, errors in sorted(kinds.items())}
-        for family, kinds in sorted(groups.items())
-    }
+    tables = grouped(comparisons, lambda c: family_of(c.source), lambda c: kind_of(c.metric))
     kinds = sorted({kind for table in tables.values() for kind in table})
     means = {}
     for kind in kinds:

@@ -1,12 +1,12 @@
-"""The command `mist`: run, check, explain-step, calibrate, schema and list, each a few lines around the library.
+"""The command `mist`: run, check, explain-step, schema and list, each a few lines around the library.
 
-The outermost layer: options become overrides of the scenario, errors become exit codes (2 the user's files, 3 a broken
-law, 130 interrupted). It computes nothing, prints results to stdout only, and imports the simulator only to use it.
+The outermost layer (`calibrate` and `validate` are beside it): options become overrides of the scenario, errors become
+exit codes (2 the user's files, 3 a broken law, 130 interrupted). It computes nothing, prints results to stdout only,
+and imports the simulator only to use it.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mist import __version__
+from mist.cli.calibration import calibrate
+from mist.cli.output import folded, print_json, table
+from mist.cli.validation import validate
 
 if TYPE_CHECKING:
     from mist.errors import Problem
@@ -216,67 +219,11 @@ def explain_step(
         options["engine"] = engine
     found = explain(model, device, parse_step("+".join(given)), **options)
     if as_json:
-        _print_json(found.as_json())
+        print_json(found.as_json())
         return
-    click.echo(f"{found}\n\n{_table(found.rows())}")
+    click.echo(f"{found}\n\n{table(found.rows())}")
     for remark in found.remarks:
         click.echo(remark, err=True)
-
-
-@main.group()
-def calibrate() -> None:
-    """Fit profiles to what was measured on your own engine."""
-
-
-@calibrate.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--format", "file_format", type=click.Choice(["auto", "csv", "splitwise", "blis"]), default="auto",
-              help="What the file is; auto tells by its columns.")  # fmt: skip
-@click.option("--model", default="", help="The model, by name or path, unless the file says.")
-@click.option("--device", default="", help="The device, by name or path, unless the file says.")
-@click.option("--tp", type=click.IntRange(1, 1024), help="Ranks of tensor parallelism; 1 unless the file says.")
-@click.option("--weights-dtype", default="auto", help="Dtype of the weights; auto is the checkpoint's.")
-@click.option("--kv-dtype", default="auto", help="Dtype of the KV cache; auto is 16 bits.")
-@click.option("--name", default="", help="What the profile is called.")
-@click.option("--engine", default="", help="The engine and its version, for the record.")
-@click.option("--source", default="", help="Where the steps come from, for the record.")
-@click.option("--licence", default="", help="Their licence, for the record.")
-@click.option("--date", default="", help="The date of the profile; today's unless given.")
-@click.option("--device-time-only", is_flag=True, help="The times hold no host time of the engine.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="PROFILE", help="Write the profile here.")
-@click.option("--overwrite", is_flag=True, help="Let --out replace what is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print the error table and the profile as one JSON document.")
-def steps(file: Path, out: Path | None, overwrite: bool, as_json: bool, **options: Any) -> None:
-    """Learn step times from the profiled steps in FILE, and say how well on operating points held out.
-
-    \b
-    Columns of a CSV, JSON-lines or Parquet file, a step a row:
-        time_ns, time_us, time_ms or time_s
-        num_decodes, decode_context        sequences, and their attended tokens in all
-        num_prefills, prefill_tokens       chunks, and their new tokens in all
-        prefill_context                    tokens in the KV cache before the chunks, in all
-        prefill_attention                  sum of c*(s + c/2); left out, chunks are equal
-        group                              operating point, held out as a whole
-
-    \b
-    Examples:
-        mist calibrate steps steps.csv --model llama-3.1-8b --device h100-sxm --out profile.yaml
-        mist run scenario.yaml --set 'perf={steps: profile.yaml}'
-    """
-    from mist.calibration.steps import calibrate_steps, write_profile
-    from mist.metrics import SCHEMA_VERSION
-
-    found = calibrate_steps(file, **options)
-    if out is not None:
-        write_profile(found, out, overwrite=overwrite)
-    if as_json:
-        _print_json({"schema_version": SCHEMA_VERSION, "errors": found.rows(), "profile": found.profile.as_mapping()})
-        return
-    click.echo(_table(found.rows()))
-    for remark in found.remarks:
-        click.echo(remark, err=True)
-    if out is not None:
-        click.echo(f"The profile is {out}: name it in a scenario as perf: {{steps: {out}}}", err=True)
 
 
 @main.command()
@@ -293,7 +240,7 @@ def schema(plugins: tuple[str, ...]) -> None:
     _load_plugins(plugins)
     from mist.scenario.schema import json_schema
 
-    _print_json(json_schema())
+    print_json(json_schema())
 
 
 @main.command("list")
@@ -315,9 +262,9 @@ def list_names(what: str, as_json: bool, plugins: tuple[str, ...]) -> None:
 
     found = rows(what)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
-        click.echo(_table(_folded(found) if what in ("policies", "pipelines") else found))
+        click.echo(table(folded(found) if what in ("policies", "pipelines") else found))
 
 
 def _load(
@@ -422,42 +369,13 @@ def _print_result(result: Result, as_json: bool) -> None:
         click.echo(str(result))
 
 
-def _print_json(document: Any) -> None:
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys as text in columns; numbers are right-aligned."""
-    if not rows:
-        return ""
-    columns = [[key, *("" if row[key] is None else str(row[key]) for row in rows)] for key in rows[0]]
-    aligned = []
-    for key, column in zip(rows[0], columns, strict=True):
-        width = max(map(len, column))
-        right = any(isinstance(row[key], int | float) for row in rows)
-        aligned.append([text.rjust(width) if right else text.ljust(width) for text in column])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
-
-
-def _folded(rows: list[dict[str, Any]], width: int = 100) -> list[dict[str, Any]]:
-    """Rows of texts whose parameters and description go on below, so that lines have about `width` characters."""
-    from itertools import zip_longest
-    from textwrap import wrap
-
-    wide = ("parameters", "description")
-    narrow = sum(2 + max(len(str(row[key])) for row in rows) for key in rows[0] if key not in wide)
-    lines: list[dict[str, Any]] = []
-    for row in rows:
-        texts = (wrap(row[key], (width - narrow) // len(wide) - 1, break_long_words=False) or [""] for key in wide)
-        for number, parts in enumerate(zip_longest(*texts, fillvalue="")):
-            first = row if number == 0 else dict.fromkeys(row, "")
-            lines.append(first | dict(zip(wide, parts, strict=True)))
-    return lines
-
-
 def _tell(problems: Iterable[Problem]) -> None:
     for problem in problems:
         message, _, hint = str(problem).partition("\n")
         click.secho(message, fg="red", err=True)
         if hint:
             click.echo(hint, err=True)
+
+
+main.add_command(calibrate)
+main.add_command(validate)

@@ -1,0 +1,112 @@
+"""Engine profiles as calibration reads and keeps them: which points a profile stands for, and what was fitted to them.
+
+Around the fit, for the command: a profile's mapping and a file of points come in, a whole profile with the sources of
+its constants goes out, which a scenario can name. It never changes a figure by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mist.calibration.points import Fit, changed
+from mist.errors import Problem, ScenarioError, nearest
+from mist.scenario import catalogue
+from mist.validation.points import Point, PointFile, Skip
+from mist.validation.setting import engine_profile
+
+
+def read_profile(given: str) -> dict[str, Any]:
+    """The mapping of an engine profile, by its name or path; ScenarioError unless it stands for a shipped one.
+
+    Points find their profile by engine and version, so that a file of one's own takes the place of its namesake.
+    """
+    _, written = catalogue.read("engines", given, Path())
+    profile = catalogue.mapping("engines", written)
+    known = catalogue.names("engines")
+    if (name := str(profile["name"])) not in known:
+        hint = f"its `name` says which it takes the place of; {nearest(name, known)}"
+        raise ScenarioError(Problem(f"{name!r} is none of the profiles that points are run with", given, hint=hint))
+    return profile
+
+
+def points_of(file: PointFile, name: str) -> list[Point]:
+    """The points that are run with the profile `name`; ScenarioError where there is none."""
+    by_profile: dict[str, list[Point]] = {}
+    for point in file.points:
+        try:
+            by_profile.setdefault(str(engine_profile(point)["name"]), []).append(point)
+        except Skip:
+            continue
+    if name not in by_profile:
+        hint = f"its points are of {', '.join(sorted(by_profile))}" if by_profile else "it has no points of any engine"
+        raise ScenarioError(Problem(f"no point is run with {name!r}", str(file.path), hint=hint))
+    return by_profile[name]
+
+
+def fitted_profile(profile: Mapping[str, Any], fit: Fit, file: PointFile, when: str = "") -> dict[str, Any]:
+    """`profile` with what was fitted; `sources` says of each constant how, to what and on which day (`when`)."""
+    compared = sorted({c.source for c in fit.residuals})
+    origin = (
+        f"mist calibrate points, {when or date.today().isoformat()}: {fit.num_values} values of {fit.num_points} "
+        f"points in {file.path.name} ({', '.join(compared)}); median error {fit.after_pct:.1f} %, "
+        f"{fit.left_out_pct:.1f} % of values left out"
+    )
+    found = changed(profile, fit.values)
+    fitted = {name: f"fitted, standard error {error:.2g}; {origin}" for name, error in fit.standard_errors.items()}
+    return {**found, "sources": {**found.get("sources", {}), **fitted}}
+
+
+def rows(fit: Fit) -> list[dict[str, Any]]:
+    """A row per constant, for a table."""
+    return [
+        {"constant": name, "value": f"{value:.5g}", "standard error": f"{fit.standard_errors[name]:.2g}"}
+        for name, value in fit.values.items()
+    ]
+
+
+def sentences(fit: Fit) -> str:
+    """How well it fits, before and after, and on what it hadn't seen."""
+    return (
+        f"{fit.num_values:,} values of {fit.num_points:,} points with {fit.profile}: median error "
+        f"{fit.before_pct:.1f} % before, {fit.after_pct:.1f} % after; {fit.left_out_pct:.1f} % of each value as "
+        "predicted without it."
+    )
+
+
+def document(fit: Fit) -> dict[str, Any]:
+    """The fit as JSON values; errors in percent."""
+    constants = {
+        name: {"value": value, "standard_error": fit.standard_errors[name]} for name, value in fit.values.items()
+    }
+    numbers = {
+        key: getattr(fit, key) for key in ("num_points", "num_values", "before_pct", "after_pct", "left_out_pct")
+    }
+    residuals = [
+        {key: getattr(c, key) for key in ("id", "point", "source", "metric", "measured", "simulated", "ape")}
+        for c in fit.residuals
+    ]
+    return {"constants": constants, **numbers, "warnings": list(fit.warnings), "residuals": residuals}
+
+
+def to_yaml(profile: Mapping[str, Any]) -> str:
+    """A profile as a file of the catalogue."""
+    text: str = yaml.safe_dump(dict(profile), sort_keys=False, allow_unicode=True, width=120)
+    return text
+
+
+def write_profile(profile: Mapping[str, Any], path: Path) -> None:
+    """Write it to `path`, which `check_file` found free."""
+    path.write_text(to_yaml(profile), encoding="utf-8")
+
+
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """ScenarioError where something is at `path` already, or where nothing can be written there."""
+    if path.exists() and not (overwrite and path.is_file()):
+        raise ScenarioError(Problem(f"{path} is there already", hint="name another file, or give --overwrite"))
+    if not path.parent.is_dir():
+        raise ScenarioError(Problem(f"there is no folder {path.parent}", hint="make it first"))

@@ -1,0 +1,103 @@
+"""What commands share: JSON documents and tables of rows to print, how far a long piece of work has come, an option.
+
+Under the commands. Results go to stdout, progress to stderr. It computes no figure.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+#: called with what is done and what there is in all
+Progress = Callable[[int, int], None]
+
+#: seconds between two lines of progress where stderr is no terminal
+_BETWEEN_LINES_S = 10.0
+
+
+def print_json(document: Any) -> None:
+    """The document as JSON on stdout."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal keys as text in columns; numbers are right-aligned."""
+    if not rows:
+        return ""
+    columns = [[key, *("" if row[key] is None else str(row[key]) for row in rows)] for key in rows[0]]
+    aligned = []
+    for key, column in zip(rows[0], columns, strict=True):
+        width = max(map(len, column))
+        right = any(isinstance(row[key], int | float) for row in rows)
+        aligned.append([text.rjust(width) if right else text.ljust(width) for text in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
+
+
+def folded(rows: list[dict[str, Any]], width: int = 100) -> list[dict[str, Any]]:
+    """Rows of texts whose parameters and description go on below, so that lines have about `width` characters."""
+    from itertools import zip_longest
+    from textwrap import wrap
+
+    wide = ("parameters", "description")
+    narrow = sum(2 + max(len(str(row[key])) for row in rows) for key in rows[0] if key not in wide)
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        texts = (wrap(row[key], (width - narrow) // len(wide) - 1, break_long_words=False) or [""] for key in wide)
+        for number, parts in enumerate(zip_longest(*texts, fillvalue="")):
+            first = row if number == 0 else dict.fromkeys(row, "")
+            lines.append(first | dict(zip(wide, parts, strict=True)))
+    return lines
+
+
+def perf_models(text: str) -> list[str] | None:
+    """The names in a list with commas, which are all known; None where there are none."""
+    from mist import registry
+    from mist.errors import Problem, ScenarioError, nearest
+
+    named = [name.strip() for name in text.split(",") if name.strip()]
+    known = registry.names("perf") if named else []
+    unknown = [name for name in named if name not in known]
+    if unknown:
+        problem = Problem(f"--perf: there is no performance model {unknown[0]!r}", hint=nearest(unknown[0], known))
+        raise ScenarioError(problem)
+    return named or None
+
+
+@contextmanager
+def progress_of(what: str) -> Iterator[Progress]:
+    """How many of `what` are done, and how long the rest may take: a bar on a terminal, else a line now and then."""
+    if not sys.stderr.isatty():
+        yield _Lines(what)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # drawn when something is done, by no thread of its own: processes are forked meanwhile
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total, refresh=True)
+
+
+class _Lines:
+    """Progress as lines of text; what was done before the first call took no time."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._began, self._before = what, time.monotonic(), -1
+        self._told = self._began
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._before < 0:
+            self._before = done
+        if now - self._told < _BETWEEN_LINES_S or done == self._before:
+            return
+        self._told = now
+        left_s = (now - self._began) * (total - done) / (done - self._before)
+        click.echo(f"{done:,} of {total:,} {self._what}, about {left_s:,.0f} s left", err=True)
