@@ -74,12 +74,12 @@ class EngineProfile:
 
     `engine` and `first_version` say which releases it stands for, `first_date` from when on where only a date is known,
     `harness` static_batch that it stands for a benchmark of single batches alone.
-    Host time: `step_overhead_ns` per step, `prefill_overhead_ns` more per step with prefills, `token_overhead_ns` per
-    sequence that samples in it; `overlapped` engines prepare a step while the device runs the one before, so that a
-    step takes the longer of the two rather than their sum. With `async_scheduling` the next step is decided when one
-    starts: what arrives meanwhile joins the step after it. Before it joins the queue, a request takes
-    `request_overhead_ns` and `prompt_token_overhead_ns` for each token of its prompt; for `request_serial_ns` of that
-    the front end serves it alone.
+    Host time: `step_overhead_ns` per step, `token_overhead_ns` per sequence that samples in it, `prefill_overhead_ns`
+    more per step with prefills and `prefill_layer_overhead_ns` for each layer of the model then (what no graph replays
+    the host launches); `overlapped` engines prepare a step while the device runs the one before, so that a step takes
+    the longer of the two rather than their sum. With `async_scheduling` the next step is decided when one starts: what
+    arrives meanwhile joins the step after it. Before it joins the queue, a request takes `request_overhead_ns` and
+    `prompt_token_overhead_ns` for each token of its prompt; for `request_serial_ns` the front end serves it alone.
     Device time: `time_factors` by class of operator, this version's kernels over those that are measured;
     `tables_version`, a release such as "0.19": these are each operator's newest that aren't newer, "" the newest.
     Limits: `large_device_*` replace the defaults on devices of `large_device_bytes` and more, but not on
@@ -89,6 +89,7 @@ class EngineProfile:
     request is admitted only where its longest answer and those of all that run fit, so that none is ever preempted.
     `first_token`: where prefill and decode are apart, the stage whose client streams the token that a prefill sampled:
     `prefill` as it ends, or `decode` as it goes on there (an answer of one token never moves).
+    With `frees_windows` layers with an attention window keep nothing behind it, so that long contexts take less room.
     `cuda_graph`: steps replay captured graphs; without, the host launches every kernel of a step.
     """
 
@@ -101,6 +102,7 @@ class EngineProfile:
     step_overhead_ns: int = 0
     token_overhead_ns: int = 0
     prefill_overhead_ns: int = 0
+    prefill_layer_overhead_ns: int = 0
     request_overhead_ns: int = 0
     request_serial_ns: int = 0
     prompt_token_overhead_ns: int = 0
@@ -122,6 +124,7 @@ class EngineProfile:
     block_size: int = 16
     watermark: float = 0.0
     reserves_output: bool = False
+    frees_windows: bool = False
     overhead_bytes: int = 0
     cuda_graph: bool = True
     first_token: str = "prefill"
@@ -164,7 +167,7 @@ class EngineProfile:
         size = block_size or self.block_size
         p = platform
         weights = model.stage_weight_bytes(weights_dtype, p.tp, pp=p.pp, ep=p.ep, attn_dp=p.attn_dp)
-        token_bytes = model.stage_kv_bytes_per_token(kv_dtype, p.tp, p.pp)
+        token_bytes = model.stage_kv_bytes_per_token(kv_dtype, p.tp, p.pp, frees_windows=self.frees_windows)
         stages = [
             KVCapacity(
                 memory_bytes=p.device.memory_bytes,

@@ -30,6 +30,7 @@ BOUNDS: dict[str, tuple[float, float, float]] = {
     "step_overhead_ns": (0.0, 60e6, 0.5e6),
     "token_overhead_ns": (0.0, 1e6, 20e3),
     "prefill_overhead_ns": (0.0, 100e6, 2e6),
+    "prefill_layer_overhead_ns": (0.0, 3e6, 100e3),
     "request_overhead_ns": (0.0, 500e6, 5e6),
     "prompt_token_overhead_ns": (0.0, 50e3, 2e3),
     "request_serial_ns": (0.0, 50e6, 1e6),
@@ -109,7 +110,7 @@ def fit_points(
     )  # fmt: skip
     values = found.x * scales
     last = runs.compared(values)
-    covariance, warnings = _covariance(found.jac, found.fun, constants, found.x, lows, highs)
+    covariance, warnings = _covariance(found.jac, found.fun, len(first), constants, found.x, lows, highs)
     return Fit(
         profile=name,
         values=dict(zip(constants, values.tolist(), strict=True)),
@@ -122,6 +123,16 @@ def fit_points(
         warnings=warnings,
         residuals=tuple(last),
     )
+
+
+def of_device(values: Mapping[str, float]) -> dict[str, float]:
+    """Of fitted constants those of the device, by their names there."""
+    return {_split(name)[1]: value for name, value in values.items() if _split(name)[0] == _DEVICE}
+
+
+def of_profile(values: Mapping[str, float]) -> dict[str, float]:
+    """Of fitted constants those of the engine profile."""
+    return {name: value for name, value in values.items() if _split(name)[0] == _PROFILE}
 
 
 def changed(mapping: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, Any]:
@@ -235,13 +246,14 @@ def _value(parts: Mapping[str, dict[str, Any]], constant: str) -> float:
 
 
 def _covariance(
-    jacobian: FloatArray, residuals: FloatArray, constants: Sequence[str], x: FloatArray, lows: FloatArray,
-    highs: FloatArray,
+    jacobian: FloatArray, residuals: FloatArray, num_values: int, constants: Sequence[str], x: FloatArray,
+    lows: FloatArray, highs: FloatArray,
 ) -> tuple[FloatArray, tuple[str, ...]]:  # fmt: skip
-    """Of the constants, in units of their scales; and what the data can't tell."""
+    """Of the constants, in units of their scales; and what the first `num_values` rows, which are data, can't tell."""
     size = len(constants)
-    normal = jacobian.T @ jacobian
-    variance = float(residuals @ residuals) / max(1, len(residuals) - size)
+    told, off = jacobian[:num_values], residuals[:num_values]
+    normal = told.T @ told
+    variance = float(off @ off) / max(1, num_values - size)
     covariance: FloatArray = np.asarray(np.linalg.pinv(normal) * variance, np.float64)
     warnings = []
     sizes = np.sqrt(np.diag(normal))
@@ -250,7 +262,8 @@ def _covariance(
             warnings.append(f"{constant} changes nothing at these points: it can't be told from them")
         elif min(x[i] - lows[i], highs[i] - x[i]) < 1e-6:
             warnings.append(f"{constant} is at its bound")
-    deviations = np.sqrt(np.maximum(np.diag(covariance), 1e-300))
+    np.fill_diagonal(covariance, np.maximum(np.diag(covariance), 1e-300))
+    deviations = np.sqrt(np.diag(covariance))
     for i in range(size):
         for j in range(i):
             correlation = covariance[i, j] / (deviations[i] * deviations[j])

@@ -13,11 +13,12 @@ from typing import Any
 
 import yaml
 
-from mist.calibration.points import Fit, changed
+from mist.calibration.points import Fit, changed, of_device, of_profile
 from mist.errors import Problem, ScenarioError, nearest
 from mist.scenario import catalogue
 from mist.validation.points import Point, PointFile, Skip
 from mist.validation.setting import engine_profile
+from mist.validation.split import is_checking
 
 
 def read_profile(given: str) -> dict[str, Any]:
@@ -34,10 +35,15 @@ def read_profile(given: str) -> dict[str, Any]:
     return profile
 
 
-def points_of(file: PointFile, name: str) -> list[Point]:
-    """The points that are run with the profile `name`; ScenarioError where there is none."""
+def points_of(file: PointFile, name: str, *, device: str = "", only_fitting: bool = False) -> list[Point]:
+    """The points that are run with the profile `name`; ScenarioError where there is none.
+
+    Of them those on `device` ("" any), and with `only_fitting` without those that the shipped figures are checked with.
+    """
     by_profile: dict[str, list[Point]] = {}
     for point in file.points:
+        if (device and point["device"] != device) or (only_fitting and is_checking(point)):
+            continue
         try:
             by_profile.setdefault(str(engine_profile(point)["name"]), []).append(point)
         except Skip:
@@ -50,14 +56,26 @@ def points_of(file: PointFile, name: str) -> list[Point]:
 
 def fitted_profile(profile: Mapping[str, Any], fit: Fit, file: PointFile, when: str = "") -> dict[str, Any]:
     """`profile` with what was fitted; `sources` says of each constant how, to what and on which day (`when`)."""
+    return _fitted(profile, of_profile(fit.values), of_profile(fit.standard_errors), fit, file, when)
+
+
+def fitted_device(device: Mapping[str, Any], fit: Fit, file: PointFile, when: str = "") -> dict[str, Any]:
+    """`device`, a mapping as in a catalogue file, with what was fitted of it and where that comes from."""
+    return _fitted(device, of_device(fit.values), of_device(fit.standard_errors), fit, file, when)
+
+
+def _fitted(
+    mapping: Mapping[str, Any], values: Mapping[str, float], errors: Mapping[str, float], fit: Fit, file: PointFile,
+    when: str,
+) -> dict[str, Any]:  # fmt: skip
     compared = sorted({c.source for c in fit.residuals})
     origin = (
         f"mist calibrate points, {when or date.today().isoformat()}: {fit.num_values} values of {fit.num_points} "
         f"points in {file.path.name} ({', '.join(compared)}); median error {fit.after_pct:.1f} %, "
         f"{fit.left_out_pct:.1f} % of values left out"
     )
-    found = changed(profile, fit.values)
-    fitted = {name: f"fitted, standard error {error:.2g}; {origin}" for name, error in fit.standard_errors.items()}
+    found = changed(mapping, values)
+    fitted = {name: f"fitted, standard error {error:.2g}; {origin}" for name, error in errors.items()}
     return {**found, "sources": {**found.get("sources", {}), **fitted}}
 
 

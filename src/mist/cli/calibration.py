@@ -74,15 +74,20 @@ def steps(file: Path, out: Path | None, overwrite: bool, as_json: bool, **option
 @click.option("--engine", required=True, metavar="PROFILE", help="The engine profile to start from, by name or path.")
 @click.option("--fit", "constants", required=True, metavar="A,B", help="The constants to fit, with commas.")
 @click.option("--source", "sources", multiple=True, metavar="S", help="Only points of this source; may be repeated.")
+@click.option(
+    "--device", default="", help="Only points on this device of the catalogue, whose constants may be fitted too."
+)
+@click.option("--fitting-part", is_flag=True, help="Leave out the points that the shipped figures are checked with.")
 @click.option("--perf", default="", metavar="MODELS", help="Performance models, such as roofline or kernels,roofline.")
 @click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes; 0 is one per core.")
 @click.option("--date", default="", help="The date of the profile; today's unless given.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="PROFILE", help="Write the profile here.")
-@click.option("--overwrite", is_flag=True, help="Let --out replace what is there.")
+@click.option("--out-device", type=click.Path(path_type=Path), metavar="DEVICE", help="Write the device here.")
+@click.option("--overwrite", is_flag=True, help="Let --out and --out-device replace what is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the fit and the profile as one JSON document.")
 def points(
-    file: Path, engine: str, constants: str, sources: tuple[str, ...], perf: str, workers: int, date: str,
-    out: Path | None, overwrite: bool, as_json: bool,
+    file: Path, engine: str, constants: str, sources: tuple[str, ...], device: str, fitting_part: bool, perf: str,
+    workers: int, date: str, out: Path | None, out_device: Path | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit constants of an engine profile to the measured points in FILE, and say how well they are known.
 
@@ -95,31 +100,42 @@ def points(
         token_overhead_ns, request_overhead_ns    host time per sampled token, and per request
         time_factors.gemm and other classes       device time over that of the known kernels
         overhead_bytes                            memory that is neither weights nor activations nor KV
+        device.efficiency.gemm_memory and others  share of the data sheet's rate, with --device
 
     \b
     Examples:
         mist calibrate points points.csv --engine vllm-0.10 --fit step_overhead_ns,time_factors.gemm
         mist calibrate points points.csv --engine vllm-0.10 --fit request_overhead_ns --out profile.yaml
+        mist calibrate points points.csv --engine vllm-0.6-static --device mi300x \\
+            --fit device.efficiency.gemm_memory --out-device mi300x.yaml
         mist run scenario.yaml --set clients.gpu.engine=./profile.yaml
     """
     from mist.calibration import profiles
     from mist.calibration.points import fit_points
     from mist.metrics import SCHEMA_VERSION
+    from mist.scenario import catalogue
     from mist.validation.points import read_points
     from mist.validation.score import TRUSTED
 
-    if out is not None:
-        profiles.check_file(out, overwrite=overwrite)
+    for path in (out, out_device):
+        if path is not None:
+            profiles.check_file(path, overwrite=overwrite)
     models, profile = perf_models(perf), profiles.read_profile(engine)
+    hardware = catalogue.mapping("devices", catalogue.read("devices", device, Path())[1]) if device else None
+    if out_device is not None and hardware is None:
+        raise click.UsageError("--out-device needs a --device to start from")
     read = read_points(file, sources=sources, trusts=TRUSTED)
     named = list(dict.fromkeys(name.strip() for name in constants.split(",") if name.strip()))
     found = fit_points(
-        profiles.points_of(read, str(profile["name"])), file.parent, profile, named, perf=models, workers=workers,
+        profiles.points_of(read, str(profile["name"]), device=device, only_fitting=fitting_part), file.parent, profile,
+        named, device=hardware, perf=models, workers=workers,
         progress=lambda runs, misfit: click.echo(f"run {runs}: median misfit {100 * misfit:.1f} %", err=True),
     )  # fmt: skip
     fitted = profiles.fitted_profile(profile, found, read, date)
     if out is not None:
         profiles.write_profile(fitted, out)
+    if out_device is not None and hardware is not None:
+        profiles.write_profile(profiles.fitted_device(hardware, found, read, date), out_device)
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, **profiles.document(found), "profile": fitted})
         return

@@ -137,12 +137,20 @@ class ModelSpec:
         """
         return max(self.stage_kv_bytes_per_token(kv_dtype, tp, pp))
 
-    def stage_kv_bytes_per_token(self, kv_dtype: str, tp: int, pp: int) -> list[int]:
-        """Bytes that one of `tp` ranks stores per token in each of `pp` stages."""
+    def stage_kv_bytes_per_token(self, kv_dtype: str, tp: int, pp: int, *, frees_windows: bool = False) -> list[int]:
+        """Bytes that one of `tp` ranks stores per token in each of `pp` stages.
+
+        With `frees_windows` what lies behind an attention window isn't kept: of a long context only the layers without
+        a window count, where a stage has any.
+        """
         if self.is_encoder:
             return [0] * pp
         element = dtype_bytes(kv_dtype)
-        return [round(element * sum(g.num_layers * g.kv_elements(tp) for g in layers)) for layers in self.stages(pp)]
+        found = []
+        for layers in self.stages(pp):
+            kept = [g for g in layers if g.num_heads and not g.window] if frees_windows else []
+            found.append(round(element * sum(g.num_layers * g.kv_elements(tp) for g in kept or layers)))
+        return found
 
     def tp_problem(self, tp: int) -> str | None:
         """Why the model can't be split over `tp` ranks, or None if it can."""

@@ -174,7 +174,7 @@ def _build_fleet(scenario: Scenario, workload: RequestTable, kernel: Kernel, rec
                 batching=pool.batching.build(),
                 perf=perf,
                 kv=_kv_cache(scenario, pool_name, pool, num_blocks, workload.hash_block_size),
-                engine=host_beside(pool.engine, perf),
+                engine=host_beside(pool.engine, perf, pool.model.num_layers),
                 max_model_len=pool.max_model_len,
                 kernel=kernel,
                 records=records,

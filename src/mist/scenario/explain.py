@@ -198,11 +198,12 @@ def explain_step(
     prepared = priced.model
     if prepared is None:
         raise ScenarioError([Problem(reason, hint="try --perf roofline") for reason in priced.refusals])
-    host = host_beside(profile, prepared)
+    host = host_beside(profile, prepared, spec.num_layers)
+    prefill_ns = host.prefill_overhead_ns if step.chunks else 0
     return Explanation(
         deployment, profile, step, priced.name,
         total_ns=prepared.step_time(step),
-        host_ns=host.step_overhead_ns + host.token_overhead_ns * step.num_sampled,
+        host_ns=host.step_overhead_ns + prefill_ns + host.token_overhead_ns * step.num_sampled,
         floor_ns=prepared.floor_time(step),
         operators=tuple(prepared.explain(step)),
         remarks=(*priced.refusals, *_remarks(deployment, profile, step, tokens, seqs)),

@@ -41,11 +41,17 @@ def price(specs: Sequence[Spec], deployment: Deployment) -> Priced:
     return Priced("", None, tuple(refusals))
 
 
-def host_beside(engine: EngineProfile, model: PerfModel) -> EngineProfile:
-    """`engine` as it runs beside `model`: without host time per step where the model's times hold it already."""
-    if not getattr(model, "includes_host", False):
-        return engine
-    return dataclasses.replace(engine, step_overhead_ns=0, token_overhead_ns=0)
+def host_beside(engine: EngineProfile, model: PerfModel, num_layers: int) -> EngineProfile:
+    """`engine` as it runs a model of so many layers beside `model`: its host time of a prefill is that of all layers.
+
+    None per step where the model's times hold it already.
+    """
+    if getattr(model, "includes_host", False):
+        return dataclasses.replace(
+            engine, step_overhead_ns=0, token_overhead_ns=0, prefill_overhead_ns=0, prefill_layer_overhead_ns=0
+        )
+    whole = engine.prefill_overhead_ns + num_layers * engine.prefill_layer_overhead_ns
+    return dataclasses.replace(engine, prefill_overhead_ns=whole, prefill_layer_overhead_ns=0)
 
 
 def _built(specs: Sequence[Spec]) -> list[PerfModel]:
