@@ -16,8 +16,8 @@ import yaml
 from mist.calibration.points import Fit, changed, of_device, of_profile
 from mist.errors import Problem, ScenarioError, nearest
 from mist.scenario import catalogue
+from mist.validation.engines import engine_profile
 from mist.validation.points import Point, PointFile, Skip
-from mist.validation.setting import engine_profile
 from mist.validation.split import is_checking
 
 

@@ -1,4 +1,4 @@
-"""One operating point as a scenario, from its columns alone; and which engine profile stands for an engine's version.
+"""One operating point as a scenario, from its columns alone.
 
 Between the points that were measured and the runs that are compared with them. What the columns leave empty is the
 engine's default; what can't be run is a `Skip` with its reason. It never looks at a measured latency or rate, but to
@@ -18,18 +18,18 @@ from mist.engine import EngineProfile
 from mist.errors import ScenarioError
 from mist.scenario import catalogue
 from mist.scenario.value import Scenario
+from mist.validation.engines import engine_profile, version_of
 from mist.validation.points import Point, Skip, parse_stages
 
 #: requests of a steady state, where the point doesn't say how many were sent: rounds of the concurrency, and the least
 STEADY_ROUNDS = 6
 STEADY_REQUESTS = 400
-#: coefficient of variation of lengths of which only the mean is known; 0.3 to 1 move saturated throughput by up to a third
+#: coefficient of variation of lengths of which only the mean is known; saturated throughput hangs on it
 MEAN_ONLY_CV = 0.5
 #: context that whole prompts are provided for, as engines are set up where a model allows far more
 CUSTOMARY_CONTEXT = 8192
-#: engines that are another one inside, and the weight formats that a dtype of the schema stands for
-ENGINE_ALIASES = {"nim": "trtllm", "llmboost": "vllm", "optimum-habana": "gaudi", "": "static"}
-WEIGHT_ALIASES = {"q4": "int4", "q8": "q8_0"}
+#: weight formats that a dtype of the schema stands for
+WEIGHT_ALIASES = {"q4": "q4_0", "q5": "q5_0", "q6": "q6_k", "q8": "q8_0"}
 #: what others call the ways to draft; heads that guess several tokens at once (Medusa) cost about what EAGLE's does
 DRAFT_ALIASES = {
     "eagle2": "eagle", "eagle3": "eagle", "medusa": "eagle", "nextn": "mtp", "draft": "draft_model",
@@ -40,8 +40,8 @@ DRAFT_ALIASES = {
 #: at 200 GB/s, 19 MB to 4.8 GB): 0.730 and 394 us, off by 3.1 % in the median and 7 % at most
 HAND_OFF = {"bandwidth": "50 GB/s", "efficiency": 0.73, "latency": "394 us"}
 
-#: what the proxy before prefill and decode workers adds per request and prompt token, ns: fitted to the fitting part of
-#: mooncake_pd, as are the hand-over's constants
+#: what the proxy before prefill and decode workers adds per request and prompt token, ns: read off the same nine rows,
+#: checking part and all, so that mooncake_pd checks nothing of a hand-over
 PROXY_REQUEST_NS = 20_000_000
 PROXY_PROMPT_TOKEN_NS = 5_400
 
@@ -101,41 +101,6 @@ def setting_of(point: Point, folder: Path, overrides: Overrides | None = None, p
     except ScenarioError as error:
         raise Skip("; ".join(problem.message for problem in error.problems)) from None
     return Setting(scenario, str(profile["name"]), _saturated(point, scenario), draft.warmup_requests)
-
-
-# --- the engine ---
-
-
-def engine_profile(point: Point) -> dict[str, Any]:
-    """The catalogue's profile for the point's engine, version and date, as its mapping; Skip where there is none.
-
-    Of the engine's profiles the newest that isn't newer than the version, without a version than the date, and without
-    both the newest; a harness of static batches has one of its own where there is one.
-    """
-    engine = ENGINE_ALIASES.get(point["engine"], point["engine"])
-    if engine == "unknown":
-        engine = "gaudi" if point["device"].startswith("gaudi") else "static"
-    found = [dict(e.source.data()) for e in catalogue.entries("engines")]
-    known = [p for p in found if p.get("engine") == engine]
-    if not known:
-        raise Skip(f"there is no profile of the engine {point['engine']!r}")
-    harness = "static_batch" if point["load"] == "static_batch" else ""
-    mine = [p for p in known if p.get("harness", "") == harness] or known
-    version, date = version_of(point["engine_version"]), point["date"]
-    if version:
-        mine.sort(key=lambda p: version_of(str(p.get("first_version", ""))))
-        not_newer = [p for p in mine if version_of(str(p.get("first_version", ""))) <= version]
-    else:
-        mine.sort(key=lambda p: str(p.get("first_date", "")))
-        not_newer = [p for p in mine if not date or str(p.get("first_date", "")) <= date]
-    return (not_newer or mine[:1])[-1]
-
-
-def version_of(text: str) -> tuple[int, ...]:
-    """The numbers of a release such as 0.6.3.post2 or v1.2.0rc5; () for a commit or nothing."""
-    if match := re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", text):
-        return tuple(int(part) for part in match.groups() if part)
-    return ()
 
 
 # --- the load ---
