@@ -40,7 +40,8 @@ ROOT = Path(__file__).parent.parent
 WORK = Path("out/validate")
 LEFT_OUT = ROOT / "benchmarks" / "left_out_devices.yaml"
 #: an engine that takes no time of its own, and one whose kernels are those that were measured
-NO_HOST = dict.fromkeys(("step_overhead_ns", "token_overhead_ns", "prefill_overhead_ns", "request_overhead_ns"), 0)
+HOST = ("step", "token", "prefill", "prefill_layer", "request", "prompt_token")
+NO_HOST = {**dict.fromkeys((f"{part}_overhead_ns" for part in HOST), 0), "request_serial_ns": 0}
 NO_FACTORS: dict[str, Any] = {"time_factors": {}}
 #: what is in force, by name: performance models (None: those of any scenario) and changes to every engine profile
 ABLATION: dict[str, tuple[list[str] | None, dict[str, Any]]] = {

@@ -16,8 +16,8 @@ from mist.units import GIB
 
 #: classes of operators whose time an engine version changes
 OPERATOR_CLASSES = (
-    "gemm", "gemm_compute", "experts", "experts_4bit", "experts_compute_4bit", "attention_prefill", "attention_decode",
-    "attention_decode_gqa", "attention_decode_kv8", "elementwise", "network",
+    "gemm", "gemm_8bit", "gemm_compute", "experts", "experts_4bit", "experts_compute_4bit", "attention_prefill",
+    "attention_decode", "attention_decode_gqa", "attention_decode_kv8", "elementwise", "network",
 )  # fmt: skip
 
 

@@ -54,15 +54,15 @@ class Deployment:
     clock: float = 1.0
     tables_version: str = ""
 
-    def time_factor(self, kind: str) -> float:
-        """What the known time of an operator of this kind is multiplied by.
+    def time_factor(self, kind: str, dtype: str = "") -> float:
+        """What the known time of an operator of this kind, computed in `dtype`, is multiplied by.
 
-        Some have kernels of their own, with a factor of the class where they have none: experts of 4 bits
-        (`experts_4bit`), decode attention over KV caches of 8 bits (`attention_decode_kv8`) and for queries that share
+        Some have kernels of their own, with a factor of the class where they have none: matrices of 8 bits
+        (`gemm_8bit`), experts of 4 bits (`experts_4bit`), decode attention over KV caches of 8 bits (`attention_decode_kv8`) and for queries that share
         keys and values (`attention_decode_gqa`).
         """
         name = OPERATOR_CLASSES[kind]
-        for special, applies in self._special_kernels(name):
+        for special, applies in self._special_kernels(name, dtype):
             if applies and special in self.time_factors:
                 return self.time_factors[special]
         return self.time_factors.get(name, 1.0)
@@ -82,7 +82,9 @@ class Deployment:
     def _has_4bit_experts(self) -> bool:
         return DTYPE_BYTES[self.model.matrix_dtypes(self.weights_dtype)[1]] < 1
 
-    def _special_kernels(self, name: str) -> tuple[tuple[str, bool], ...]:
+    def _special_kernels(self, name: str, dtype: str) -> tuple[tuple[str, bool], ...]:
+        if name == "gemm":
+            return (("gemm_8bit", DTYPE_BYTES.get(dtype) == 1),)
         if name == "experts":
             return (("experts_4bit", self._has_4bit_experts),)
         if name != "attention_decode":

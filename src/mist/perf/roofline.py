@@ -202,7 +202,7 @@ class Roofline:
 
     def _per_launch(self, o: Operator, rows: FloatArray) -> tuple[FloatArray, FloatArray, float]:
         """(compute, memory or network, launch) of one launch of a row-driven operator, ns, for each number of rows."""
-        device, factor = self._device, self._deployment.time_factor(o.kind)
+        device, factor = self._device, self._deployment.time_factor(o.kind, o.dtype)
         peak = device.peak(o.dtype) * self._deployment.clock_of(o.kind)
         if o.kind in NETWORK_KINDS:
             network = factor * _network_ns(o, self._platform, o.bytes[o.driver] * rows)
@@ -248,7 +248,7 @@ class Roofline:
         prefill, decode = kind == "attention_prefill", kind == "attention_decode"
         compute = device.efficiency_of("attention_prefill" if prefill else "gemm", kv_dtype if prefill else o.dtype)
         memory = device.efficiency_of("attention_decode" if decode else "gemm_memory", kv_dtype)
-        factor = self._deployment.time_factor(o.kind)
+        factor = self._deployment.time_factor(o.kind, o.dtype)
         peak = device.peak(o.dtype) * self._deployment.clock_of(o.kind)
         flop_ns = 1e9 * o.repeats / (peak * min(1.0, compute / factor))
         byte_ns = 1e9 * o.repeats / (device.memory_bytes_per_s * min(1.0, memory / factor))

@@ -69,7 +69,7 @@ class Pricing:
         found = per_row(self.tables, o, self._queries(o) * rows, self.deployment)
         if found is None:
             return _clamp(Estimate(self._fallback_ns(o, rows), _roofline(rows)), self._floor_ns(o, rows))
-        times = self.deployment.time_factor(o.kind) * o.repeats * found.ns
+        times = self.deployment.time_factor(o.kind, o.dtype) * o.repeats * found.ns
         return _slowed(_clamp(Estimate(times, found.origin), self._floor_ns(o, rows)), self._slowdown([o], rows))
 
     def attention(self, o: Operator) -> PricedAttention:
@@ -83,7 +83,7 @@ class Pricing:
         if times is None:
             return PricedAttention(o, _FallbackAttention(o, self.fallback), self, 1.0)
         is_capped = self.deployment.clock_of(o.kind) < 1
-        return PricedAttention(o, times, self, self.deployment.time_factor(o.kind), is_capped)
+        return PricedAttention(o, times, self, self.deployment.time_factor(o.kind, o.dtype), is_capped)
 
     def flop_ns(self, o: Operator) -> float:
         """Data-sheet time of one FLOP of an operator."""
@@ -106,7 +106,7 @@ class Pricing:
         tokens = rows * self.deployment.platform.attn_dp
         found = fused_ns(self._experts, local_width(self.deployment), tokens)
         floor = np.sum([self._floor_ns(other, rows) for other in fused], axis=0)
-        times = self.deployment.time_factor(o.kind) * o.repeats * found.ns
+        times = self.deployment.time_factor(o.kind, o.dtype) * o.repeats * found.ns
         priced = _slowed(_clamp(Estimate(times, found.origin), floor), self._slowdown(fused, rows))
         return Estimate(priced.ns * share, priced.origin)
 
