@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from kit import LinearSteps, engine, play, table
+from mist.batching.chunked import Chunked
 from mist.engine import OPERATOR_CLASSES, EngineProfile
 from mist.errors import ScenarioError
 from mist.hardware import Platform
+from mist.network import KVLink
 from mist.perf import Deployment
 from mist.perf.roofline import Roofline
 from mist.request import Step
 from mist.scenario import catalogue
+from mist.speculation import Speculation
 
 ONE = LinearSteps(base=1000, per_prefill_token=0, per_decode=0, per_context=0, per_prefill=0)
 
@@ -96,6 +99,22 @@ def test_an_engine_that_reserves_the_whole_answer_never_preempts() -> None:
     assert rows["num_preemptions"].sum() == 0
     # an answer of 100 after 16 tokens ends in 8 blocks: two at a time
     assert max(kept.records.steps.as_columns()["num_decodes"].tolist()) == 2
+
+
+def test_room_for_drafts_is_reserved_too() -> None:
+    drafts = Speculation(3, 0.5, lambda *place: np.random.default_rng(place))
+    profile = replace(engine(), reserves_output=True)
+    run = play(table([0] * 6, [64] * 6, [65] * 6), num_blocks=24, engine_profile=profile, speculation=drafts)
+    assert run.records.requests.as_columns()["num_preemptions"].sum() == 0
+
+
+def test_prompts_that_are_handed_over_reserve_their_own_room_alone() -> None:
+    profile = replace(engine(), reserves_output=True)
+    workload = table([0] * 8, [100] * 8, [400] * 8)
+    run = play(workload, num_clients=2, serves=[("prefill",), ("decode",)], num_blocks=40, engine_profile=profile,
+               policy=lambda: Chunked(max_num_batched_tokens=64, max_num_seqs=8), nic=KVLink(10, 1e9, 500))  # fmt: skip
+    assert run.records.requests.as_columns()["num_preemptions"].sum() == 0
+    assert run.coordinator.num_left == 8
 
 
 def test_reserving_changes_nothing_where_there_is_room() -> None:
@@ -184,3 +203,38 @@ def test_factors_that_can_not_be_are_told(factors: dict[str, Any], says: str) ->
 def test_every_class_of_operators_can_have_a_factor() -> None:
     profile = EngineProfile.from_mapping({"name": "x", "time_factors": dict.fromkeys(OPERATOR_CLASSES, 1.5)})
     assert set(profile.time_factors) == set(OPERATOR_CLASSES)
+
+
+def test_no_factor_beats_the_link() -> None:
+    roofline = Roofline()
+    roofline.prepare(deployment(tp=8, time_factors={"network": 0.1}))
+    found = [o for o in roofline.explain(DECODES) if o.bound_by == "network" or "all_reduce" in o.name]
+    assert found
+    assert all(o.time_ns >= o.floor_ns * (1 - 1e-9) for o in found)
+
+
+# --- windows ---
+
+
+def capacity(model: str, *, frees_windows: bool, max_num_seqs: int) -> int:
+    spec = catalogue.read("models", model, None)[0]  # type: ignore[arg-type]
+    device = catalogue.read("devices", "h200-sxm", None)[0]  # type: ignore[arg-type]
+    profile = EngineProfile("x", frees_windows=frees_windows)
+    return profile.kv_blocks(spec, Platform(device), "mxfp4", "bf16", 8192, max_num_seqs).num_tokens
+
+
+def test_windows_that_are_freed_leave_room_for_longer_contexts() -> None:
+    kept = capacity("gpt-oss-20b", frees_windows=False, max_num_seqs=64)
+    freed = capacity("gpt-oss-20b", frees_windows=True, max_num_seqs=64)
+    # every second layer has a window of 128 tokens, which 64 sequences fill
+    assert 1.9 * kept < freed < 2 * kept
+
+
+def test_freeing_windows_never_takes_room() -> None:
+    kept = capacity("gpt-oss-20b", frees_windows=False, max_num_seqs=100_000)
+    assert capacity("gpt-oss-20b", frees_windows=True, max_num_seqs=100_000) >= kept
+
+
+def test_freeing_windows_is_nothing_to_a_model_without() -> None:
+    few = {frees: capacity("llama-3.1-8b", frees_windows=frees, max_num_seqs=64) for frees in (False, True)}
+    assert few[False] == few[True]

@@ -164,22 +164,33 @@ class EngineProfile:
         result with `num_blocks` 0 says by how much it doesn't fit. The tokens of an encoder, which caches nothing,
         hold their hidden state while they are in flight. Raises ValueError for more stages than layers.
         """
-        size = block_size or self.block_size
-        p = platform
+        sizes = (model, platform, weights_dtype, kv_dtype, max_num_batched_tokens, max_num_seqs)
+        share, size = gpu_memory_utilization or self.gpu_memory_utilization, block_size or self.block_size
+        whole = self._kv_blocks(*sizes, share, size, frees_windows=False)
+        if not self.frees_windows or not any(g.window for g in model.layers):
+            return whole
+        # windows of all sequences set aside; short sequences keep as much as anywhere
+        return max(whole, self._kv_blocks(*sizes, share, size, frees_windows=True), key=lambda fits: fits.num_blocks)
+
+    def _kv_blocks(
+        self, model: ModelSpec, p: Platform, weights_dtype: str, kv_dtype: str, max_num_batched_tokens: int,
+        max_num_seqs: int, share: float, size: int, *, frees_windows: bool,
+    ) -> KVCapacity:  # fmt: skip
         weights = model.stage_weight_bytes(weights_dtype, p.tp, pp=p.pp, ep=p.ep, attn_dp=p.attn_dp)
-        token_bytes = model.stage_kv_bytes_per_token(kv_dtype, p.tp, p.pp, frees_windows=self.frees_windows)
+        token_bytes = model.stage_kv_bytes_per_token(kv_dtype, p.tp, p.pp, frees_windows=frees_windows)
+        windows = model.stage_window_bytes(kv_dtype, p.tp, p.pp) if frees_windows else [0] * p.pp
         stages = [
             KVCapacity(
                 memory_bytes=p.device.memory_bytes,
-                gpu_memory_utilization=gpu_memory_utilization or self.gpu_memory_utilization,
+                gpu_memory_utilization=share,
                 weight_bytes=stage_weights,
                 activation_bytes=activation_bytes(model, p, max_num_batched_tokens, max_num_seqs),
-                overhead_bytes=self.overhead_bytes,
+                overhead_bytes=self.overhead_bytes + max_num_seqs * window_bytes,
                 block_bytes=size * (kv_bytes or round(ACTIVATION_BYTES * model.hidden_size)),
                 block_size=size,
                 is_of_free=self.utilization_of_free,
             )
-            for stage_weights, kv_bytes in zip(weights, token_bytes, strict=True)
+            for stage_weights, kv_bytes, window_bytes in zip(weights, token_bytes, windows, strict=True)
         ]
         return min(stages, key=lambda stage: (stage.num_blocks, -stage.missing_bytes))
 

@@ -19,12 +19,13 @@ class Residents:
 
     A running task is `prefilling` (tokens left to compute) or in the cohort. A running task holds
     `kv.blocks_for(reserved tokens)` blocks: what it has computed, plus what this step computes for it. A task that is
-    `sending` is done here and keeps its blocks until its KV cache has reached the client that decodes on. With
-    `reserves_output` a task is admitted only where all that run could be served to their last token without preemption.
+    `sending` is done here and keeps its blocks until its KV cache has reached the client that decodes on (one that
+    `generates`). With `reserves_output` a task is admitted only where all that run could be served to their last token
+    without preemption.
     """
 
     __slots__ = (
-        "_admissions", "_grown", "_has_preempted", "_promised", "_promises", "_scheduled", "cohort", "handed_over",
+        "_admissions", "_generates", "_grown", "_has_preempted", "_promised", "_promises", "_scheduled", "cohort", "handed_over",
         "kv", "num_preemptions", "on_preempt", "pending_tokens", "prefilling_tasks", "reserves_output", "running",
         "sending", "waiting",
     )  # fmt: skip
@@ -36,9 +37,11 @@ class Residents:
         cohort: Cohort | None = None,
         *,
         reserves_output: bool = False,
+        generates: bool = True,
     ) -> None:
         self.kv = kv
         self.reserves_output = reserves_output
+        self._generates = generates
         #: blocks that each running task may come to hold, by admission, and all together
         self._promises: dict[int, int] = {}
         self._promised = 0
@@ -211,6 +214,7 @@ class Residents:
     def sent(self, task: Task) -> None:
         """The KV cache of `task` is where it is needed: release its blocks here."""
         num_tokens = self.sending.pop(task.admission).computed_tokens
+        self._promised -= self._promises.pop(task.admission, 0)
         self.kv.release(task, num_tokens, self.kv.blocks_for(num_tokens), resumes=False)
 
     def held_blocks(self, task: Task) -> int:
@@ -231,8 +235,9 @@ class Residents:
 
     def _promise(self, task: Task) -> int:
         """Blocks that `task` holds at its last token: the engine knows max_tokens, which its request uses up."""
-        request = task.request
-        return self.kv.blocks_for(request.input_tokens + max(0, request.oracle_output_tokens - 1))
+        request, output = task.request, task.request.oracle_output_tokens
+        to_generate = output - 1 + self.cohort.tokens_per_decode - 1 if self._generates and output > 1 else 0
+        return self.kv.blocks_for(request.input_tokens + to_generate)
 
     def _keeps_promises(self, task: Task) -> bool:
         """Whether `task` may come in and all that run still have room to their last token."""

@@ -152,6 +152,14 @@ class ModelSpec:
             found.append(round(element * sum(g.num_layers * g.kv_elements(tp) for g in kept or layers)))
         return found
 
+    def stage_window_bytes(self, kv_dtype: str, tp: int, pp: int) -> list[int]:
+        """Bytes that one of `tp` ranks stores of a long sequence in each of `pp` stages in layers with a window."""
+        element = dtype_bytes(kv_dtype)
+        return [
+            round(element * sum(g.num_layers * g.kv_elements(tp) * min(g.window, self.max_context) for g in layers))
+            for layers in self.stages(pp)
+        ]
+
     def tp_problem(self, tp: int) -> str | None:
         """Why the model can't be split over `tp` ranks, or None if it can."""
         return next((f"{self.name} has {reason}" for g in self.layers for reason in _tp_problems(g, tp)), None)

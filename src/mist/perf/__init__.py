@@ -58,8 +58,8 @@ class Deployment:
         """What the known time of an operator of this kind, computed in `dtype`, is multiplied by.
 
         Some have kernels of their own, with a factor of the class where they have none: matrices of 8 bits
-        (`gemm_8bit`), experts of 4 bits (`experts_4bit`), decode attention over KV caches of 8 bits (`attention_decode_kv8`) and for queries that share
-        keys and values (`attention_decode_gqa`).
+        (`gemm_8bit`), experts of 4 bits (`experts_4bit`), decode attention over KV caches of 8 bits
+        (`attention_decode_kv8`) and for queries that share keys and values (`attention_decode_gqa`).
         """
         name = OPERATOR_CLASSES[kind]
         for special, applies in self._special_kernels(name, dtype):

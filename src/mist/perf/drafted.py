@@ -29,6 +29,11 @@ class Drafted:
     _target_ns: int = field(init=False, default=0)
     _draft_ns: int = field(init=False, default=0)
 
+    @property
+    def includes_host(self) -> bool:
+        """Whether the target's times hold the engine's host time."""
+        return bool(getattr(self.target, "includes_host", False))
+
     def supports(self, deployment: Deployment) -> str | None:
         """What the target says."""
         return self.target.supports(deployment)
@@ -81,11 +86,18 @@ class Drafted:
         """The draft's steps, and how often each is run."""
         decodes = Step(step.num_decodes, step.decode_context, num_sampled=step.num_decodes)
         if step.chunks:
-            yield replace(decodes, chunks=step.chunks, num_prefill_tokens=step.num_prefill_tokens), 1
+            yield _shared(replace(decodes, chunks=step.chunks, num_prefill_tokens=step.num_prefill_tokens), step), 1
         if step.num_decodes:
             times = self.num_draft_tokens - bool(step.chunks)
             if times:
-                yield decodes, times
+                yield _shared(decodes, step), times
+
+
+def _shared(drafting: Step, step: Step) -> Step:
+    """A draft's step with its part of the tokens that all attention groups have together."""
+    if not step.shared_tokens:
+        return drafting
+    return replace(drafting, shared_tokens=-(-step.shared_tokens * drafting.num_tokens // step.num_tokens))
 
 
 def _repeated(o: OperatorTime, times: int) -> OperatorTime:

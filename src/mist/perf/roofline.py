@@ -174,11 +174,16 @@ class Roofline:
         """FLOP over peak, compulsory bytes over bandwidth or received bytes over the link, whichever is more, ns."""
         device = self._device
         if operator.kind in NETWORK_KINDS:
-            ranks = operator.shape[1] if operator.kind != "message" else 2
-            received = operator.bytes_of(sums) * (1.0 if operator.kind == "message" else (ranks - 1) / ranks)
-            return received * 1e9 / max(device.link_bytes_per_s, device.inter_node_bytes_per_s)
+            return operator.repeats * float(self._wire_ns(operator, np.array([getattr(sums, operator.driver)]))[0])
         compute = operator.flop_of(sums) / device.peak(operator.dtype)
         return 1e9 * max(compute, operator.compulsory_bytes_of(sums) / device.memory_bytes_per_s)
+
+    def _wire_ns(self, o: Operator, rows: FloatArray) -> FloatArray:
+        """Received bytes of one launch over the fastest link, ns, for each number of rows."""
+        ranks = o.shape[1] if o.kind != "message" else 2
+        received = o.bytes[o.driver] * rows * (1.0 if o.kind == "message" else (ranks - 1) / ranks)
+        wire: FloatArray = received * 1e9 / max(self._device.link_bytes_per_s, self._device.inter_node_bytes_per_s)
+        return wire
 
     def _explained(self, o: Operator, sums: StepSums, saved_launch: float) -> OperatorTime:
         compute, transfer, launch = self._parts(o, sums)
@@ -205,7 +210,9 @@ class Roofline:
         device, factor = self._device, self._deployment.time_factor(o.kind, o.dtype)
         peak = device.peak(o.dtype) * self._deployment.clock_of(o.kind)
         if o.kind in NETWORK_KINDS:
-            network = factor * _network_ns(o, self._platform, o.bytes[o.driver] * rows)
+            network = np.maximum(
+                factor * _network_ns(o, self._platform, o.bytes[o.driver] * rows), self._wire_ns(o, rows)
+            )
             launch = 0.0 if o.kind == "message" else factor * _network_launch_ns(o, device)
             return np.zeros_like(rows), network - launch, launch
         # a GEMM has an efficiency on each side of the ridge, a memory-bound kernel only one

@@ -188,6 +188,7 @@ def _mismatch(profile: StepProfile, d: Deployment) -> str | None:
         ("pp", 1, p.pp),
         ("ep", 1, p.ep),
         ("attn_dp", 1, p.attn_dp),
+        ("tokens per decode", 1, d.tokens_per_decode),
         ("weights_dtype", *map(_bits, (profile.weights_dtype, d.weights_dtype))),
         ("kv_dtype", *map(_bits, (profile.kv_dtype, d.kv_dtype))),
     )

@@ -289,7 +289,8 @@ class DecodeTable:
     def _at(self, sequences: FloatArray) -> tuple[FloatArray, npt.NDArray[np.int8]]:
         """[sequences, nodes] times, rising along both, and their origins."""
         found = [grid.at(sequences) for grid in self._grids]
-        ns = np.sum([f.ns for f in found], axis=0)
+        # the floor is a line, the clamped nodes of a window aren't: what lies between two of them is below it otherwise
+        ns = np.maximum(np.sum([f.ns for f in found], axis=0), self._floor_rate * np.array(self.nodes))
         origins = np.max([f.origin for f in found], axis=0)
         return np.maximum.accumulate(np.maximum.accumulate(ns, axis=0), axis=1), origins
 
