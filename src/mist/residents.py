@@ -25,9 +25,9 @@ class Residents:
     """
 
     __slots__ = (
-        "_admissions", "_generates", "_grown", "_has_preempted", "_promised", "_promises", "_scheduled", "cohort", "handed_over",
-        "kv", "num_preemptions", "on_preempt", "pending_tokens", "prefilling_tasks", "reserves_output", "running",
-        "sending", "waiting",
+        "_admissions", "_generates", "_grown", "_has_preempted", "_promised", "_promises", "_scheduled", "cohort",
+        "handed_over", "kv", "num_preemptions", "on_preempt", "pending_tokens", "prefilling_tasks", "reserves_output",
+        "running", "sending", "waiting",
     )  # fmt: skip
 
     def __init__(
