@@ -415,7 +415,10 @@ class Pool(Section):
         try:
             self.device.clock_under(self.power_cap_w)
         except ValueError as error:
-            yield ("power_cap_w",), Problem(f"no clock is known under {self.power_cap_w:g} W", hint=str(error))
+            cap, tdp = self.power_cap_w or 0.0, self.device.tdp_w
+            above = tdp is not None and cap > tdp
+            message = f"{cap:g} W is above the TDP of {tdp:g} W" if above else f"no clock is known under {cap:g} W"
+            yield ("power_cap_w",), Problem(message, hint=str(error))
         if self.max_model_len > self.model.max_context:
             message = (
                 f"{self.model.name} has a context of {self.model.max_context:,} tokens, not {self.max_model_len:,}"
