@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from measured import CLOSED, OPEN, invoke, write_points
+from measured import CLOSED, OPEN, invoke, write_points, write_request_list
 from mist.engine import EngineProfile
 from mist.scenario import catalogue, load
 from mist.validation.evaluate import evaluate
@@ -85,10 +85,52 @@ def test_the_profile_runs_in_a_scenario(tmp_path: Path, monkeypatch: pytest.Monk
     engine = load("s.yaml").clients["gpu"].engine
     assert isinstance(engine, EngineProfile)
     assert engine.request_overhead_ns == pytest.approx(30_000_000, rel=0.02)
-    again = invoke("calibrate", "points", "points.csv", "--engine", "profile.yaml", "--fit", "request_overhead_ns",
+    again = invoke("calibrate", "points", "points.csv", "--engine", ENGINE, "--fit", "request_overhead_ns",
                    "--out", "profile.yaml", *QUICK)  # fmt: skip
     assert again.exit_code == 2
     assert "is there already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "target"),
+    [("--out", "points.csv"), ("--out", "../{folder}/mine.yaml"), ("--out-device", "card.yaml"),
+     ("--out", "workloads/list.csv")],
+)  # fmt: skip
+def test_what_a_fit_reads_is_never_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, target: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_request_list(tmp_path)
+    write_points(tmp_path, {**LOADS[0], "workload_file": "list.csv"})
+    Path("mine.yaml").write_text(yaml.safe_dump(catalogue.mapping("engines", ENGINE)))
+    Path("card.yaml").write_text(yaml.safe_dump(catalogue.mapping("devices", "h100-sxm")))
+    target = target.format(folder=tmp_path.name)
+    before = Path(target).read_bytes()
+    result = invoke("calibrate", "points", "points.csv", "--engine", "mine.yaml", "--device", "card.yaml",
+                    "--fit", "request_overhead_ns", option, target, "--overwrite", *QUICK)  # fmt: skip
+    assert result.exit_code == 2, result.output
+    assert "would be written over, and this run reads it" in result.stderr
+    assert Path(target).read_bytes() == before
+
+
+def test_rows_that_share_an_id_count_each(tmp_path: Path) -> None:
+    path = made_with(tmp_path, {"request_overhead_ns": 30_000_000}, LOADS[:2])
+    path.write_text(re.sub(r"\bp\d-\d\b", "same", path.read_text()))
+    result = invoke("calibrate", "points", path, "--engine", ENGINE, "--fit", "request_overhead_ns", "--json", *QUICK)
+    found = json.loads(result.stdout)
+    assert (found["num_points"], found["num_values"]) == (2, 6)
+    assert found["constants"]["request_overhead_ns"]["value"] == pytest.approx(30_000_000, rel=0.03)
+
+
+def test_a_device_goes_by_any_of_its_names(tmp_path: Path) -> None:
+    made = made_with(tmp_path, {"step_overhead_ns": 9_000_000}, LOADS[:2])
+    made.write_text(made.read_text().replace("h100-sxm", "H100", 3))  # one point calls it so
+    result = invoke("calibrate", "points", made, "--engine", ENGINE, "--fit", "device.efficiency.gemm_memory",
+                    "--device", "h100", "--json", *QUICK)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["num_points"] == 2
+    assert found["constants"]["device.efficiency.gemm_memory"]["standard_error"] is not None
 
 
 def test_what_the_points_cannot_tell_is_said(tmp_path: Path) -> None:
@@ -97,6 +139,14 @@ def test_what_the_points_cannot_tell_is_said(tmp_path: Path) -> None:
     result = invoke(*fit, "overhead_bytes")
     assert result.exit_code == 0, result.output
     assert "overhead_bytes changes nothing at these points" in result.stderr
+    assert re.search(r"overhead_bytes .* unknown", result.stdout)
+    out = tmp_path / "profile.yaml"
+    # what is drawn towards 1 is told no more of for that
+    found = json.loads(invoke(*fit, "step_overhead_ns,time_factors.experts", "--out", out, "--json").stdout)
+    assert found["constants"]["time_factors.experts"]["standard_error"] is None
+    assert "standard error unknown" in yaml.safe_load(out.read_text())["sources"]["time_factors.experts"]
+    assert found["warnings"] == ["time_factors.experts changes nothing at these points: it can't be told from them"]
+    assert found["left_out_pct"] is None  # the one point is all there is
     # one sequence at a time: what a step takes and what a sampled token takes are one
     path = made_with(tmp_path, {"step_overhead_ns": 9_000_000}, LOADS[:2])
     result = invoke(*fit, "step_overhead_ns,token_overhead_ns")
@@ -113,6 +163,7 @@ def test_what_the_points_cannot_tell_is_said(tmp_path: Path) -> None:
         (["--engine", ENGINE, "--fit", "step_overhead_ns", "--out", "lost/profile.yaml"], "there is no folder lost"),
         (["--engine", "mine.yaml", "--fit", "step_overhead_ns"], "'mine' is none of the profiles"),
         (["--engine", ENGINE], "Missing option '--fit'"),
+        (["--engine", ENGINE, "--fit", ","], "--fit names no constant"),
     ],
 )
 def test_wrong_options_are_told(

@@ -178,6 +178,9 @@ def test_the_command_writes_a_profile_that_scenarios_run(tmp_path: Path) -> None
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 2
     assert "is there already" in again.stderr
+    lost = CliRunner().invoke(main, [*arguments, "--out", str(path), "--overwrite"])
+    assert lost.exit_code == 2
+    assert "would be written over, and this run reads it" in lost.stderr
     table = CliRunner().invoke(main, [*arguments, "--overwrite"])
     assert table.stdout.splitlines()[1].startswith("prefill")
     scenario = {

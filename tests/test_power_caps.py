@@ -107,3 +107,4 @@ def test_other_caps_are_refused(cap: Any) -> None:
     with pytest.raises(ScenarioError) as caught:
         scenario(power_cap_w=cap)
     assert "power_cap_w" in str(caught.value)
+    assert ("701 W is above the TDP of 700 W" in str(caught.value)) == (cap == 701)

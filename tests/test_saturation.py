@@ -173,3 +173,43 @@ def test_saturation_does_not_apply_where_the_load_waits_for_the_system():
 
 def test_all_at_once_is_never_saturated():
     assert not verdict(queue_records(np.zeros(500), np.ones(500)))["saturated"]
+
+
+def hand_over_records(arrivals_s: np.ndarray, wire_s: float, holding: float = np.inf) -> Records:
+    """Prompts of 10 ms, whose KV caches then share a link for `wire_s` each; the prefill holds `holding` of them."""
+    records = Records(client_names=["prefill-0", "decode-0"], stage_kinds=["prefill", "decode"])
+    sent: list[int] = []
+    free = 0
+    for i, arrival in enumerate((arrivals_s * 1e9).astype(np.int64).tolist()):
+        start = max(arrival, free, sent[i - int(holding)] if i >= holding else 0)
+        free = start + 10_000_000
+        began = max(free, sent[-1] if sent else 0)
+        sent.append(began + int(wire_s * 1e9))
+        end = sent[-1] + 10**9
+        records.tasks.append((i, 0, 0, 0, arrival, start, free, free, 0, 9, 0, -1, -1, 1))
+        records.tasks.append((i, 1, 1, 1, sent[-1], sent[-1], sent[-1], end, 0, 0, 0, -1, -1, 9))
+        records.transfers.append((i, 0, 1, 1000, free, began, sent[-1]))
+        records.requests.append((i, arrival, free, end, FINISHED, -1, 9, 10, 0, 0))
+    return records
+
+
+HAND_OVER = [ClientInfo("prefill-0", "prefill", 100, 16, 1), ClientInfo("decode-0", "decode", 100, 16)]
+
+
+def test_a_link_that_cannot_carry_the_load_is_saturation():
+    arrivals, _ = poisson(3, 1000, 4.0)
+    slow = summarise(hand_over_records(arrivals, 1.3), clients=HAND_OVER)
+    assert slow["saturated"]
+    assert slow["saturation_reason"].startswith("the queue of network.kv_transfer from prefill grew from about ")
+    assert slow["backlog"]["pool"] == "network.kv_transfer from prefill"
+    piled_up = float(slow["saturation_reason"].split("%")[0].rsplit(maxsplit=1)[-1]) / 100
+    assert piled_up == pytest.approx(1 - 1 / (4 * 1.3), abs=0.05)
+    fast = summarise(hand_over_records(arrivals, 0.15), clients=HAND_OVER)
+    assert not fast["saturated"]
+    assert not fast["near_capacity"]
+
+
+def test_a_prefill_held_up_by_its_link_says_so():
+    held_up = summarise(hand_over_records(poisson(3, 1000, 4.0)[0], 1.3, holding=20), clients=HAND_OVER)
+    assert held_up["saturation_reason"].startswith("the queue of prefill grew")
+    assert "19 KV caches waiting to be sent" in held_up["saturation_reason"]

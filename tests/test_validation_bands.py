@@ -70,7 +70,8 @@ def statement(**changes: Any) -> str:
 
 def test_a_result_says_how_far_off_its_kind_was(banded: Mapping[str, Any]) -> None:
     assert statement() == (
-        "Expected error (vllm-0.15 on h100-sxm, 2 checked points): TTFT ±7 %, TPOT ±3 %, in the median."
+        "Expected error (vllm-0.15 on h100-sxm, 2 checked points): "
+        "TTFT ±7 % (P90 8.6 %), TPOT ±3 % (P90 3 %), in the median."
     )
 
 
@@ -83,10 +84,30 @@ def test_a_result_says_how_far_off_its_kind_was(banded: Mapping[str, Any]) -> No
          "vllm-0.15 is not as it ships"),
         ({"clients.gpu.device": {**catalogue.mapping("devices", "h100-sxm"), "memory_bytes": "96 GiB"}},
          "h100-sxm is not as it ships"),
+        ({"clients.gpu.power_cap_w": 500}, "there is no band for a power cap"),
+        ({"clients.gpu.pp": 2}, "there is no band for pp 2"),
+        ({"clients.gpu.model": "qwen3-30b-a3b", "clients.gpu.ep": 2, "clients.gpu.attn_dp": 2},
+         "there is no band for attn_dp 2"),
+        ({"clients.gpu.speculation": {"method": "ngram", "num_draft_tokens": 2, "acceptance": 0.5},
+          "clients.gpu.kv_cache.prefix_tier": "cpu"},
+         "there is no band for speculative decoding, prefixes in host memory"),
+        ({"clients.gpu.serves": ["decode"],
+          "clients.first": {**SCENARIO["clients"]["gpu"], "serves": ["prefill"]}},  # type: ignore[index]
+         "there is no band for a pool for prefill only"),
     ],
 )  # fmt: skip
 def test_what_nobody_checked_says_so(banded: Mapping[str, Any], changes: dict[str, Any], reason: str) -> None:
     assert statement(**changes) == f"Expected error: not validated here: {reason}."
+
+
+def test_a_saturated_run_has_no_band(banded: Mapping[str, Any]) -> None:
+    workload = {"arrivals": {"poisson": {"rate_per_s": 100}}, "num_requests": 1000, "input_tokens": 4000,
+                "output_tokens": 4}  # fmt: skip
+    summary = load({**SCENARIO, "workload": workload}).run().summary()
+    assert summary["saturated"]
+    assert summary["expected_error"]["gpu"]["errors"] == {}
+    told = "Expected error: not validated here: this run is saturated, and what was checked isn't."
+    assert summary["expected_error"]["gpu"]["statement"] == summary["notes"][-1] == told
 
 
 def test_another_model_or_another_way_to_price_is_told(

@@ -7,23 +7,23 @@ data sheet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import least_squares
 
+from mist.calibration import uncertainty
+from mist.calibration.uncertainty import FloatArray
 from mist.engine import OPERATOR_CLASSES, EngineProfile
 from mist.errors import Problem, ScenarioError, nearest
 from mist.hardware import GENERIC_EFFICIENCY, Device
 from mist.validation.evaluate import Comparison, evaluate
 from mist.validation.points import Point
 from mist.validation.score import kind_of
-
-FloatArray = npt.NDArray[np.float64]
 
 #: what can be fitted: (least, most, scale of a change that matters)
 BOUNDS: dict[str, tuple[float, float, float]] = {
@@ -38,18 +38,21 @@ BOUNDS: dict[str, tuple[float, float, float]] = {
     **{f"time_factors.{n}": (1.0 if "_compute" in n else 0.3, 10.0, 0.1) for n in OPERATOR_CLASSES},
     **{f"device.efficiency.{name}": (0.02, 1.0, 0.05) for name in GENERIC_EFFICIENCY},
 }
-#: kinds of metrics that a fit looks at, and how much: tails and first tokens repeat less well
+#: kinds of metrics that a fit looks at (no tails), and how much: first tokens repeat less well
 WEIGHTS = {"ttft": 0.5, "tpot": 1.0, "itl": 1.0, "e2e": 1.0, "makespan": 1.0, "throughput": 1.0}
-#: correlation of two constants beyond which the data can't tell them apart
-CONFOUNDED = 0.95
 #: log misfit beyond which a point counts linearly instead of quadratically
 _OUTLYING = 0.1
 _MAX_ROUNDS = 4
 #: weight of the assumption that an engine's kernels are as fast as the known ones, and how far off they may well be
 _PRIOR_WEIGHT, _PRIOR_SPREAD = 0.1, 0.3
 
+#: a compared value: its point's place among the points, its row's id and metric, and which of the rows that share both
+Key = tuple[int, str, str, int]
+
 #: called with the number of whole evaluations done and the misfit of the last
 Progress = Callable[[int, float], None]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +60,17 @@ class Fit:
     """What a fit found: each constant's value and standard error, the misfit before and after, and warnings.
 
     Errors are median absolute percentage errors over compared values; `left_out_pct` predicts each point from a fit
-    without it (by the linearised model, Cook's formula). `correlations` of pairs that can't be told apart.
+    without it (PRESS of the linearised model; see `uncertainty.left_out`). None is what the points can't tell.
     """
 
     profile: str
     values: Mapping[str, float]
-    standard_errors: Mapping[str, float]
+    standard_errors: Mapping[str, float | None]
     num_points: int
     num_values: int
     before_pct: float
     after_pct: float
-    left_out_pct: float
+    left_out_pct: float | None
     warnings: tuple[str, ...] = ()
     residuals: tuple[Comparison, ...] = field(default=(), repr=False)
 
@@ -102,7 +105,7 @@ def fit_points(
     first = runs.compared(start)
     if not first:
         raise ScenarioError(Problem("none of the points can be run", hint="`mist validate` says why of each"))
-    runs.keep([c.id for c in first])
+    runs.keep(list(first))
     x0 = np.clip(start / scales, lows, highs)
     found = least_squares(
         lambda x: runs.residuals(x * scales), x0, jac=lambda x: runs.jacobian(x, scales, lows, highs),
@@ -110,27 +113,34 @@ def fit_points(
     )  # fmt: skip
     values = found.x * scales
     last = runs.compared(values)
-    covariance, warnings = _covariance(found.jac, found.fun, len(first), constants, found.x, lows, highs)
+    # scipy's own Jacobian has the weights of the loss in it, and its residuals have not
+    jacobian, residuals = runs.jacobian(found.x, scales, lows, highs), runs.residuals(values)
+    weights, data = uncertainty.soft_l1_weights(residuals, _OUTLYING), slice(len(first))
+    errors = uncertainty.standard_errors(jacobian[data], residuals[data], weights[data])
+    left_out = uncertainty.left_out(jacobian, residuals, weights, [place for place, *_ in first])
     return Fit(
         profile=name,
         values=dict(zip(constants, values.tolist(), strict=True)),
-        standard_errors=dict(zip(constants, (np.sqrt(np.diag(covariance)) * scales).tolist(), strict=True)),
-        num_points=len({c.point for c in last}),
+        standard_errors={
+            constant: float(error) if np.isfinite(error) else None
+            for constant, error in zip(constants, errors * scales, strict=True)
+        },
+        num_points=len({place for place, *_ in last}),
         num_values=len(last),
-        before_pct=_median([c.ape for c in first]),
-        after_pct=_median([c.ape for c in last]),
-        left_out_pct=_left_out(found.jac, runs.logs(last)),
-        warnings=warnings,
-        residuals=tuple(last),
+        before_pct=_median([c.ape for c in first.values()]),
+        after_pct=_median([c.ape for c in last.values()]),
+        left_out_pct=_median_pct(left_out / runs.weights),
+        warnings=tuple(_warnings(constants, jacobian[data], weights[data], found.active_mask)),
+        residuals=tuple(last.values()),
     )
 
 
-def of_device(values: Mapping[str, float]) -> dict[str, float]:
+def of_device(values: Mapping[str, T]) -> dict[str, T]:
     """Of fitted constants those of the device, by their names there."""
     return {_split(name)[1]: value for name, value in values.items() if _split(name)[0] == _DEVICE}
 
 
-def of_profile(values: Mapping[str, float]) -> dict[str, float]:
+def of_profile(values: Mapping[str, T]) -> dict[str, T]:
     """Of fitted constants those of the engine profile."""
     return {name: value for name, value in values.items() if _split(name)[0] == _PROFILE}
 
@@ -164,12 +174,13 @@ class _Runs:
         self._name = str(parts[_PROFILE]["name"])
         self._constants, self._perf, self._workers = constants, perf, workers
         self._saturated, self._progress = saturated, progress
-        self._ids: list[str] = []
-        self._weights = np.ones(0)
+        self._keys: list[Key] = []
+        #: float64[kept], what multiplies each log misfit
+        self.weights: FloatArray = np.ones(0)
         self._num_runs = 0
         self._known: dict[bytes, FloatArray] = {}
 
-    def compared(self, values: FloatArray) -> list[Comparison]:
+    def compared(self, values: FloatArray) -> dict[Key, Comparison]:
         """All comparisons that count, with these values of the constants."""
         values_of: dict[str, dict[str, float]] = {_PROFILE: {}, _DEVICE: {}}
         for constant, value in zip(self._constants, values.tolist(), strict=True):
@@ -177,35 +188,33 @@ class _Runs:
             values_of[part][key] = value
         overrides = {self._name: changed(self._parts[_PROFILE], values_of[_PROFILE])}
         if device := self._parts[_DEVICE]:
-            overrides[f"device:{device['name']}"] = changed(device, values_of[_DEVICE])
+            fitted = changed(device, values_of[_DEVICE])
+            overrides |= {f"device:{name}": fitted for name in {point["device"] for point in self._points}}
         evaluated = evaluate(self._points, self._folder, overrides=overrides, perf=self._perf, workers=self._workers)
         self._num_runs += 1
-        return [
-            c for each in evaluated for c in each.comparisons
-            if kind_of(c.metric) in WEIGHTS and (self._saturated or not c.saturated) and c.profile == self._name
-        ]  # fmt: skip
+        found: dict[Key, Comparison] = {}
+        for place, each in enumerate(evaluated):
+            seen: Counter[tuple[str, str]] = Counter()
+            for c in each.comparisons:
+                if kind_of(c.metric) in WEIGHTS and (self._saturated or not c.saturated) and c.profile == self._name:
+                    found[place, c.id, c.metric, seen[c.id, c.metric]] = c
+                    seen[c.id, c.metric] += 1
+        return found
 
-    def keep(self, ids: Sequence[str]) -> None:
-        """Fit these comparisons and no others."""
-        self._ids = list(ids)
+    def keep(self, keys: Sequence[Key]) -> None:
+        """Fit these comparisons and no others; each point counts as one, however many values it has."""
+        self._keys = list(keys)
+        per_point = Counter(place for place, *_ in keys)
+        weights = [WEIGHTS[kind_of(metric)] / per_point[place] ** 0.5 for place, _, metric, _ in keys]
+        self.weights = np.array(weights)
 
     def residuals(self, values: FloatArray) -> FloatArray:
-        """Weighted log misfits in the order of the kept ids; what doesn't run with these values misfits by 1."""
+        """Weighted log misfits in the order of the kept, then the priors'; what doesn't run misfits by 1, weighted."""
         key = values.tobytes()
         if key not in self._known:
-            found = {c.id: c for c in self.compared(values)}
-            per_point: dict[str, int] = {}
-            for c in found.values():
-                per_point[c.point] = per_point.get(c.point, 0) + 1
-            rows = []
-            for i in self._ids:
-                value = found.get(i)
-                if value is None:
-                    rows.append(1.0)
-                    continue
-                weight = WEIGHTS[kind_of(value.metric)] / per_point[value.point] ** 0.5
-                rows.append(weight * float(np.log(value.simulated / value.measured)))
-            self._known[key] = np.array(rows + self._priors(values))
+            found = self.compared(values)
+            logs = [np.log(c.simulated / c.measured) if (c := found.get(kept)) else 1.0 for kept in self._keys]
+            self._known[key] = np.concatenate((self.weights * np.array(logs), self._priors(values)))
             if self._progress is not None:
                 self._progress(self._num_runs, float(np.median(np.abs(self._known[key]))))
         return self._known[key]
@@ -214,11 +223,6 @@ class _Runs:
         """How far the time factors are from 1, so that what the points don't tell stays there."""
         factors = [v for c, v in zip(self._constants, values.tolist(), strict=True) if c.startswith("time_factors")]
         return [_PRIOR_WEIGHT * (value - 1.0) / _PRIOR_SPREAD for value in factors]
-
-    def logs(self, comparisons: Sequence[Comparison]) -> FloatArray:
-        """Unweighted log misfits in the order of the kept ids; NaN where there is none."""
-        found = {c.id: float(np.log(c.simulated / c.measured)) for c in comparisons}
-        return np.array([found.get(i, np.nan) for i in self._ids])
 
     def jacobian(self, x: FloatArray, scales: FloatArray, lows: FloatArray, highs: FloatArray) -> FloatArray:
         """Forward differences of about half a scale; backward where the bound is near."""
@@ -245,41 +249,27 @@ def _value(parts: Mapping[str, dict[str, Any]], constant: str) -> float:
     return float(value.get(inner, 1.0) if inner else value)
 
 
-def _covariance(
-    jacobian: FloatArray, residuals: FloatArray, num_values: int, constants: Sequence[str], x: FloatArray,
-    lows: FloatArray, highs: FloatArray,
-) -> tuple[FloatArray, tuple[str, ...]]:  # fmt: skip
-    """Of the constants, in units of their scales; and what the first `num_values` rows, which are data, can't tell."""
-    size = len(constants)
-    told, off = jacobian[:num_values], residuals[:num_values]
-    normal = told.T @ told
-    variance = float(off @ off) / max(1, num_values - size)
-    covariance: FloatArray = np.asarray(np.linalg.pinv(normal) * variance, np.float64)
-    warnings = []
-    sizes = np.sqrt(np.diag(normal))
-    for i, constant in enumerate(constants):
-        if sizes[i] < 1e-6:
-            warnings.append(f"{constant} changes nothing at these points: it can't be told from them")
-        elif min(x[i] - lows[i], highs[i] - x[i]) < 1e-6:
-            warnings.append(f"{constant} is at its bound")
-    np.fill_diagonal(covariance, np.maximum(np.diag(covariance), 1e-300))
-    deviations = np.sqrt(np.diag(covariance))
-    for i in range(size):
-        for j in range(i):
-            correlation = covariance[i, j] / (deviations[i] * deviations[j])
-            if abs(correlation) > CONFOUNDED and sizes[i] >= 1e-6 and sizes[j] >= 1e-6:
-                warnings.append(
-                    f"{constants[j]} and {constants[i]} can't be told apart by these points "
-                    f"(correlation {correlation:+.2f}): fix one of them"
-                )
-    return covariance, tuple(warnings)
+def _warnings(
+    constants: Sequence[str], jacobian: FloatArray, weights: FloatArray, at_bound: Iterable[int]
+) -> Iterator[str]:
+    """What the points don't tell of the constants."""
+    changing = uncertainty.changes_something(jacobian)
+    for constant, changes, bound in zip(constants, changing, at_bound, strict=True):
+        if not changes:
+            yield f"{constant} changes nothing at these points: it can't be told from them"
+        elif bound:
+            yield f"{constant} is at its bound"
+    for i, j, correlation in uncertainty.confounded(jacobian, weights):
+        yield (
+            f"{constants[j]} and {constants[i]} can't be told apart by these points "
+            f"(correlation {correlation:+.2f}): fix one of them"
+        )
 
 
-def _left_out(jacobian: FloatArray, logs: FloatArray) -> float:
-    """Median error in percent of each value as predicted without it: r / (1 - h) with the leverage h."""
-    hat: FloatArray = np.einsum("ij,jk,ik->i", jacobian, np.linalg.pinv(jacobian.T @ jacobian), jacobian)
-    left_out: FloatArray = logs / np.maximum(1.0 - hat[: len(logs)], 0.05)
-    return _median(np.abs(np.expm1(left_out[np.isfinite(left_out)])) * 100)
+def _median_pct(logs: FloatArray) -> float | None:
+    """Median error in percent of values whose log misfits these are; None where none is known."""
+    known = logs[np.isfinite(logs)]
+    return _median(np.abs(np.expm1(known)) * 100) if len(known) else None
 
 
 def _median(values: Sequence[float] | FloatArray) -> float:

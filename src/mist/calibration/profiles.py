@@ -6,6 +6,7 @@ its constants goes out, which a scenario can name. It never changes a figure by 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -38,11 +39,12 @@ def read_profile(given: str) -> dict[str, Any]:
 def points_of(file: PointFile, name: str, *, device: str = "", only_fitting: bool = False) -> list[Point]:
     """The points that are run with the profile `name`; ScenarioError where there is none.
 
-    Of them those on `device` ("" any), and with `only_fitting` without those that the shipped figures are checked with.
+    Of them those on `device` (the catalogue's name, "" any), and with `only_fitting` without those that the shipped
+    figures are checked with.
     """
     by_profile: dict[str, list[Point]] = {}
     for point in file.points:
-        if (device and point["device"] != device) or (only_fitting and is_checking(point)):
+        if (device and _device_name(point["device"]) != device) or (only_fitting and is_checking(point)):
             continue
         try:
             by_profile.setdefault(str(engine_profile(point)["name"]), []).append(point)
@@ -52,6 +54,21 @@ def points_of(file: PointFile, name: str, *, device: str = "", only_fitting: boo
         hint = f"its points are of {', '.join(sorted(by_profile))}" if by_profile else "it has no points of any engine"
         raise ScenarioError(Problem(f"no point is run with {name!r}", str(file.path), hint=hint))
     return by_profile[name]
+
+
+def request_lists(file: PointFile) -> list[Path]:
+    """Where the points' lists of requests may be, there or not."""
+    named = {point["workload_file"] for point in file.points} - {""}
+    return [file.path.parent / folder / name for name in sorted(named) for folder in ("workloads", "")]
+
+
+@functools.cache
+def _device_name(given: str) -> str:
+    """The catalogue's name of a device that a point calls by it or by an alias; what it doesn't know, as given."""
+    try:
+        return str(catalogue.read("devices", given, Path())[0].name)
+    except ScenarioError:
+        return given
 
 
 def fitted_profile(profile: Mapping[str, Any], fit: Fit, file: PointFile, when: str = "") -> dict[str, Any]:
@@ -65,24 +82,24 @@ def fitted_device(device: Mapping[str, Any], fit: Fit, file: PointFile, when: st
 
 
 def _fitted(
-    mapping: Mapping[str, Any], values: Mapping[str, float], errors: Mapping[str, float], fit: Fit, file: PointFile,
-    when: str,
+    mapping: Mapping[str, Any], values: Mapping[str, float], errors: Mapping[str, float | None], fit: Fit,
+    file: PointFile, when: str,
 ) -> dict[str, Any]:  # fmt: skip
     compared = sorted({c.source for c in fit.residuals})
     origin = (
         f"mist calibrate points, {when or date.today().isoformat()}: {fit.num_values} values of {fit.num_points} "
         f"points in {file.path.name} ({', '.join(compared)}); median error {fit.after_pct:.1f} %, "
-        f"{fit.left_out_pct:.1f} % of values left out"
+        f"{_percent(fit.left_out_pct)} of points left out"
     )
     found = changed(mapping, values)
-    fitted = {name: f"fitted, standard error {error:.2g}; {origin}" for name, error in errors.items()}
+    fitted = {name: f"fitted, standard error {_error(error)}; {origin}" for name, error in errors.items()}
     return {**found, "sources": {**found.get("sources", {}), **fitted}}
 
 
 def rows(fit: Fit) -> list[dict[str, Any]]:
     """A row per constant, for a table."""
     return [
-        {"constant": name, "value": f"{value:.5g}", "standard error": f"{fit.standard_errors[name]:.2g}"}
+        {"constant": name, "value": f"{value:.5g}", "standard error": _error(fit.standard_errors[name])}
         for name, value in fit.values.items()
     ]
 
@@ -91,9 +108,17 @@ def sentences(fit: Fit) -> str:
     """How well it fits, before and after, and on what it hadn't seen."""
     return (
         f"{fit.num_values:,} values of {fit.num_points:,} points with {fit.profile}: median error "
-        f"{fit.before_pct:.1f} % before, {fit.after_pct:.1f} % after; {fit.left_out_pct:.1f} % of each value as "
-        "predicted without it."
+        f"{fit.before_pct:.1f} % before, {fit.after_pct:.1f} % after; {_percent(fit.left_out_pct)} of each value as "
+        "predicted without its point."
     )
+
+
+def _error(standard_error: float | None) -> str:
+    return "unknown" if standard_error is None else f"{standard_error:.2g}"
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1f} %"
 
 
 def document(fit: Fit) -> dict[str, Any]:
@@ -118,13 +143,5 @@ def to_yaml(profile: Mapping[str, Any]) -> str:
 
 
 def write_profile(profile: Mapping[str, Any], path: Path) -> None:
-    """Write it to `path`, which `check_file` found free."""
+    """Write it to `path`, which `outputs.check_file` found free."""
     path.write_text(to_yaml(profile), encoding="utf-8")
-
-
-def check_file(path: Path, *, overwrite: bool) -> None:
-    """ScenarioError where something is at `path` already, or where nothing can be written there."""
-    if path.exists() and not (overwrite and path.is_file()):
-        raise ScenarioError(Problem(f"{path} is there already", hint="name another file, or give --overwrite"))
-    if not path.parent.is_dir():
-        raise ScenarioError(Problem(f"there is no folder {path.parent}", hint="make it first"))

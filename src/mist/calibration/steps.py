@@ -19,6 +19,7 @@ from mist.model import DTYPE_BYTES, ModelSpec
 from mist.model.quantization import UNKNOWN
 from mist.perf.step_profile import StepProfile
 from mist.scenario import catalogue
+from mist.scenario.outputs import check_file
 from mist.scenario.value import to_yaml
 
 
@@ -115,10 +116,7 @@ def calibrate_steps(
 
 def write_profile(calibration: StepCalibration, path: Path, *, overwrite: bool = False) -> None:
     """Write the profile to `path`; ScenarioError where something is there already, or where it can't be written."""
-    if path.exists() and not (overwrite and path.is_file()):
-        raise ScenarioError(Problem(f"{path} is there already", hint="name another file, or give --overwrite"))
-    if not path.parent.is_dir():
-        raise ScenarioError(Problem(f"there is no folder {path.parent}", hint="make it first"))
+    check_file(path, overwrite=overwrite)
     path.write_text(calibration.to_yaml(), encoding="utf-8")
 
 

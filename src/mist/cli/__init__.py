@@ -325,14 +325,12 @@ def _inputs(scenario: Scenario, path: Path, plugins: Iterable[str]) -> list[Path
 def _check_outputs(out: Path | None, trace: Path | None, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Refuse, before anything runs, to write where results can't go, or over what the run reads."""
     from mist.errors import Problem, ScenarioError
+    from mist.scenario.outputs import check_not_read
     from mist.scenario.result import RESULT_FILES, check_output_folder
 
     outputs = [out / name for name in RESULT_FILES] if out is not None else []
     outputs += [trace] if trace is not None else []
-    if lost := {path.resolve() for path in outputs} & set(inputs):
-        raise ScenarioError(
-            Problem(f"{min(lost)} would be written over, and this run reads it", hint="write elsewhere")
-        )
+    check_not_read(outputs, inputs)
     if out is not None:
         check_output_folder(out, overwrite=overwrite)
     if trace is None:

@@ -55,7 +55,10 @@ def steps(file: Path, out: Path | None, overwrite: bool, as_json: bool, **option
     """
     from mist.calibration.steps import calibrate_steps, write_profile
     from mist.metrics import SCHEMA_VERSION
+    from mist.scenario.outputs import check_file
 
+    if out is not None:
+        check_file(out, overwrite=overwrite, inputs=[file, Path(options["model"]), Path(options["device"])])
     found = calibrate_steps(file, **options)
     if out is not None:
         write_profile(found, out, overwrite=overwrite)
@@ -114,20 +117,27 @@ def points(
     from mist.calibration.points import fit_points
     from mist.metrics import SCHEMA_VERSION
     from mist.scenario import catalogue
+    from mist.scenario.outputs import check_file, check_not_read
     from mist.validation.points import read_points
     from mist.validation.score import TRUSTED
 
-    for path in (out, out_device):
-        if path is not None:
-            profiles.check_file(path, overwrite=overwrite)
+    named = list(dict.fromkeys(name.strip() for name in constants.split(",") if name.strip()))
+    if not named:
+        raise click.UsageError("--fit names no constant; such as --fit step_overhead_ns")
+    outputs = [path for path in (out, out_device) if path is not None]
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise click.UsageError("--out and --out-device are one file")
+    for path in outputs:
+        check_file(path, overwrite=overwrite, inputs=[file, Path(engine), Path(device)])
     models, profile = perf_models(perf), profiles.read_profile(engine)
     hardware = catalogue.mapping("devices", catalogue.read("devices", device, Path())[1]) if device else None
     if out_device is not None and hardware is None:
         raise click.UsageError("--out-device needs a --device to start from")
     read = read_points(file, sources=sources, trusts=TRUSTED)
-    named = list(dict.fromkeys(name.strip() for name in constants.split(",") if name.strip()))
+    check_not_read(outputs, profiles.request_lists(read))
+    on = str(hardware["name"]) if hardware else ""
     found = fit_points(
-        profiles.points_of(read, str(profile["name"]), device=device, only_fitting=fitting_part), file.parent, profile,
+        profiles.points_of(read, str(profile["name"]), device=on, only_fitting=fitting_part), file.parent, profile,
         named, device=hardware, perf=models, workers=workers,
         progress=lambda runs, misfit: click.echo(f"run {runs}: median misfit {100 * misfit:.1f} %", err=True),
     )  # fmt: skip

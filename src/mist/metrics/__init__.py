@@ -71,12 +71,13 @@ def summarise(
         first_tokens = _first_tokens(requests, requests["status"] == FINISHED)
         longest = longest_gaps(segments.since(first_tokens), decode_steps, len(first_tokens))
         times["itl_s"] = longest[requests["request"]]
-    verdict = judge(requests, tasks, clients, sums, span) if open_loop else unjudged()
+    transfers = records.transfers.as_columns()
+    verdict = judge(requests, tasks, transfers, clients, sums, span) if open_loop else unjudged()
     return {
         "schema_version": SCHEMA_VERSION,
         "requests": _counts(requests, chosen),
         **figures,
-        **summarise_transfers(records.transfers.as_columns(), requests, chosen, percentiles),
+        **summarise_transfers(transfers, requests, chosen, percentiles),
         "offered": offered_load(requests, chosen, oracle_output_tokens) if open_loop else None,
         "throughput": _throughput(requests, int(emitted.sum()), span),
         "duration_s": (span.last_ns - span.first_ns) / NS_PER_S,

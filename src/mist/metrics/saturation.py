@@ -1,12 +1,12 @@
 """Whether the offered load was more than the deployment could serve, judged from how backlogs grew while load arrived.
 
-It reads the intervals in which tasks waited and requests lived, pool by pool; `docs/metrics.md` derives the rule and
-its error rates. It never calls a busy client saturated: only a backlog that keeps growing is.
+It reads the intervals in which tasks and KV caches waited and requests lived, pool by pool; `docs/metrics.md` derives
+the rule and its error rates. It never calls a busy client saturated: only a backlog that keeps growing is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import Any
@@ -36,6 +36,13 @@ MIN_VISIBLE = 10
 MIN_STRETCH = 2.0
 #: and this share of them must pile up
 MIN_CROWDING = 0.05
+
+
+#: how the link of a pool that sends KV caches is called before the pool's name
+LINK = "network.kv_transfer from "
+
+#: how a queue grew, and its mean in the first and last tenth of the arrival period and its peak
+Queue = tuple["Growth", tuple[float, float, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,10 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """What was seen of a pool's queue while requests arrived; the means are of the period's first and last tenth."""
+    """What was seen of a queue while requests arrived; the means are of the period's first and last tenth.
+
+    `pool`: whose, or the link of one that KV caches waited for, `LINK` before its name.
+    """
 
     pool: str
     waiting_first: float
@@ -81,13 +91,14 @@ class Backlog:
 
 
 def judge(
-    requests: Columns, tasks: Columns, clients: Sequence[ClientInfo], sums: Activity, window: Window
+    requests: Columns, tasks: Columns, transfers: Columns, clients: Sequence[ClientInfo], sums: Activity, window: Window
 ) -> dict[str, Any]:
     """`saturated`, `near_capacity`, `saturation_reason` and `backlog` of a summary, for open-loop load.
 
     `tasks` has a request's rows together and in order; all requests of the run count, whatever the window, which is
-    only quoted from. The reason is one clause with figures, None unless saturated; the pool whose queue grows fastest
-    is named. `near_capacity`: a queue grew, by less than proves saturation. `backlog` None: all came at one instant.
+    only quoted from. The reason is one clause with figures, None unless saturated; the pool, or the link between
+    pools, whose queue grows fastest is named. `near_capacity`: a queue grew, by less than proves saturation. `backlog`
+    None: all came at one instant.
     """
     arrivals = requests["arrival_ns"]
     if not len(arrivals) or arrivals.max() <= arrivals.min():
@@ -97,13 +108,15 @@ def judge(
     for pool, members in pools(clients).items():
         if (queue := _queue(tasks, members, len(clients), edges)) is not None:
             found[pool] = queue
+        if (queue := _link_queue(transfers, members, edges, window.last_ns)) is not None:
+            found[LINK + pool] = queue
     if not found:
         return unjudged()
     order = sorted(found, key=lambda pool: found[pool][0].share, reverse=True)
     saturated = [pool for pool in order if found[pool][0].is_saturation]
     visible = [pool for pool, (growth, (first, last, _)) in found.items() if growth.shows(last - first)]
     reason = (
-        _queue_sentence(found[saturated[0]][0], saturated[0], clients, sums, window)
+        _queue_sentence(found, saturated[0], clients, sums, window)
         if saturated
         else _crowding_sentence(requests, edges, window)
     )
@@ -121,10 +134,8 @@ def unjudged() -> dict[str, Any]:
     return {"saturated": False, "near_capacity": False, "saturation_reason": None, "backlog": None}
 
 
-def _queue(
-    tasks: Columns, members: list[int], num_clients: int, edges: FloatColumn
-) -> tuple[Growth, tuple[float, float, int]] | None:
-    """How the number waiting in a pool grew, and its mean in the first and last tenth and its peak."""
+def _queue(tasks: Columns, members: list[int], num_clients: int, edges: FloatColumn) -> Queue | None:
+    """The tasks that waited in a pool."""
     in_pool = np.zeros(num_clients, np.bool_)
     in_pool[members] = True
     rows = in_pool[tasks["client"]] & (tasks["queued_ns"] <= edges[-1])
@@ -136,10 +147,25 @@ def _queue(
     first = np.flatnonzero(np.append(True, request[1:] != request[:-1]))
     service = np.add.reduceat(ended - started, first)
     whole = np.logical_and.reduceat(served & (tasks["how"][rows] != CUT), first)
+    variability = _variability(queued[first], service[whole], edges)
+    return _waiting(queued, started, len(first), variability, edges)
+
+
+def _link_queue(transfers: Columns, members: list[int], edges: FloatColumn, last_ns: int) -> Queue | None:
+    """The KV caches that waited for the links of a pool; those that wait at the end of the run do so to `last_ns`."""
+    rows = np.isin(transfers["sender"], members) & (transfers["queued_ns"] <= edges[-1])
+    queued, start, end = (transfers[name][rows] for name in ("queued_ns", "start_ns", "end_ns"))
+    if not len(queued):
+        return None
+    variability = _variability(queued, (end - start)[end >= 0], edges)
+    return _waiting(queued, np.where(start >= 0, start, last_ns), len(queued), variability, edges)
+
+
+def _waiting(queued: IntColumn, started: IntColumn, arrivals: int, variability: float, edges: FloatColumn) -> Queue:
     number = mean_number(queued, started, edges)
     tenth = NUM_STRETCHES // 10
     peak = highest_number(queued, started, int(edges[-1]))
-    growth = _growth(number, len(first), _variability(queued[first], service[whole], edges))
+    growth = _growth(number, arrivals, variability)
     return growth, (float(number[:tenth].mean()), float(number[-tenth:].mean()), peak)
 
 
@@ -199,11 +225,14 @@ def _crowding_sentence(requests: Columns, edges: FloatColumn, window: Window) ->
     )
 
 
-def _queue_sentence(growth: Growth, pool: str, clients: Sequence[ClientInfo], sums: Activity, window: Window) -> str:
-    members = pools(clients)[pool]
+def _queue_sentence(
+    found: Mapping[str, Queue], pool: str, clients: Sequence[ClientInfo], sums: Activity, window: Window
+) -> str:
+    growth = found[pool][0]
+    members = pools(clients).get(pool, [])  # a link has none
     busy_ns = int(sums.busy_ns[members].sum())
     facts = []
-    if window.span_ns:
+    if window.span_ns and members:
         facts.append(f"busy {share(busy_ns / (window.span_ns * len(members)))} of the time")
     if busy_ns:
         slots = max(clients[m].max_num_seqs for m in members)
@@ -212,6 +241,10 @@ def _queue_sentence(growth: Growth, pool: str, clients: Sequence[ClientInfo], su
     filling = [sums.kv_blocks_peak[m] / clients[m].kv_blocks for m in members if clients[m].kv_blocks]
     if filling:
         facts.append(f"KV cache {share(max(filling))} full at its peak")
+    sending = found.get(LINK + pool)
+    if sending is not None and (waiting := round(sending[1][1])):
+        # they keep their blocks until they are sent, so that a slow link holds up the pool before it
+        facts.append(f"{counted(waiting, 'KV cache')} waiting to be sent")
     return (
         f"the queue of {pool} grew from about {growth.at_start:,.0f} to {counted(round(growth.at_end), 'request')} "
         f"waiting while {growth.arrivals:,} came to it: {share(growth.share)} of them piled up"

@@ -7,7 +7,7 @@ Beside the remarks, which say it, and the summary, which carries it. The bands a
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import yaml
 
 from mist.errors import ScenarioError
 from mist.metrics.words import counted
+from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.clients import Pool
 
@@ -26,28 +27,58 @@ KINDS = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E", "throughput": "throughput
 Expected = dict[str, Any]
 
 
-def expected_error(pool: Pool, perf: str = "") -> Expected:
+def expected_error(pool: Pool, perf: str = "", *, saturated: bool = False) -> Expected:
     """The band of `pool`, whose step times are by the performance model `perf` ("": not known yet).
 
-    `errors` by kind, in percent, is empty where nothing was checked; `statement` says it in a sentence or two.
+    `saturated`: the run was, and the checked ones weren't. `errors` by kind, in percent, is empty where nothing was
+    checked; `statement` says it in a sentence or two.
     """
     engine, device = pool.engine.name, pool.device.name
     band = _bands().get(engine, {}).get(device)
     found: Expected = {"engine": engine, "device": device, "perf": perf or None}
-    changed = [name for kind, name, value in (("engines", engine, pool.engine), ("devices", device, pool.device))
-               if not _is_shipped(kind, name, value)]  # fmt: skip
-    if changed or band is None:
-        why = f"{changed[0]} is not as it ships" if changed else f"no checked point of {engine} on {device}"
+    why = _unvalidated(pool, band)
+    if saturated and not why:
+        why = "this run is saturated, and what was checked isn't"
+    if why or band is None:
         return found | {"points": 0, "errors": {}, "statement": f"Expected error: not validated here: {why}."}
     errors = {kind: band[kind] for kind in KINDS if kind in band}
     sentences = [_sentence(engine, device, band, errors), *_differences(pool, perf, band)]
     return found | {"points": band["points"], "errors": errors, "statement": " ".join(sentences)}
 
 
+def _unvalidated(pool: Pool, band: Mapping[str, Any] | None) -> str:
+    """Why no band is of this pool; "" where one is."""
+    engine, device = pool.engine.name, pool.device.name
+    for kind, name, value in (("engines", engine, pool.engine), ("devices", device, pool.device)):
+        if not _is_shipped(kind, name, value):
+            return f"{name} is not as it ships"
+    if band is None:
+        return f"no checked point of {engine} on {device}"
+    beyond = list(_beyond(pool))
+    return f"there is no band for {', '.join(beyond)}" if beyond else ""
+
+
+def _beyond(pool: Pool) -> Iterator[str]:
+    """What changes step times or waits and has too few checked points, or none, to make a band of."""
+    if pool.speculation is not None:
+        yield "speculative decoding"
+    if pool.power_cap_w is not None:
+        yield "a power cap"
+    for key in ("pp", "attn_dp"):
+        if (degree := getattr(pool, key)) > 1:
+            yield f"{key} {degree}"
+    if pool.kv_cache.prefix_tier == "cpu":
+        yield "prefixes in host memory"
+    if not {PREFILL, DECODE} <= set(pool.serves):
+        yield f"a pool for {' and '.join(pool.serves)} only"
+
+
 def _sentence(engine: str, device: str, band: Mapping[str, Any], errors: Mapping[str, Any]) -> str:
-    medians = ", ".join(f"{KINDS[kind]} ±{figures['median_ape']:g} %" for kind, figures in errors.items())
+    figures = ", ".join(
+        f"{KINDS[kind]} ±{error['median_ape']:g} % (P90 {error['p90_ape']:g} %)" for kind, error in errors.items()
+    )
     return (
-        f"Expected error ({engine} on {device}, {counted(band['points'], 'checked point')}): {medians}, in the median."
+        f"Expected error ({engine} on {device}, {counted(band['points'], 'checked point')}): {figures}, in the median."
     )
 
 

@@ -77,9 +77,10 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         oracle_output_tokens=workload.output_tokens if DECODE in scenario.stages else None,
     )
     metrics["notes"] += [*cut, *_rejections(records), *workload.notes, *_verified(scenario, fleet, records)]
-    metrics["notes"] += [*fleet.remarks, *remarks(scenario, fleet.priced_by)]
+    metrics["notes"] += [*fleet.remarks, *remarks(scenario, fleet.priced_by, saturated=metrics["saturated"])]
     metrics["expected_error"] = {
-        name: expected_error(pool, fleet.priced_by[name]) for name, pool in scenario.clients.items()
+        name: expected_error(pool, fleet.priced_by[name], saturated=metrics["saturated"])
+        for name, pool in scenario.clients.items()
     }
     ended = time.perf_counter()
     return Result(

@@ -6,8 +6,8 @@ looks at other sections; whether the clients together can serve the pipeline is 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Set
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,13 +15,10 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import CoreSchema, core_schema
 
 from mist.engine import EngineProfile, KVCapacity
 from mist.errors import Problem, ScenarioError, nearest
@@ -31,8 +28,9 @@ from mist.model.quantization import UNKNOWN
 from mist.perf import Deployment
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
-from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
-from mist.scenario.source import KeyPath
+from mist.scenario.catalogued import Catalogued, left_out
+from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems
+from mist.scenario.speculation_settings import SpeculationSettings
 
 DEFAULT_ENGINE = "vllm-0.10"
 MAX_STEP_TOKENS = 2**22
@@ -75,39 +73,6 @@ PerfList = Annotated[
 Stages = Annotated[list[Name], Field(min_length=1)]
 
 
-def _left_out() -> Any:
-    """The default of what is filled in once the engine and the model are known."""
-    return Field(default_factory=lambda: None)
-
-
-@dataclass(frozen=True, slots=True)
-class Catalogued:
-    """Marks a field as a value of a catalogue: written as a name, the path of a file, or a mapping."""
-
-    kind: str
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.with_info_plain_validator_function(self._validate)
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [{"enum": catalogue.names(self.kind)}, {"type": "string"}, {"type": "object"}]}
-
-    def _validate(self, given: Any, info: ValidationInfo) -> Any:
-        if not isinstance(given, str | dict):
-            known = f"known: {', '.join(catalogue.names(self.kind))}"
-            raise problem(f"must be a name, the path of a file or a mapping, not {short(given)}", known)
-        folder = (info.context or {}).get("folder", Path())
-        try:
-            return catalogue.read(self.kind, given, folder)[0]
-        except ScenarioError as error:
-            raise problems(_inside(given, p) for p in error.problems) from None
-
-
-def _inside(given: Any, found: Problem) -> tuple[KeyPath, Problem]:
-    path, message = catalogue.key_of(found.message, given)
-    return path, replace(found, message=message.removeprefix(".".join(map(str, path))).lstrip(": "))
-
-
 def _dtype(value: Any) -> Any:
     if isinstance(value, str) and value != "auto" and value not in DTYPE_BYTES:
         raise problem(f"there is no dtype {value!r}", nearest(value, DTYPE_BYTES))
@@ -124,15 +89,15 @@ class KVSettings(Section):
     """KV blocks, in place of those that fit into memory"""
     capacity_tokens: Count | None = None
     """tokens of KV, in place of those that fit into memory"""
-    block_size: Annotated[int, Field(ge=1, le=65536)] = _left_out()
+    block_size: Annotated[int, Field(ge=1, le=65536)] = left_out()
     """tokens in a block"""
-    enable_prefix_caching: bool = _left_out()
+    enable_prefix_caching: bool = left_out()
     """keep the blocks of prompts for requests that begin alike"""
     prefix_tier: Literal["hbm", "cpu"] = "hbm"
     """where the workload's `cached_tokens` are: in device memory, or in the host's, from which they are fetched"""
-    watermark: Annotated[float, Field(ge=0, lt=1)] = _left_out()
+    watermark: Annotated[float, Field(ge=0, lt=1)] = left_out()
     """share of the blocks that admission leaves free"""
-    gpu_memory_utilization: Fraction = _left_out()
+    gpu_memory_utilization: Fraction = left_out()
     """share of device memory that the engine may use"""
 
     @model_validator(mode="after")
@@ -149,52 +114,6 @@ class KVSettings(Section):
             size = self.block_size or engine.block_size
             fill |= {"num_blocks": self.capacity_tokens // size, "capacity_tokens": None}
         return self.model_copy(update=fill)
-
-
-class SpeculationSettings(Section):
-    """Speculative decoding: drafts for every decode in each of its steps, verified together by the model."""
-
-    num_draft_tokens: Annotated[int, Field(ge=1, le=64)]
-    """tokens drafted for each sequence and step"""
-    acceptance: Annotated[float, Field(ge=0, le=1)]
-    """accepted / drafted tokens; a step then emits 1 + num_draft_tokens x acceptance on average"""
-    method: Literal["draft_model", "eagle", "mtp", "ngram"] = _left_out()
-    """what drafts: a model of its own, a head of one decoder layer (eagle, mtp), or free look-ups (ngram)"""
-    draft_model: Annotated[ModelSpec, Catalogued("models")] | None = None
-    """the model that drafts, on the same devices: a name of `mist list models`, or the path of a config.json"""
-    draft_cost: Annotated[float, Field(ge=0, le=100)] | None = None
-    """device time of one drafted token over that of the step that verifies, in place of the priced passes"""
-
-    @classmethod
-    def conflicts(cls, given: Set[str]) -> Iterator[Located]:
-        """Something has to draft."""
-        if not given & {"method", "draft_model"}:
-            yield (
-                ("method",),
-                Problem("it isn't said what drafts", hint="method: mtp, eagle or ngram; or a draft_model"),
-            )
-
-    @model_validator(mode="after")
-    def _agrees(self) -> SpeculationSettings:
-        method = self.method or "draft_model"
-        if method == "draft_model" and self.draft_model is None:
-            raise problem("no draft_model is given", "such as draft_model: llama-3.2-1b", ("method",))
-        if method != "draft_model" and self.draft_model is not None:
-            raise problem(f"a draft_model is given, and the method is {method}", "remove one of them", ("method",))
-        if self.draft_model is not None and self.draft_model.is_encoder:
-            raise problem(f"{self.draft_model.name} is an encoder: it drafts nothing", "a decoder", ("draft_model",))
-        return self.model_copy(update={"method": method})
-
-    @property
-    def tokens_per_decode(self) -> int:
-        """Tokens that a step computes for each sequence: the one sampled last, and the drafts."""
-        return 1 + self.num_draft_tokens
-
-    def draft_of(self, model: ModelSpec) -> ModelSpec | None:
-        """What drafts for `model`: a head is its last decoder layer and its classifier; None for look-ups."""
-        if self.method in ("eagle", "mtp"):
-            return replace(model, name=f"{self.method} head of {model.name}", layers=(model.layers[-1].repeated(1),))
-        return self.draft_model
 
 
 class Pool(Section):
@@ -222,13 +141,13 @@ class Pool(Section):
     """stages of the pipeline that run here"""
     engine: Annotated[EngineProfile, Catalogued("engines")] = Field(default=DEFAULT_ENGINE, validate_default=True)
     """the serving engine, whose defaults and host time apply: a name of `mist list engines`, a path or a mapping"""
-    batching: Annotated[Spec, SpecOf("batching", unchecked=True)] = _left_out()
+    batching: Annotated[Spec, SpecOf("batching", unchecked=True)] = left_out()
     """a batching policy, such as {chunked: {max_num_batched_tokens: 2048}}; left out, the engine's"""
     kv_cache: KVSettings = KVSettings()
     """the KV cache, where it is not to follow from the engine and the memory"""
-    perf: PerfList = _left_out()
+    perf: PerfList = left_out()
     """performance models, the first that supports the client answers; left out, the scenario's"""
-    max_model_len: Count = _left_out()
+    max_model_len: Count = left_out()
     """longest context in tokens; left out, the model's"""
     power_cap_w: Annotated[float, Field(gt=0)] | None = None
     """power cap of each device, W, at most its TDP: what is bound by compute slows down with the clock"""
@@ -415,7 +334,10 @@ class Pool(Section):
         try:
             self.device.clock_under(self.power_cap_w)
         except ValueError as error:
-            yield ("power_cap_w",), Problem(f"no clock is known under {self.power_cap_w:g} W", hint=str(error))
+            cap, tdp = self.power_cap_w or 0.0, self.device.tdp_w
+            above = tdp is not None and cap > tdp
+            message = f"{cap:g} W is above the TDP of {tdp:g} W" if above else f"no clock is known under {cap:g} W"
+            yield ("power_cap_w",), Problem(message, hint=str(error))
         if self.max_model_len > self.model.max_context:
             message = (
                 f"{self.model.name} has a context of {self.model.max_context:,} tokens, not {self.max_model_len:,}"

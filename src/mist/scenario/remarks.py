@@ -13,10 +13,10 @@ from mist.scenario.clients import Pool
 from mist.scenario.value import Scenario
 
 
-def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None) -> list[str]:
+def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None, *, saturated: bool = False) -> list[str]:
     """Sentences about the pools' memory, about figures that nobody measured or confirmed, and the expected error.
 
-    `priced_by` names the performance model of each pool, where it is known already.
+    `priced_by` names the performance model of each pool, where it is known already; `saturated`: the run was.
     """
     found = [remark for name, pool in scenario.clients.items() for remark in _memory(name, pool)]
     found += [remark for name, pool in scenario.clients.items() for remark in _speculation(name, pool)]
@@ -24,7 +24,9 @@ def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None) -> l
     devices = {pool.device.name: pool.device for pool in scenario.clients.values()}
     found += [remark for device in devices.values() for remark in _figures(device)]
     priced_by = priced_by or {}
-    expected = [expected_error(pool, priced_by.get(name, "")) for name, pool in scenario.clients.items()]
+    expected = [
+        expected_error(pool, priced_by.get(name, ""), saturated=saturated) for name, pool in scenario.clients.items()
+    ]
     return [*found, *dict.fromkeys(each["statement"] for each in expected)]
 
 
