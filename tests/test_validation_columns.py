@@ -90,6 +90,7 @@ def test_devices_are_those_of_the_setting() -> None:
         ({**PD, "num_devices": "6"}, "6 devices are not the 8 of the pools"),
         ({**PD, "decode_pool": "0xTP4"}, "decode_pool is '0xTP4'"),
         ({**PD, "pp": "3"}, "2 devices of a prefill worker are not whole pp 3 x attn_dp 1"),
+        ({**PD, "dp": "2"}, "dp is 2, and the pools say how many devices there are"),
         ({**PD, "ep": "3"}, "ep 3 divides the devices of no pool"),
     ],
 )
@@ -157,6 +158,7 @@ def test_pcie_without_a_figure_is_the_link_to_the_host() -> None:
         ({**CLOSED, "kv_offload": "disk"}, "kv_offload is 'disk', not none or cpu"),
         ({**CLOSED, "chunked_prefill": "maybe"}, "chunked_prefill is 'maybe', not true or false"),
         ({**CLOSED, "arrival": "poisson"}, "a closed loop with arrivals 'poisson'"),
+        ({**PD, "interconnect": "pigeon"}, "interconnect is 'pigeon', of which no GB/s are stated"),
         ({**PD, "interconnect": "roce:fast"}, "interconnect is 'roce:fast'"),
         ({**CLOSED, "concurrency": "0"}, "concurrency is 0"),
         ({**OPEN, "rate_per_s": "0"}, "rate_per_s is 0"),

@@ -23,6 +23,8 @@ from mist.validation.points import Point, Skip
 
 #: context that whole prompts are provided for, as engines are set up where a model allows far more
 CUSTOMARY_CONTEXT = 8192
+#: links that need no figure: the device's own, or a network of which the default is taken
+LINKS = ("ethernet", "ib", "ib-gpudirect", "nvlink", "pcie", "roce")
 #: weight formats that a dtype of the schema stands for
 WEIGHT_ALIASES = {"q4": "q4_0", "q5": "q5_0", "q6": "q6_k", "q8": "q8_0"}
 #: what others call the ways to draft; heads that guess several tokens at once (Medusa) cost about what EAGLE's does
@@ -166,6 +168,8 @@ def _interconnect(point: Point) -> tuple[str, float | None]:
     match = re.fullmatch(r"([a-z][a-z-]*)[\d.]*(?::(\d+(?:\.\d+)?))?", text)
     if text and (match is None or (match[2] and not float(match[2]))):
         raise Skip(f"interconnect is {point['interconnect']!r}, not as roce:200")
+    if match and not match[2] and match[1] not in LINKS:
+        raise Skip(f"interconnect is {point['interconnect']!r}, of which no GB/s are stated")
     return (match[1], float(match[2]) * 1e9 if match[2] else None) if match else ("", None)
 
 
@@ -181,6 +185,9 @@ def _worker_pools(draft: Draft) -> dict[str, Any]:
         parallel = {"tp": tp, "pp": pp, "attn_dp": attn_dp, "ep": 1 if tp * attn_dp % ep else ep, "count": count}
         pools[stage] = draft.pool | parallel | {"serves": [stage]}
         devices += count * workers
+    for column in ("tp", "dp"):  # pools say it, and each may say another
+        if point.count(column, 1) > 1:
+            raise Skip(f"{column} is {point[column]}, and the pools say how many devices there are")
     if ep > 1 and all(pool["ep"] == 1 for pool in pools.values()):
         raise Skip(f"ep {ep} divides the devices of no pool")
     if devices != point.count("num_devices", devices):
