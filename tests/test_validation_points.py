@@ -135,11 +135,11 @@ def test_stages_that_say_something_else_are_a_skip(text: str) -> None:
 # samples and the split
 
 
-def test_a_sample_is_even_and_counts_its_own_rows(tmp_path: Path) -> None:
+def test_a_sample_is_even_and_the_file_keeps_its_rows(tmp_path: Path) -> None:
     rows = lines(*(f"p{i},{i},s,ttft_mean_ms,3" for i in range(10)), *(f"q{i},q{i},t,e2e_mean_ms,3" for i in range(2)))
     file = sampled(read_points(point_file(tmp_path, rows)), 3)
     assert [p.name for p in file.points] == ["p1", "p5", "p8", "q0", "q1"]
-    assert file.num_rows == 5
+    assert (file.num_rows, file.num_sampled) == (12, 5)
 
 
 def test_two_of_five_points_check_and_the_name_alone_decides() -> None:

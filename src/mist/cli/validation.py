@@ -44,14 +44,14 @@ def validate(
         mist validate points.csv --out out/validation
     """
     from mist.validation.evaluate import evaluate
-    from mist.validation.points import read_points, sampled
+    from mist.validation.points import read_points, request_lists, sampled
     from mist.validation.score import report
-    from mist.validation.tables import COMPARISONS, JOURNAL, REPORT, check_folder, covered, sections, write
+    from mist.validation.tables import COMPARISONS, JOURNAL, REPORT, assumed, check_folder, covered, sections, write
 
     models = perf_models(perf)
-    if out is not None and check_folder(out, overwrite=overwrite):
-        click.echo(f"Points that {out / JOURNAL} has already are not run again.", err=True)
     file = read_points(points, sources=sources, trusts=trusts)
+    if out is not None and check_folder(out, overwrite=overwrite, inputs=[points, *request_lists(file)]):
+        click.echo(f"Points that {out / JOURNAL} has already are not run again.", err=True)
     if sample is not None:
         file = sampled(file, sample)
     with progress_of("points") as progress:
@@ -67,6 +67,8 @@ def validate(
     else:
         for title, rows in sections(document):
             click.echo(f"{title}\n\n{table(rows)}\n")
+        for line in assumed(document):
+            click.echo(line)
         click.echo(covered(document))
     if out is not None:
         click.echo(f"Results are in {out}: {REPORT}, {COMPARISONS}", err=True)

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from mist.errors import ScenarioError
-from mist.scenario import catalogue
 from mist.scenario.bands import KINDS
 from mist.validation.evaluate import Comparison
-from mist.validation.score import TRUSTED, kind_of, statistics
+from mist.validation.score import TRUSTED, kind_of, named, statistics
 from mist.validation.split import is_checking_name
 
 #: kinds of metrics that a result's band stands for; a makespan is a throughput turned over
@@ -35,14 +32,6 @@ def bands(comparisons: Iterable[Comparison]) -> dict[str, dict[str, Any]]:
     for (profile, device), group in sorted(groups.items()):
         found.setdefault(profile, {})[device] = _band(group)
     return found
-
-
-def named(kind: str, given: str) -> str:
-    """The catalogue's own name for what a row names."""
-    try:
-        return str(catalogue.read(kind, given, Path())[1])
-    except ScenarioError:
-        return given
 
 
 def _band(group: list[Comparison]) -> dict[str, Any]:

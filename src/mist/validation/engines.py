@@ -20,7 +20,8 @@ def engine_profile(point: Point) -> dict[str, Any]:
     """The catalogue's profile for the point's engine, version and date, as its mapping; Skip where there is none.
 
     Of the engine's profiles the newest that isn't newer than the version, without a version than the date, and without
-    both the newest; a harness of static batches has one of its own where there is one.
+    both the newest; an engine that is another one inside has versions of its own, so that its date counts. A harness of
+    static batches has a profile of its own where there is one, and stands for no server.
     """
     engine = ENGINE_ALIASES.get(point["engine"], point["engine"])
     if engine == "unknown":
@@ -30,8 +31,11 @@ def engine_profile(point: Point) -> dict[str, Any]:
     if not known:
         raise Skip(f"there is no profile of the engine {point['engine']!r}")
     harness = "static_batch" if point["load"] == "static_batch" else ""
-    mine = [p for p in known if p.get("harness", "") == harness] or known
-    version, date = version_of(point["engine_version"]), point["date"]
+    mine = [p for p in known if p.get("harness", "") == harness]
+    if not mine and not harness:
+        raise Skip(f"there is no profile of a server of the engine {point['engine']!r}")
+    mine = mine or known
+    version, date = own_version(point), point["date"]
     if version:
         mine.sort(key=lambda p: version_of(str(p.get("first_version", ""))))
         not_newer = [p for p in mine if version_of(str(p.get("first_version", ""))) <= version]
@@ -39,6 +43,11 @@ def engine_profile(point: Point) -> dict[str, Any]:
         mine.sort(key=lambda p: str(p.get("first_date", "")))
         not_newer = [p for p in mine if not date or str(p.get("first_date", "")) <= date]
     return (not_newer or mine[:1])[-1]
+
+
+def own_version(point: Point) -> tuple[int, ...]:
+    """The version of the engine itself; () where none is stated, or only that of what is around it."""
+    return () if point["engine"] in ENGINE_ALIASES else version_of(point["engine_version"])
 
 
 def version_of(text: str) -> tuple[int, ...]:

@@ -58,11 +58,12 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """All comparisons of a point, and the rows that aren't compared as (id, reason)."""
+    """All comparisons of a point, the rows that aren't compared as (id, reason), and what was taken for granted."""
 
     point: str
     comparisons: tuple[Comparison, ...]
     skipped: tuple[tuple[str, str], ...]
+    assumptions: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -132,15 +133,19 @@ def _compared(point: Point, folder: Path, overrides: Overrides | None, perf: Any
         except Skip as skip:
             skipped.append((row.id, str(skip)))
             continue
+        except Exception as error:
+            # as of a whole point: one value that can't be computed costs no other
+            skipped.append((row.id, f"the simulator failed: {type(error).__name__}: {error}"))
+            continue
         error_pct = 100 * (simulated / row.value - 1)
         comparisons.append(
             Comparison(
                 row.id, point.name, point["source"], row.metric, row.value, simulated, abs(error_pct), error_pct,
-                setting.saturated, point.trust, point["device"], point["engine"], point["model"], setting.engine,
+                setting.saturated, row.trust, point["device"], point["engine"], point["model"], setting.engine,
                 priced_by,
             )
         )  # fmt: skip
-    return Evaluated(point.name, tuple(comparisons), tuple(skipped))
+    return Evaluated(point.name, tuple(comparisons), tuple(skipped), setting.assumptions)
 
 
 def _check_size(scenario: Scenario) -> None:
@@ -161,4 +166,5 @@ def _none(point: Point, reason: str) -> Evaluated:
 def _from_plain(row: Mapping[str, Any]) -> Evaluated:
     """What a line of the journal says."""
     comparisons = tuple(Comparison(**c) for c in row["comparisons"])
-    return Evaluated(row["point"], comparisons, tuple((i, reason) for i, reason in row["skipped"]))
+    skipped = tuple((i, reason) for i, reason in row["skipped"])
+    return Evaluated(row["point"], comparisons, skipped, tuple(row["assumptions"]))

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from mist.errors import Problem, ScenarioError
 from mist.perf.measured import find_tables
-from mist.validation.points import Point
+from mist.validation.points import Point, request_list
 
 #: what follows from validations, and changes nothing in them
 _RESULTS = ("bands.yaml",)
@@ -27,7 +27,7 @@ _RESULTS = ("bands.yaml",)
 
 def key_of(point: Point, folder: Path, *settings: Any) -> str:
     """What a point's outcome depends on, as a short text; `settings` are of the evaluation."""
-    rows = [(m.id, m.metric, m.value) for m in point.measured]
+    rows = [[(m.id, m.metric, m.value, m.trust) for m in which] for which in (point.measured, point.beside)]
     listed = _request_list(folder, point["workload_file"])
     parts = [_simulator(), dict(point.columns), rows, point.skipped, listed, *settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
@@ -66,10 +66,8 @@ def add(file: IO[str], key: str, row: Mapping[str, Any]) -> None:
 
 
 def _request_list(folder: Path, name: str) -> str:
-    for path in (folder / "workloads" / name, folder / name):
-        if name and path.is_file():
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-    return ""
+    path = request_list(folder, name)
+    return hashlib.sha256((folder / path).read_bytes()).hexdigest() if path is not None else ""
 
 
 @functools.cache

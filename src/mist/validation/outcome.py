@@ -1,7 +1,8 @@
 """What a run says in the words of the measurements: each metric of the points' schema, from a run's records.
 
-Between a run and its comparison. Only requests that finished count, those of a warm-up left out of latencies; a metric
-that a run can't answer is a `Skip`. It never compares.
+Between a run and its comparison. Only requests that finished count, those of a warm-up left out of latencies, but not
+of the gaps between tokens (ITL), which a run keeps as a whole; a metric that a run can't answer is a `Skip`. It never
+compares.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from mist.validation.setting import Setting
 
 FloatArray = npt.NDArray[np.float64]
 
+#: metrics that need no answer
+_OF_PROMPTS = ("ttft_", "batch_prefill_ms", "prefill_tokens_per_s", "kv_transfer_")
+
 
 class Outcome:
     """One run, asked by metric name."""
@@ -33,13 +37,15 @@ class Outcome:
         if setting.warmup_requests and not self._settled.any():
             self._settled = done
         self._rows, self._done = rows, done
-        self._num_devices = point.count("num_devices", 1) or 1
+        self._num_devices = setting.num_devices
         start = rows["arrival_s"][self._settled].min() if setting.warmup_requests else rows["arrival_s"].min()
         self._span_s = float(np.nanmax(rows["end_s"]) - start)
 
     def value(self, metric: str) -> float:
         """The metric in the unit of its name; Skip where there is none such, or this run has none."""
-        if match := re.fullmatch(r"(ttft|tpot|itl|e2e)_(mean|p\d+)_ms", metric):
+        if self._point.number("osl") == 0 and not metric.startswith(_OF_PROMPTS):
+            raise Skip("osl is 0")
+        if match := re.fullmatch(r"(ttft|tpot|itl|e2e)_(mean|p\d{1,2})_ms", metric):
             found = self._latency_s(match[1], match[2]) * 1e3
         elif metric in _METRICS:
             found = _METRICS[metric](self)

@@ -6,19 +6,22 @@ not saturated, everything else stands apart. It never leaves out a comparison be
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mist.errors import ScenarioError
+from mist.scenario import catalogue
 from mist.validation.evaluate import Comparison, Evaluated
-from mist.validation.points import PointFile
+from mist.validation.points import TRUSTS, PointFile
 
 SCHEMA_VERSION = 1
-#: how far a measurement is trusted, and what is enough to judge by
-TRUSTS = ("A", "B", "C")
+#: trust that is enough to judge by
 TRUSTED = ("A", "B")
 
 Statistics = dict[str, Any]
@@ -39,7 +42,7 @@ def report(file: PointFile, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
         "sources": grouped(judged, source_of),
         "saturated": grouped([c for c in trusted if c.saturated], source_of),
         "trust": by_trust,
-        "devices": grouped(judged, lambda c: c.device),
+        "devices": grouped(judged, lambda c: named("devices", c.device)),
         "engines": grouped(judged, lambda c: c.engine),
         "profiles": grouped(judged, lambda c: c.profile),
         "models": grouped(judged, lambda c: c.model),
@@ -52,6 +55,15 @@ def report(file: PointFile, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
 def source_of(comparison: Comparison) -> str:
     """The data set."""
     return comparison.source
+
+
+@functools.cache
+def named(kind: str, given: str) -> str:
+    """The catalogue's own name for what a row names, so that aliases of one thing come together."""
+    try:
+        return str(catalogue.read(kind, given, Path())[1])
+    except ScenarioError:
+        return given
 
 
 def family_of(source: str) -> str:
@@ -117,13 +129,22 @@ def families(comparisons: Iterable[Comparison]) -> dict[str, Any]:
 
 
 def coverage(file: PointFile, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
-    """Rows in the file, those that define a run, those compared, and each other one with its reason."""
+    """Rows in the file, those that define a run, those compared, and each other one with its reason.
+
+    `sampled` are the rows that were to be compared where points were sampled, else null; `assumptions` say what was
+    taken for granted, and of how many compared rows.
+    """
+    assumed = Counter[str]()
+    for each in evaluated:
+        assumed.update(dict.fromkeys(each.assumptions, len(each.comparisons)))
     skipped = [row for each in evaluated for row in each.skipped]
     compared = sum(len(each.comparisons) for each in evaluated)
     return {
         "rows": file.num_rows,
         "runnable": file.num_rows - len(file.not_runnable),
+        "sampled": file.num_sampled,
         "run": compared,
+        "assumptions": {what: number for what, number in assumed.most_common() if number},
         "skipped": [{"id": i, "reason": reason} for i, reason in [*file.not_runnable, *skipped]],
     }
 

@@ -7,10 +7,9 @@ judge what the schema judges by it: whether an open loop was saturated.
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,14 @@ from mist.engine import EngineProfile
 from mist.errors import ScenarioError
 from mist.scenario import catalogue
 from mist.scenario.value import Scenario
-from mist.validation.engines import engine_profile, version_of
-from mist.validation.points import Point, Skip, parse_stages
+from mist.validation.engines import engine_profile, own_version
+from mist.validation.loads import Draft, add_load
+from mist.validation.points import Point, Skip
 
-#: requests of a steady state, where the point doesn't say how many were sent: rounds of the concurrency, and the least
-STEADY_ROUNDS = 6
-STEADY_REQUESTS = 400
-#: coefficient of variation of lengths of which only the mean is known; saturated throughput hangs on it
-MEAN_ONLY_CV = 0.5
 #: context that whole prompts are provided for, as engines are set up where a model allows far more
 CUSTOMARY_CONTEXT = 8192
+#: links that need no figure: the device's own, or a network of which the default is taken
+LINKS = ("ethernet", "ib", "ib-gpudirect", "nvlink", "pcie", "roce")
 #: weight formats that a dtype of the schema stands for
 WEIGHT_ALIASES = {"q4": "q4_0", "q5": "q5_0", "q6": "q6_k", "q8": "q8_0"}
 #: what others call the ways to draft; heads that guess several tokens at once (Medusa) cost about what EAGLE's does
@@ -45,6 +42,8 @@ HAND_OFF = {"bandwidth": "50 GB/s", "efficiency": 0.73, "latency": "394 us"}
 PROXY_REQUEST_NS = 20_000_000
 PROXY_PROMPT_TOKEN_NS = 5_400
 
+_FREE_OFFLOAD = "KV offload to the host is taken to cost nothing"
+
 Overrides = Mapping[str, Mapping[str, Any]]
 
 
@@ -52,28 +51,16 @@ Overrides = Mapping[str, Mapping[str, Any]]
 class Setting:
     """A point made runnable: the scenario, the engine profile's name, and whether the load was beyond the system.
 
-    `warmup_requests` of the first arrivals are left out of latencies where a steady state is meant.
+    `num_devices` are those that the scenario has. `warmup_requests` of the first arrivals are left out of latencies
+    where a steady state is meant. `assumptions` say what the row states and the simulation takes for granted.
     """
 
     scenario: Scenario
     engine: str
     saturated: bool
+    num_devices: int = 1
     warmup_requests: int = 0
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class _Draft:
-    """What is known of a point before it becomes a scenario."""
-
-    point: Point
-    folder: Path
-    profile: dict[str, Any]
-    pool: dict[str, Any] = field(default_factory=dict)
-    workload: dict[str, Any] = field(default_factory=dict)
-    warmup_requests: int = 0
-    #: tokens of the longest request, its answer included
-    longest: int = 0
+    assumptions: tuple[str, ...] = ()
 
 
 def setting_of(point: Point, folder: Path, overrides: Overrides | None = None, perf: Any = None) -> Setting:
@@ -85,10 +72,10 @@ def setting_of(point: Point, folder: Path, overrides: Overrides | None = None, p
     """
     profile = engine_profile(point)
     changes = overrides or {}
-    draft = _Draft(point, folder, {**profile, **changes.get(str(profile["name"]), {})})
+    draft = Draft(point, folder, {**profile, **changes.get(str(profile["name"]), {})})
     if f"device:{point['device']}" in changes:
         draft.pool["device"] = dict(changes[f"device:{point['device']}"])
-    _LOADS.get(point["load"], _unknown_load)(draft)
+    add_load(draft)
     pools = _pools(draft)
     mapping: dict[str, Any] = {
         "name": point.name, "workload": draft.workload, "pipeline": ["prefill", "decode"], "clients": pools,
@@ -100,144 +87,30 @@ def setting_of(point: Point, folder: Path, overrides: Overrides | None = None, p
         scenario = Scenario.from_mapping(mapping, folder=folder)
     except ScenarioError as error:
         raise Skip("; ".join(problem.message for problem in error.problems)) from None
-    return Setting(scenario, str(profile["name"]), _saturated(point, scenario), draft.warmup_requests)
+    devices = sum(p.count * p.tp * p.pp * p.attn_dp for p in scenario.clients.values())
+    saturated = _saturated(draft, scenario, devices)
+    return Setting(scenario, str(profile["name"]), saturated, devices, draft.warmup_requests, _assumptions(point))
 
 
-# --- the load ---
+def _assumptions(point: Point) -> tuple[str, ...]:
+    return (_FREE_OFFLOAD,) if _one_of(point, "kv_offload", "none", "cpu") == "cpu" else ()
 
 
-def _static_batch(draft: _Draft) -> None:
-    size = draft.point.count("batch_size")
-    if not size:
-        raise Skip("batch_size is empty")
-    draft.workload |= {"arrivals": "all_at_once", "num_requests": size}
-    draft.profile["max_num_seqs"] = max(size, int(draft.profile.get("max_num_seqs", 256)))
-    draft.profile["large_device_max_num_seqs"] = max(size, int(draft.profile.get("large_device_max_num_seqs", 0)))
-    _lengths(draft)
-
-
-def _offline(draft: _Draft) -> None:
-    draft.workload |= {"arrivals": "all_at_once", "num_requests": draft.point.count("num_requests", 1000)}
-    _lengths(draft)
-
-
-def _closed_loop(draft: _Draft) -> None:
-    concurrency = draft.point.count("concurrency")
-    if not concurrency:
-        raise Skip("concurrency is empty")
-    num_requests = draft.point.count("num_requests")
-    if not num_requests:
-        draft.warmup_requests = concurrency
-        num_requests = concurrency + max(STEADY_ROUNDS * concurrency, min(STEADY_REQUESTS, 20 * concurrency))
-    draft.workload |= {"concurrency": concurrency, "num_requests": num_requests}
-    _lengths(draft)
-
-
-def _open_loop(draft: _Draft) -> None:
-    point = draft.point
-    process = {"": "poisson", "poisson": "poisson", "constant": "constant"}.get(point["arrival"])
-    if process is None:
-        raise Skip(f"an open loop with arrivals {point['arrival']!r}")
-    if point["workload_file"]:
-        _from_file(draft)
-    if point["stages"]:
-        stages = parse_stages(point["stages"])
-        draft.workload["arrivals"] = {"staged": {"stages": [list(s) for s in stages], "process": process}}
-        sent = round(sum(rate * seconds for rate, seconds in stages))
-    else:
-        rate = point.number("rate_per_s")
-        if not rate:
-            raise Skip("rate_per_s and stages are empty")
-        draft.workload["arrivals"] = {process: {"rate_per_s": rate}}
-        sent = STEADY_REQUESTS * 2
-    if "trace" not in draft.workload:
-        draft.workload["num_requests"] = point.count("num_requests") or sent
-        _lengths(draft)
-
-
-def _trace(draft: _Draft) -> None:
-    if not draft.point["workload_file"]:
-        raise Skip("workload_file is empty")
-    _from_file(draft)
-
-
-def _unknown_load(draft: _Draft) -> None:
-    raise Skip(f"the load is {draft.point['load']!r}")
-
-
-_LOADS: dict[str, Callable[[_Draft], None]] = {
-    "static_batch": _static_batch, "offline": _offline, "closed_loop": _closed_loop, "open_loop": _open_loop,
-    "trace": _trace,
-}  # fmt: skip
-
-
-def _from_file(draft: _Draft) -> None:
-    path = Path("workloads") / draft.point["workload_file"]
-    if not (draft.folder / path).is_file():
-        path = Path(draft.point["workload_file"])
-    if not (draft.folder / path).is_file():
-        raise Skip(f"there is no request list {draft.point['workload_file']}")
-    lists = _columns(draft.folder / path)
-    draft.longest = max(map(sum, zip(lists["input_tokens"], lists["output_tokens"], strict=True)), default=0)
-    columns: dict[str, str | None] = {key: key for key in ("input_tokens", "output_tokens")}
-    timed = all(lists["arrival_s"])
-    columns |= {"arrival": "arrival_s", "time_unit": "s"} if timed else {"arrival": None}
-    draft.workload |= {"trace": str(path), "columns": columns}
-
-
-def _columns(path: Path) -> dict[str, list[int]]:
-    """Tokens of a request list, and for each request whether it has an arrival time."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        found = {key: [int(row[key]) for row in rows] for key in ("input_tokens", "output_tokens")}
-        return found | {"arrival_s": [int(bool(row.get("arrival_s"))) for row in rows]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Skip(f"the request list {path.name} can't be used: {error}") from None
-
-
-def _lengths(draft: _Draft) -> None:
-    point = draft.point
-    for side, key in (("isl", "input_tokens"), ("osl", "output_tokens")):
-        draft.workload[key] = _length(point, side)
-        draft.longest += _longest(draft.workload[key])
-    cached = point.count("prefix_cached_tokens")
-    if cached:
-        draft.workload["cached_tokens"] = cached
-
-
-def _longest(length: Any) -> int:
-    return (
-        length if isinstance(length, int) else int(next(iter(length.values())).get("max") or length["uniform"]["high"])
-    )
-
-
-def _length(point: Point, side: str) -> Any:
-    mean = point.number(side)
-    if mean is None:
-        raise Skip(f"{side} is empty")
-    kind = point[f"{side}_dist"] or "fixed"
-    if kind.startswith("uniform:"):
-        try:
-            low, high = (int(float(part)) for part in kind.split(":")[1:])
-        except ValueError:
-            raise Skip(f"{side}_dist is {kind!r}") from None
-        return {"uniform": {"low": low, "high": high}}
-    # a prompt with a given cached part has but its few own tokens to vary
-    if kind == "mean" and mean > 1 and not point["prefix_cached_tokens"].strip("0"):
-        return {"lognormal": {"mean": mean, "cv": MEAN_ONLY_CV, "max": round(8 * mean)}}
-    if kind in ("fixed", "mean", "file"):
-        return max(1, round(mean))
-    raise Skip(f"{side}_dist is {kind!r}")
+def _one_of(point: Point, column: str, *known: str) -> str:
+    """The column's value in small letters, the first of `known` where it is empty; Skip where it is another."""
+    value = point[column].lower() or known[0]
+    if value not in known:
+        raise Skip(f"{column} is {point[column]!r}, not {' or '.join(filter(None, known))}")
+    return value
 
 
 # --- the clients ---
 
 
-def _pools(draft: _Draft) -> dict[str, Any]:
+def _pools(draft: Draft) -> dict[str, Any]:
     point = draft.point
-    if point["spec_decode"] not in ("", "none"):
-        draft.pool["speculation"] = _speculation(point["spec_decode"])
+    if point["spec_decode"].lower() not in ("", "none"):
+        draft.pool["speculation"] = _speculation(point["spec_decode"].lower())
     if cap := point.number("power_cap_w"):
         draft.pool["power_cap_w"] = cap
     draft.pool = {"device": _named("devices", point["device"])} | draft.pool
@@ -246,7 +119,7 @@ def _pools(draft: _Draft) -> dict[str, Any]:
         "engine": draft.profile, "weights_dtype": _weights(point), "kv_dtype": _kv_dtype(point),
         "batching": _batching(draft), "kv_cache": _kv_cache(draft),
     }  # fmt: skip
-    if point["topology"] == "pd":
+    if _one_of(point, "topology", "aggregated", "pd") == "pd":
         return _worker_pools(draft)
     tp, pp, attn_dp, dp = (point.count(key, 1) for key in ("tp", "pp", "attn_dp", "dp"))
     if not tp * pp * attn_dp:
@@ -255,20 +128,80 @@ def _pools(draft: _Draft) -> dict[str, Any]:
     replicas, rest = divmod(devices, tp * pp * attn_dp)
     if rest or not replicas:
         raise Skip(f"{devices} devices are not whole replicas of tp {tp} x pp {pp} x attn_dp {attn_dp}")
+    if point["dp"] and replicas != dp:
+        raise Skip(f"{devices} devices are not tp {tp} x pp {pp} x attn_dp {attn_dp} x dp {dp}")
+    _between_devices(draft, tp * pp * attn_dp, devices)
     parallel = {"tp": tp, "pp": pp, "attn_dp": attn_dp, "ep": point.count("ep", 1), "count": replicas}
     return {"gpu": draft.pool | parallel}
 
 
-def _worker_pools(draft: _Draft) -> dict[str, Any]:
-    pools = {}
+def _between_devices(draft: Draft, replica: int, devices: int) -> None:
+    """The row's own link between the nodes that a replica spans, which a node's devices share."""
+    point, (kind, per_node) = draft.point, _interconnect(draft.point)
+    nodes = point.positive("num_nodes") or 1
+    local, rest = divmod(devices, nodes)
+    if rest or not local:
+        raise Skip(f"{devices} devices are not spread evenly over {nodes} nodes")
+    device, name = catalogue.read("devices", point["device"], Path())
+    changes: dict[str, float] = {}
+    if nodes > 1 and replica > local and kind not in ("", "nvlink"):
+        changes["scale_up_domain"] = min(device.scale_up_domain, local)
+        if per_node is not None:
+            changes["inter_node_bytes_per_s"] = per_node / local
+    elif nodes == 1 and replica > 1 and kind == "pcie":
+        # a link that isn't far from that to the host is PCIe as the catalogue has it
+        if per_node is None and device.link_bytes_per_s > 2 * device.host_link_bytes_per_s:
+            per_node = device.host_link_bytes_per_s
+        if per_node is not None:
+            changes["link_bytes_per_s"] = per_node
+    if changes:
+        known = draft.pool["device"]
+        draft.pool["device"] = {
+            **(known if isinstance(known, Mapping) else catalogue.mapping("devices", name)),
+            **changes,
+        }
+
+
+def _interconnect(point: Point) -> tuple[str, float | None]:
+    """(kind without its generation, bytes per second and node or None) of `kind:GB/s`; Skip for anything else."""
+    text = point["interconnect"].lower()
+    match = re.fullmatch(r"([a-z][a-z-]*)[\d.]*(?::(\d+(?:\.\d+)?))?", text)
+    if text and (match is None or (match[2] and not float(match[2]))):
+        raise Skip(f"interconnect is {point['interconnect']!r}, not as roce:200")
+    if match and not match[2] and match[1] not in LINKS:
+        raise Skip(f"interconnect is {point['interconnect']!r}, of which no GB/s are stated")
+    return (match[1], float(match[2]) * 1e9 if match[2] else None) if match else ("", None)
+
+
+def _worker_pools(draft: Draft) -> dict[str, Any]:
+    point = draft.point
+    pp, attn_dp, ep = (point.positive(key) or 1 for key in ("pp", "attn_dp", "ep"))
+    pools, devices = {}, 0
     for stage in ("prefill", "decode"):
-        match = re.fullmatch(r"(\d+)xTP(\d+)", draft.point[f"{stage}_pool"])
-        if match is None:
-            raise Skip(f"{stage}_pool is {draft.point[f'{stage}_pool']!r}, not as 2xTP4")
-        count, tp = (int(part) for part in match.groups())
-        pools[stage] = draft.pool | {"serves": [stage], "count": count, "tp": tp, "ep": draft.point.count("ep", 1)}
+        count, workers = _workers(point, f"{stage}_pool")
+        tp, rest = divmod(workers, pp * attn_dp)
+        if rest or not tp:
+            raise Skip(f"{workers} devices of a {stage} worker are not whole pp {pp} x attn_dp {attn_dp}")
+        parallel = {"tp": tp, "pp": pp, "attn_dp": attn_dp, "ep": 1 if tp * attn_dp % ep else ep, "count": count}
+        pools[stage] = draft.pool | parallel | {"serves": [stage]}
+        devices += count * workers
+    for column in ("tp", "dp"):  # pools say it, and each may say another
+        if point.count(column, 1) > 1:
+            raise Skip(f"{column} is {point[column]}, and the pools say how many devices there are")
+    if ep > 1 and all(pool["ep"] == 1 for pool in pools.values()):
+        raise Skip(f"ep {ep} divides the devices of no pool")
+    if devices != point.count("num_devices", devices):
+        raise Skip(f"{point['num_devices']} devices are not the {devices} of the pools")
     pools["prefill"]["engine"] = _through_a_proxy(draft.profile)
     return pools
+
+
+def _workers(point: Point, column: str) -> tuple[int, int]:
+    """Workers, and devices of each, of a pool such as 2xTP4."""
+    match = re.fullmatch(r"(\d+)xTP(\d+)", point[column])
+    if match is None or not int(match[1]) * int(match[2]):
+        raise Skip(f"{column} is {point[column]!r}, not as 2xTP4")
+    return int(match[1]), int(match[2])
 
 
 def _through_a_proxy(profile: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,15 +210,19 @@ def _through_a_proxy(profile: Mapping[str, Any]) -> dict[str, Any]:
     return {**profile, **{key: _quantity(profile, key) + more for key, more in keys.items()}}
 
 
-def _hand_off(draft: _Draft) -> dict[str, Any]:
-    if draft.point["topology"] != "pd":
+def _hand_off(draft: Draft) -> dict[str, Any]:
+    point = draft.point
+    if _one_of(point, "topology", "aggregated", "pd") != "pd":
         return {}
     link: dict[str, Any] = dict(HAND_OFF)
-    if match := re.fullmatch(r"[a-z-]+:([\d.]+)", draft.point["interconnect"]):
-        link["bandwidth"] = f"{match.group(1)} GB/s"
-    elif draft.point.count("num_nodes", 1) == 1 and not draft.point["interconnect"]:
-        device, _ = catalogue.read("devices", _named("devices", draft.point["device"]), Path())
-        link["bandwidth"] = f"{device.link_bytes_per_s / 1e9:g} GB/s"
+    device, _ = catalogue.read("devices", _named("devices", point["device"]), Path())
+    kind, bytes_per_s = _interconnect(point)
+    if bytes_per_s is None and kind == "pcie":
+        bytes_per_s = device.host_link_bytes_per_s
+    elif bytes_per_s is None and (kind == "nvlink" or (not kind and (point.positive("num_nodes") or 1) == 1)):
+        bytes_per_s = device.link_bytes_per_s
+    if bytes_per_s is not None:
+        link["bandwidth"] = f"{bytes_per_s / 1e9:g} GB/s"
     return {"network": {"kv_transfer": link}}
 
 
@@ -297,7 +234,7 @@ def _named(kind: str, name: str) -> str:
     return name
 
 
-def _model(draft: _Draft) -> Any:
+def _model(draft: Draft) -> Any:
     """The catalogue's model; with a longer context where the point's requests are longer than it is said to allow."""
     name = _named("models", draft.point["model"])
     model, _ = catalogue.read("models", name, Path())
@@ -320,14 +257,14 @@ def _kv_dtype(point: Point) -> str:
     return point["kv_dtype"]
 
 
-def _batching(draft: _Draft) -> Any:
+def _batching(draft: Draft) -> Any:
     """The engine's policy with the limits of the row; chunked prefill turned on or off changes the policy."""
     point, profile = draft.point, draft.profile
     name = str(profile.get("batching", "chunked"))
-    chunked = point["chunked_prefill"].lower()
+    chunked = _one_of(point, "chunked_prefill", "", "true", "false")
     if chunked == "true":
         name = "chunked"
-    elif chunked == "false" and name == "chunked" and version_of(point["engine_version"]) < (0, 8):
+    elif chunked == "false" and name == "chunked" and own_version(point) < (0, 8):
         name = "continuous"
     profile["batching"] = name
     steps = point.count("num_scheduler_steps", 1)
@@ -344,7 +281,7 @@ def _batching(draft: _Draft) -> Any:
     return _complete_limits(draft, name, limits)
 
 
-def _complete_limits(draft: _Draft, name: str, limits: dict[str, int]) -> Any:
+def _complete_limits(draft: Draft, name: str, limits: dict[str, int]) -> Any:
     device, _ = catalogue.read("devices", _named("devices", draft.point["device"]), Path())
     model, _ = catalogue.read("models", _named("models", draft.point["model"]), Path())
     seqs, tokens = EngineProfile.from_mapping({**draft.profile}).limits_for(device, model)
@@ -360,7 +297,7 @@ def _complete_limits(draft: _Draft, name: str, limits: dict[str, int]) -> Any:
     return {name: limits}
 
 
-def _kv_cache(draft: _Draft) -> dict[str, Any]:
+def _kv_cache(draft: Draft) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if share := draft.point.number("gpu_memory_utilization"):
         settings["gpu_memory_utilization"] = share
@@ -389,11 +326,11 @@ def _quantity(profile: Mapping[str, Any], key: str) -> float:
 # --- saturation ---
 
 
-def _saturated(point: Point, scenario: Scenario) -> bool:
+def _saturated(draft: Draft, scenario: Scenario, num_devices: int) -> bool:
     """The rule of the schema: by what was offered and measured, of closed loops by the documented KV capacity."""
-    load = point["load"]
+    point, load = draft.point, draft.point["load"]
     if load in ("open_loop", "trace"):
-        return point.open_loop_saturated()
+        return point.open_loop_saturated(num_devices, draft.trace_rate_per_s if load == "trace" else None)
     if load == "closed_loop":
         tokens = sum(_kv_tokens(pool) for pool in scenario.clients.values() if "decode" in pool.serves)
         in_flight = point.count("concurrency") * ((point.number("isl") or 0) + (point.number("osl") or 0))

@@ -8,15 +8,16 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mist.errors import Problem, ScenarioError
-from mist.validation.score import TRUSTED, TRUSTS, Tables, reasons
+from mist.validation.points import TRUSTS
+from mist.validation.score import TRUSTED, Tables, reasons
 
 #: what `mist validate --out` makes; the journal is there from the start, the others in the end
-JOURNAL, REPORT, COMPARISONS = "journal.jsonl", "validation.json", "points.csv"
+JOURNAL, REPORT, COMPARISONS = "journal.jsonl", "validation.json", "comparisons.csv"
 
 Row = dict[str, Any]
 
@@ -55,13 +56,27 @@ def flat(name: str, tables: Tables, of: str = "metric") -> list[Row]:
 
 def covered(document: Mapping[str, Any]) -> str:
     """How much was compared, in a sentence."""
-    rows, runnable, run = (document["coverage"][key] for key in ("rows", "runnable", "run"))
-    share = f" ({100 * run / runnable:.1f} %)" if runnable else ""
-    return f"{run:,} of {runnable:,} runnable rows were compared{share}; the file has {rows:,}."
+    rows, runnable, sampled, run = (document["coverage"][key] for key in ("rows", "runnable", "sampled", "run"))
+    of, kind = (runnable, "runnable") if sampled is None else (sampled, "sampled")
+    share = f" ({100 * run / of:.1f} %)" if of else ""
+    more = "" if sampled is None else f", of which {runnable:,} are runnable"
+    return f"{run:,} of {of:,} {kind} rows were compared{share}; the file has {rows:,}{more}."
 
 
-def check_folder(folder: Path, *, overwrite: bool) -> bool:
-    """Whether a validation that was cut goes on in `folder`; ScenarioError where there is something else."""
+def assumed(document: Mapping[str, Any]) -> list[str]:
+    """What was taken for granted, a line each with its number of rows."""
+    found = document["coverage"]["assumptions"].items()
+    return [f"{number:,} row{'s' if number > 1 else ''}: {what}." for what, number in found]
+
+
+def check_folder(folder: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> bool:
+    """Whether a validation that was cut goes on in `folder`; ScenarioError where there is something else.
+
+    None of the `inputs` may be what is written there, with `overwrite` neither.
+    """
+    written = {(folder / name).resolve() for name in (JOURNAL, REPORT, COMPARISONS)}
+    if lost := [path for path in inputs if path.resolve() in written]:
+        raise ScenarioError(Problem(f"results in {folder} would replace {lost[0]}", hint="name another folder"))
     if folder.exists() and not folder.is_dir():
         raise ScenarioError(Problem(f"{folder} is a file, and results go into a folder"))
     present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
