@@ -176,6 +176,7 @@ def _coverage(files: Sequence[PointFile], evaluated: Sequence[Evaluated]) -> dic
         files[0],
         num_rows=sum(file.num_rows for file in files),
         not_runnable=[row for file in files for row in file.not_runnable],
+        num_sampled=None if files[0].num_sampled is None else sum(file.num_sampled or 0 for file in files),
     )
     return coverage(whole, evaluated)
 
