@@ -187,7 +187,10 @@ def check(resolved: bool, **options: Any) -> None:
 @click.option("--pp", type=click.IntRange(1, 1024), default=1, help="Pipeline stages.")
 @click.option("--ep", type=click.IntRange(1, 4096), default=1, help="Ways to spread experts over ranks.")
 @click.option("--attn-dp", type=click.IntRange(1, 4096), default=1, help="Attention groups; sizes are those of one.")
-@click.option("--engine", help="The serving engine, for its host time and limits.")
+@click.option(
+    "--engine",
+    help="The serving engine, for its host time, kernels and limits; left out, the release of the operator tables.",
+)
 @click.option("--weights-dtype", default="auto", help="Dtype of the weights; auto is the checkpoint's.")
 @click.option("--kv-dtype", default="auto", help="Dtype of the KV cache; auto is 16 bits.")
 @click.option("--perf", default="", help="A performance model: kernels, roofline or 'steps: FILE'.")

@@ -23,7 +23,7 @@ from mist.model.quantization import UNKNOWN
 from mist.perf import Deployment, OperatorTime
 from mist.request import Step
 from mist.scenario import catalogue
-from mist.scenario.clients import DEFAULT_ENGINE, MAX_STEP_TOKENS, PerfList
+from mist.scenario.clients import MAX_STEP_TOKENS, PerfList
 from mist.scenario.named import Spec
 from mist.scenario.pricing import PREFERRED, host_beside, price
 from mist.scenario.source import override, read_mapping
@@ -31,6 +31,9 @@ from mist.scenario.source import override, read_mapping
 _PERF_LIST: TypeAdapter[list[Spec]] = TypeAdapter(PerfList)
 _TERM = re.compile(r"(?:(?P<tokens>\d+)(?:@(?P<before>\d+))?|(?P<count>\d+)x(?P<context>\d+))", re.ASCII)
 _GRAMMAR = "terms joined by +: 512 or 512@1024 (a prefill of 512 tokens, 1,024 before it), 64x2048 (64 decodes)"
+
+#: the engine whose release the operator tables are of: kernels as measured
+TABLES_ENGINE = "vllm-0.24"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +157,7 @@ def explain_step(
     pp: int = 1,
     ep: int = 1,
     attn_dp: int = 1,
-    engine: str = DEFAULT_ENGINE,
+    engine: str = TABLES_ENGINE,
     weights_dtype: str = "auto",
     kv_dtype: str = "auto",
     perf: str = "",
