@@ -72,8 +72,8 @@ class KVCapacity:
 class EngineProfile:
     """An engine version: host time, defaults of its limits, memory rule. `sources` says where each figure is from.
 
-    `engine` and `first_version` say which releases it stands for, `first_date` from when on where only a date is known,
-    `harness` static_batch that it stands for a benchmark of single batches alone.
+    `engine`, `era` in words and `first_version` say which releases it stands for, `first_date` from when on where only
+    a date is known, `harness` static_batch that it stands for a benchmark of single batches alone.
     Host time: `step_overhead_ns` per step, `token_overhead_ns` per sequence that samples in it, `prefill_overhead_ns`
     more per step with prefills and `prefill_layer_overhead_ns` for each layer of the model then (what no graph replays
     the host launches); `overlapped` engines prepare a step while the device runs the one before, so that a step takes

@@ -76,6 +76,8 @@ def _model(model: Any) -> Row:
 
 def _engine(engine: Any) -> Row:
     return {
+        "engine": engine.engine,
+        "era": engine.era,
         "batching": engine.batching,
         "max_num_seqs": engine.max_num_seqs,
         "max_num_batched_tokens": engine.max_num_batched_tokens,
