@@ -16,6 +16,7 @@ from mist.hardware import Platform
 from mist.network import KVLink
 from mist.perf import Deployment
 from mist.perf.roofline import Roofline
+from mist.records import PREEMPTED
 from mist.request import Step
 from mist.scenario import catalogue
 from mist.speculation import Speculation
@@ -109,12 +110,17 @@ def test_room_for_drafts_is_reserved_too() -> None:
 
 
 def test_prompts_that_are_handed_over_reserve_their_own_room_alone() -> None:
-    profile = replace(engine(), reserves_output=True)
-    workload = table([0] * 8, [100] * 8, [400] * 8)
-    run = play(workload, num_clients=2, serves=[("prefill",), ("decode",)], num_blocks=40, engine_profile=profile,
-               policy=lambda: Chunked(max_num_batched_tokens=64, max_num_seqs=8), nic=KVLink(10, 1e9, 500))  # fmt: skip
-    assert run.records.requests.as_columns()["num_preemptions"].sum() == 0
-    assert run.coordinator.num_left == 8
+    def handed_over(**profile: Any) -> int:
+        run = play(table([0] * 6, [100] * 6, [30] * 6), num_clients=2, serves=[("prefill",), ("decode",)],
+                   num_blocks=10, engine_profile=replace(engine(), **profile), nic=KVLink(10, 1e9, 50_000),
+                   policy=lambda: Chunked(max_num_batched_tokens=64, max_num_seqs=8))  # fmt: skip
+        assert run.coordinator.num_left == 6
+        tasks = run.records.tasks.as_columns()
+        return int(((tasks["how"] == PREEMPTED) & (tasks["client"] == 0)).sum())
+
+    # a prompt of 7 blocks beside one that is being sent: the second starts, and doesn't fit
+    assert handed_over() > 0
+    assert handed_over(reserves_output=True) == 0
 
 
 def test_reserving_changes_nothing_where_there_is_room() -> None:

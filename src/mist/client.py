@@ -93,7 +93,7 @@ class Client:
         self.woken = False
         cohort = SpeculativeCohort(kv.block_size, speculation) if speculation else None
         self.residents = Residents(
-            kv, self._preempted, cohort, reserves_output=engine.reserves_output and DECODE in serves
+            kv, self._preempted, cohort, reserves_output=engine.reserves_output, generates=DECODE in serves
         )
         self._num_drafts = speculation.num_draft_tokens if speculation else 0
         self.view = ClientView(index, name, kv_blocks=kv.num_blocks)
