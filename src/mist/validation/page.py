@@ -242,7 +242,7 @@ only the text between `<!-- text -->` marks is written by hand. Errors are absol
 - **One row, one run.** Every point becomes a scenario from its columns alone; what they leave empty is the engine
   version's default. `mist validate points.csv` does it for any file of the same columns.
 - **Split.** A point is of the checking part where `zlib.crc32(point.encode()) % 5 < 2` of its name, with all its rows:
-  two of five. No constant that ships was fitted to it.
+  two of five. Fits left it out; what was set by hand with it in view is listed below the first table.
 - **Trust** A and B are judged, C is not. **Saturated** runs stand apart: an open loop or trace whose measured output
   rate is below 0.95 of what was offered (without a rate, whose mean TTFT exceeds 5 s), a closed loop with more tokens
   in flight than the KV cache holds, and every offline run.

@@ -12,7 +12,7 @@ from mist.validation.points import Point
 
 
 def is_checking(point: Point) -> bool:
-    """Whether `point` is of the checking part (two of five), which no shipped constant was fitted to."""
+    """Whether `point` is of the checking part (two of five), which fits of shipped constants leave out."""
     return is_checking_name(point.name)
 
 
