@@ -15,6 +15,7 @@ from mist.batching.chunked import Chunked
 from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.errors import InvariantError
+from mist.front_end import FrontEnd
 from mist.kernel import Kernel
 from mist.metrics import ClientInfo, summarise
 from mist.network import Channel, KVLink
@@ -347,21 +348,21 @@ def go_on_without_the_cache(patch: pytest.MonkeyPatch) -> None:
         task, here, following, there = transfer
         here.sent(task)
         following.queued_ns = now - 1
-        there.receive(following, now)
+        there.front_end.receive(following, now)
 
     patch.setattr(Coordinator, "_handed_over", early)
 
 
 def compute_the_context_again(patch: pytest.MonkeyPatch) -> None:
-    original = Client.receive
+    original = FrontEnd.receive
 
-    def receive(self: Client, task: Task, now: int) -> None:
+    def receive(self: FrontEnd, task: Task, now: int) -> None:
         if task.is_decode:
             task.computed_tokens = task.inherited_tokens = 0
             self.incoming_tokens += task.target_tokens
         original(self, task, now)
 
-    patch.setattr(Client, "receive", receive)
+    patch.setattr(FrontEnd, "receive", receive)
 
 
 SABOTAGES: dict[Sabotage, str] = {

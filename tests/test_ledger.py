@@ -14,6 +14,7 @@ from mist.client import Client
 from mist.cohort import Cohort
 from mist.coordinator import Coordinator
 from mist.errors import InvariantError
+from mist.front_end import FrontEnd
 from mist.kernel import FOREVER, Kernel
 from mist.ledger import Ledger
 from mist.memory.kv_cache import KVCache
@@ -138,10 +139,10 @@ def keep_a_task_that_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def miscount_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def miscount(result: Any, client: Client, *_: Any) -> None:
-        client.view.num_outstanding -= 1
+    def miscount(result: Any, front_end: FrontEnd, *_: Any) -> None:
+        front_end._client.view.num_outstanding -= 1
 
-    after(monkeypatch, Client, "accept", miscount)
+    after(monkeypatch, FrontEnd, "accept", miscount)
 
 
 def lose_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,11 +166,10 @@ def idle_with_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sleep_through_an_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
-    def doze(self: Client, task: Any, now: int) -> None:
-        del self.incoming[task]
-        self.residents.enqueue(task)
+    def doze(self: FrontEnd, task: Any, now: int) -> None:
+        self._let_in(task)
 
-    monkeypatch.setattr(Client, "_enqueue", doze)
+    monkeypatch.setattr(FrontEnd, "_enqueue", doze)
 
 
 def return_an_empty_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,12 +177,11 @@ def return_an_empty_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    def busy(self: Client, task: Any, now: int) -> None:
-        del self.incoming[task]
-        self.residents.enqueue(task)
-        self.kernel.wake(self)
+    def busy(self: FrontEnd, task: Any, now: int) -> None:
+        self._let_in(task)
+        self._client.kernel.wake(self._client)
 
-    monkeypatch.setattr(Client, "_enqueue", busy)
+    monkeypatch.setattr(FrontEnd, "_enqueue", busy)
 
 
 def end_a_step_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from kit import POLICIES, LinearSteps, Run, SmallScenario, engine, play, rows, table
 from mist.batching.chunked import Chunked
-from mist.client import Client
 from mist.errors import InvariantError, ScenarioError
+from mist.front_end import FrontEnd
 from mist.metrics import ClientInfo, summarise
 from mist.network import KVLink
 from mist.records import FINISHED, Records, Table
@@ -152,14 +152,15 @@ def test_fetches_of_one_client_queue_and_others_pass_them() -> None:
 
 
 def test_fetches_that_overlap_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Client._fetch
+    original = FrontEnd._fetch
 
-    def fetch(self: Client, task: Any, now: int) -> None:
-        assert self.host is not None
-        self.host._free_at = 0
+    def fetch(self: FrontEnd, task: Any, now: int) -> None:
+        host = self._client.host
+        assert host is not None
+        host._free_at = 0
         original(self, task, now)
 
-    monkeypatch.setattr(Client, "_fetch", fetch)
+    monkeypatch.setattr(FrontEnd, "_fetch", fetch)
     with pytest.raises(InvariantError, match="gpu-0: transfers overlap on one link"):
         play(table([0, 0], [100, 100], [1, 1], cached_tokens=[60, 60]), caching=True, host=HOST)
 

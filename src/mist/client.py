@@ -12,6 +12,7 @@ from typing import Protocol
 from mist.batching import BatchingPolicy
 from mist.engine import EngineProfile
 from mist.errors import InvariantError
+from mist.front_end import FrontEnd
 from mist.kernel import Kernel
 from mist.memory.kv_cache import KVCache
 from mist.network import HOST, Channel, KVLink
@@ -95,110 +96,33 @@ class Client:
         self.residents = Residents(
             kv, self._preempted, cohort, reserves_output=engine.reserves_output, generates=DECODE in serves
         )
-        self._num_drafts = speculation.num_draft_tokens if speculation else 0
+        self.num_drafts = speculation.num_draft_tokens if speculation else 0
         self.view = ClientView(index, name, kv_blocks=kv.num_blocks)
         self.nic = Channel(nic or KVLink(), index, kernel, records)
         self.host = Channel(host, HOST, kernel, records) if host else None
-        #: tasks of this client that don't wait yet: they or their KV cache are under way, or at the front end
-        self.incoming: dict[Task, None] = {}
-        #: tokens that these will have to compute
-        self.incoming_tokens = 0
+        self.front_end = FrontEnd(self)
         self.now = 0
         self.idle = True
-        self.step = Step(tokens_per_decode=1 + self._num_drafts)
+        self.step = Step(tokens_per_decode=1 + self.num_drafts)
         self._chunks: list[tuple[Task, int]] = []
         self._step_row = (0, 0)
-        self._front_end_free_ns = 0
         self._append_step = records.steps.append
         self._append_task = records.tasks.append
-        self._stage_kind = {kind: i for i, kind in enumerate(records.stage_kinds)}
+        self.stage_kinds = {kind: i for i, kind in enumerate(records.stage_kinds)}
         self._step_ns = engine.step_overhead_ns
         self._prefill_ns = engine.prefill_overhead_ns
         self._token_ns = engine.token_overhead_ns
-        #: arrived since the step in flight was decided, where the engine decides on the next one at its start
-        self._unseen: list[Task] = []
 
     @property
     def _policy(self) -> str:
         return f"{type(self.batching).__name__} of {self.name}"
-
-    # --- tasks come in ---
-
-    def accept(self, task: Task, now: int) -> None:
-        """Take a task over; it waits once the engine's front end has let it in, or is rejected with the reason."""
-        if self.expect(task, now):
-            self.receive(task, now)
-
-    def expect(self, task: Task, now: int) -> bool:
-        """Whether `task` may come, and counts as this client's from now on; it is rejected with the reason if not."""
-        reason = self._never_fits(task)
-        if reason:
-            self.coordinator.rejected(task, self, reason, now)
-            return False
-        self.view.num_outstanding += 1
-        self.incoming[task] = None
-        self.incoming_tokens += task.remaining_tokens
-        return True
-
-    def receive(self, task: Task, now: int) -> None:
-        """An expected task is here: it passes the front end, then its prefix is fetched, then it waits."""
-        engine = self.engine
-        self._front_end_free_ns = begin = max(now, self._front_end_free_ns)
-        self._front_end_free_ns += engine.request_serial_ns
-        took = engine.request_overhead_ns + engine.prompt_token_overhead_ns * task.request.input_tokens
-        ready = max(begin + took, self._front_end_free_ns)
-        if ready > now:
-            self.kernel.at(ready, self._fetch, task)
-        else:
-            self._fetch(task, now)
-
-    def _fetch(self, task: Task, now: int) -> None:
-        if self.host is not None and task.remaining_tokens:
-            num_tokens = self.residents.kv.stated_hit(task)
-            if num_tokens:
-                self.host.send(task.request.index, self.index, num_tokens, self._enqueue, task, now)
-                return
-        self._enqueue(task, now)
-
-    def _enqueue(self, task: Task, now: int) -> None:
-        if self.engine.async_scheduling and not self.idle:
-            self._unseen.append(task)
-            return
-        del self.incoming[task]
-        self.incoming_tokens -= task.remaining_tokens
-        self.residents.enqueue(task)
-        if self.idle:
-            self.waker.wake(self)
-
-    def _see(self) -> None:
-        """The next batch may hold what arrived before this one was decided."""
-        for task in self._unseen:
-            del self.incoming[task]
-            self.incoming_tokens -= task.remaining_tokens
-            self.residents.enqueue(task)
-        self._unseen.clear()
-
-    def _never_fits(self, task: Task) -> str:
-        # The client generates, so it may compare the true length with its memory, as an engine does with max_tokens.
-        generates = DECODE in self._stage_kind and DECODE in self.serves
-        output = task.request.oracle_output_tokens if generates else 0
-        if task.target_tokens + output > self.max_model_len:
-            return f"more tokens than max_model_len {self.max_model_len:,} of {self.name}"
-        kv = self.residents.kv
-        in_cache = task.target_tokens + max(0, output - 1)  # the last token is never computed
-        if output > 1:
-            in_cache += self._num_drafts  # of the step that ends it
-        if kv.blocks_for(in_cache) + kv.watermark_blocks > kv.num_blocks:
-            capacity = (kv.num_blocks - kv.watermark_blocks) * kv.block_size
-            return f"more tokens than the KV cache of {self.name} holds ({capacity:,})"
-        return ""
 
     def refresh_view(self) -> ClientView:
         """The router's view of this client, brought up to date."""
         view, residents = self.view, self.residents
         view.num_running = len(residents.running)
         view.num_waiting = view.num_outstanding - view.num_running
-        view.pending_prefill_tokens = residents.pending_tokens + self.incoming_tokens
+        view.pending_prefill_tokens = residents.pending_tokens + self.front_end.incoming_tokens
         view.decode_context = residents.cohort.sum_context
         view.kv_blocks_used = residents.kv.used
         return view
@@ -228,8 +152,8 @@ class Client:
         if residents.handed_over:
             self._take_over(now)
         batch = self.batching.next_batch(residents, cohort, residents, now)
-        if self._unseen:
-            self._see()
+        if self.front_end.unseen:
+            self.front_end.see()
             if isinstance(batch, Wait):
                 return self.begin_step(now)
         if type(batch) is not Batch:
@@ -253,9 +177,9 @@ class Client:
         host = self._step_ns + self._token_ns * step.num_sampled
         if step.chunks:
             host += self._prefill_ns
-        if self._num_drafts:  # they cost the host next to nothing
-            step.num_sampled += step.num_decodes * self._num_drafts
-            step.decode_context += step.num_decodes * self._num_drafts
+        if self.num_drafts:  # they cost the host next to nothing
+            step.num_sampled += step.num_decodes * self.num_drafts
+            step.decode_context += step.num_decodes * self.num_drafts
         device = self.perf.step_time(step)
         if self.watcher is not None:
             self.watcher.step_started(self, step, device, self.now)
@@ -409,7 +333,7 @@ class Client:
             self._record_segment(task, now, CUT)
             if task.join_step >= 0:
                 task.generated_tokens += residents.cohort.generated(task)
-        return [*tasks, *self.incoming]
+        return [*tasks, *self.front_end.incoming]
 
     def _record_segment(self, task: Task, now: int, how: int) -> None:
         computed = task.computed_tokens - task.cached_tokens - task.inherited_tokens
@@ -418,7 +342,7 @@ class Client:
         last_step = cohort.step if has_joined else -1
         generated = (task.joined_ns >= 0) + (cohort.generated(task) if has_joined else 0)
         self._append_task(
-            (task.request.index, task.stage_index, self._stage_kind[task.stage.kind], self.index,
+            (task.request.index, task.stage_index, self.stage_kinds[task.stage.kind], self.index,
              task.queued_ns, task.started_ns, task.joined_ns, now, how,
              computed, task.cached_tokens, task.join_step, last_step, generated)
         )  # fmt: skip

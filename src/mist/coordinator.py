@@ -106,7 +106,7 @@ class Coordinator:
     def hand_over(self, task: Task, following: Task, client: Client, now: int) -> bool:
         """The KV cache of `task` goes from `client` to one that decodes on; False: it can't, and the request left."""
         there = self._choose(following, now)
-        if not there.expect(following, now):
+        if not there.front_end.expect(following, now):
             return False
         transfer = (task, client, following, there)
         client.nic.send(task.request.index, there.index, following.target_tokens, self._handed_over, transfer, now)
@@ -116,7 +116,7 @@ class Coordinator:
         task, here, following, there = transfer
         here.sent(task)
         following.queued_ns = now
-        there.receive(following, now)
+        there.front_end.receive(following, now)
 
     def advance(self, request: Request, result: StageResult | None, here: Client | None, now: int) -> Task | None:
         """Ask for the next stage and place it; a decode is returned, to go on where its prefill left the KV cache."""
@@ -135,7 +135,7 @@ class Coordinator:
             if here is None:
                 raise InvariantError(f"request {request.index}: a decode must follow a stage that leaves a KV cache")
             return task
-        self._choose(task, now).accept(task, now)
+        self._choose(task, now).front_end.accept(task, now)
         return None
 
     def _choose(self, task: Task, now: int) -> Client:

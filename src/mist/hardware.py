@@ -53,6 +53,7 @@ class Device:
     every pair talks at full rate (NVSwitch, full mesh), so that small all-reduces need no ring.
     `inter_node_bytes_per_s`, `inter_node_latency_ns`: a device's share of the network between such domains.
     `host_link_bytes_per_s`, `host_link_latency_ns`: large copies from host memory, as measured and not the link's peak.
+    `num_cores`: cores of a CPU; 0 for an accelerator.
     `efficiency`: fraction of peak by operator class; a key with a suffix (`gemm_fp8`, `attention_decode_fp8`,
     `allreduce_8` for eight ranks) overrides its class there. `kernel_launch_ns`: fixed time of a kernel, same keys.
     `attention_ramp_tokens`: context tokens that every new token costs in prefill attention on top of its true context
@@ -74,6 +75,7 @@ class Device:
     host_link_bytes_per_s: float = GENERIC_HOST_LINK_BYTES_PER_S
     host_link_latency_ns: int = GENERIC_HOST_LINK_LATENCY_NS
     tdp_w: float | None = None
+    num_cores: int = 0
     efficiency: Mapping[str, float] = field(default_factory=dict)
     kernel_launch_ns: Mapping[str, float] = field(default_factory=dict)
     attention_ramp_tokens: float = GENERIC_RAMP_TOKENS
@@ -320,7 +322,7 @@ class MappingReader:
 _QUANTITIES = {
     "memory_bytes": 1, "memory_bytes_per_s": 1, "link_bytes_per_s": 1, "link_latency_ns": 0, "scale_up_domain": 1,
     "inter_node_bytes_per_s": 1, "inter_node_latency_ns": 0, "host_link_bytes_per_s": 1, "host_link_latency_ns": 0,
-    "tdp_w": 1, "attention_ramp_tokens": 0,
+    "tdp_w": 1, "attention_ramp_tokens": 0, "num_cores": 0,
 }  # fmt: skip
 
 
@@ -331,7 +333,7 @@ def _parser(key: str) -> tuple[bool, Callable[[str], float] | None]:
         return True, parse_bytes
     if key.endswith("_ns"):
         return True, parse_time_ns
-    return "max_num" in key or key in ("scale_up_domain", "block_size"), None
+    return "max_num" in key or key in ("scale_up_domain", "block_size", "num_cores"), None
 
 
 def _is_class(name: str, classes: Mapping[str, float]) -> bool:

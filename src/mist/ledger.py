@@ -61,7 +61,7 @@ class Ledger:
         for client in self.clients:
             residents = client.residents
             incoming = client.view.num_outstanding - len(residents.running) - residents.num_waiting
-            self._equal(f"{client.name}: incoming tasks", incoming, len(client.incoming))
+            self._equal(f"{client.name}: incoming tasks", incoming, len(client.front_end.incoming))
             at_front_end = incoming - under_way[client.index]
             possible = at_front_end == 0 or (at_front_end > 0 and client.engine.has_front_end)
             self._true(possible, f"{client.name}: {at_front_end} tasks at the front end")

@@ -6,7 +6,7 @@ steps. These objects hold numbers only: they never schedule, route or look at a 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 
 PREFILL = "prefill"
@@ -17,24 +17,36 @@ DECODE = "decode"
 class Stage:
     """One piece of a request's work.
 
-    `input_tokens`: tokens of context that must be in the KV cache when the stage ends (prefill).
-    `oracle_output_tokens`: tokens that a decode generates, the one sampled by its prefill included; only the
-    client that generates may read it. `visible`: whether its tokens are streamed to the user (they make the TTFT).
+    `input_tokens`: tokens of context that must be in the KV cache when the stage ends (prefill), the queries of a
+    search, the tokens of a text that a host works on. `oracle_output_tokens`: tokens that it generates, the one sampled
+    by its prefill included; only the client that generates may read it. A decode has no input of its own: it goes on
+    where the stage before left the KV cache. Any other stage with both computes its input and generates on one client.
+    `visible`: whether its tokens are streamed to the user (they make the TTFT).
+    `num_sequences`: equal sequences that the input is spread over, which don't attend to each other: the candidates
+    that a re-ranker reads. `found_tokens`: tokens at the front of the input whose KV cache the stage before has found:
+    it is sent along and not computed. `input_bytes`: what else is sent from the client of the stage before.
     """
 
     kind: str
     input_tokens: int = 0
     oracle_output_tokens: int = 0
     visible: bool = True
+    num_sequences: int = 1
+    found_tokens: int = 0
+    input_bytes: int = 0
 
 
 @dataclass(slots=True)
 class StageResult:
-    """What a pipeline gets back from a stage: when it began and ended (ns) and the tokens it generated."""
+    """What a pipeline gets back from a stage: when it began and ended (ns) and the tokens it generated.
+
+    `found_tokens`: tokens at the front of the prompt whose KV cache a KV store has.
+    """
 
     start_ns: int
     end_ns: int
     output_tokens: int = 0
+    found_tokens: int = 0
 
 
 Pipeline = Generator[Stage, StageResult, None]
@@ -47,6 +59,7 @@ class Request:
     `block_keys` are the prompt's prefix hashes, each chained through its parent, one per `hash_block_size` tokens
     of the workload; empty where the content is unknown (nothing is then shared with other requests). `hit_tokens`:
     tokens at the front of the prompt that the workload says are in the prefix cache, whatever their content.
+    `sizes`: what else the workload tells of this request, by name, such as `query_tokens` or `passage_tokens`.
     """
 
     index: int
@@ -55,6 +68,7 @@ class Request:
     oracle_output_tokens: int
     block_keys: tuple[int, ...] = ()
     hit_tokens: int = 0
+    sizes: Mapping[str, int] = field(default_factory=dict)
     # progress
     first_token_ns: int = -1
     output_tokens: int = 0
@@ -128,7 +142,7 @@ class Step:
     as (new tokens c, context s already in the KV cache). `num_sampled` rows go through the classifier: every token of a
     decode, and one of each prefill that ends in this step.
     `shared_tokens`: where attention groups share the experts, the mean of all groups' tokens in this common step,
-    rounded up; 0 stands for this group's own number.
+    rounded up; 0 stands for this group's own number. `kinds`: where no model is run, the stage kind of each chunk.
     """
 
     num_decodes: int = 0
@@ -138,6 +152,7 @@ class Step:
     num_sampled: int = 0
     tokens_per_decode: int = 1
     shared_tokens: int = 0
+    kinds: list[str] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

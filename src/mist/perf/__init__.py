@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from mist.hardware import Platform
+from mist.hardware import Device, Platform
 from mist.model import ACTIVATION_BYTES, DTYPE_BYTES, ModelSpec
 from mist.request import Step
 
@@ -117,6 +117,72 @@ class OperatorTime:
     def efficiency(self) -> float | None:
         """Floor over time; None where it took none."""
         return self.floor_ns / self.time_ns if self.time_ns else None
+
+
+@dataclass(frozen=True, slots=True)
+class HostDeployment:
+    """What a host-side model is prepared for: `num_cores` cores of a CPU `device`, batches of `max_num_seqs` tasks.
+
+    Its memory is the device's, at its data-sheet bandwidth; `num_cores` is at most the device's own.
+    """
+
+    device: Device
+    num_cores: int
+    max_num_seqs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a step asks of a host that others share: `core_ns` of work, on up to `num_cores` cores, and DRAM traffic."""
+
+    core_ns: int = 0
+    num_cores: int = 1
+    dram_bytes: int = 0
+
+
+class HostModel(Protocol):
+    """A performance model of work that needs no neural network: a vector index, a tokeniser. Kind `perf`, as others.
+
+    A step is a batch of tasks: a chunk (input tokens, 0) for each, its stage's kind in `Step.kinds`. The input of a
+    search is a number of queries.
+    """
+
+    @property
+    def kinds(self) -> tuple[str, ...] | None:
+        """The stage kinds that it can price; None for any."""
+        ...
+
+    def supports(self, deployment: HostDeployment) -> str | None:
+        """None if it can price this deployment's steps, else the reason why not."""
+        ...
+
+    def prepare(self, deployment: HostDeployment) -> None:
+        """Build what `step_time` needs; called once, before any step."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """What it keeps in the host's memory, such as an index."""
+        ...
+
+    def step_time(self, step: Step) -> int:
+        """Time of `step` in ns where nothing else uses the host; at least `floor_time(step)`."""
+        ...
+
+    def floor_time(self, step: Step) -> int:
+        """What no host of these data-sheet peaks can beat, in ns."""
+        ...
+
+    def demand(self, step: Step) -> Demand:
+        """What `step` takes of the host's cores and DRAM channels while it runs."""
+        ...
+
+    def explain(self, step: Step) -> list[OperatorTime]:
+        """The parts of `step` in order; their times sum to `step_time` within its rounding to 1 ns."""
+        ...
+
+    def provenance(self) -> dict[str, float]:
+        """Share of the answered time by origin; the keys are among `ORIGINS`."""
+        ...
 
 
 class PerfModel(Protocol):

@@ -6,7 +6,7 @@ has the same sizes under every policy (common random numbers).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +26,7 @@ class RequestTable:
     content *and* equal prefix), one per `hash_block_size` tokens, the last perhaps partial; None where the workload
     tells nothing of content. `cached_tokens`: int64[n], tokens at the front of each prompt that are found in the prefix
     cache without any keys, all but one of it at most; None where none are.
+    `sizes`: int64[n] by name, what else is known of each request, for its pipeline (`query_tokens`, `passage_tokens`).
     `notes` are what the reader of a result should know of the workload, as sentences.
     """
 
@@ -37,6 +38,7 @@ class RequestTable:
     concurrency: int | None = None
     notes: tuple[str, ...] = ()
     cached_tokens: IntArray | None = None
+    sizes: dict[str, IntArray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.input_tokens)

@@ -1,0 +1,104 @@
+"""The front end of a client: what a task passes before it waits for the scheduler.
+
+It turns away what can never fit, takes the engine's time to read a request, and fetches prefixes that are kept outside
+device memory. It never decides what runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mist.request import DECODE, Task
+
+if TYPE_CHECKING:
+    from mist.client import Client
+
+
+class FrontEnd:
+    """Tasks on their way to the queue of `client`, to which all of this belongs."""
+
+    __slots__ = ("_client", "_free_ns", "incoming", "incoming_tokens", "unseen")
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._free_ns = 0
+        #: tasks of this client that don't wait yet: they or their KV cache are under way, or here
+        self.incoming: dict[Task, None] = {}
+        #: tokens that these will have to compute
+        self.incoming_tokens = 0
+        #: arrived since the step in flight was decided, where the engine decides on the next one at its start
+        self.unseen: list[Task] = []
+
+    def accept(self, task: Task, now: int) -> None:
+        """Take a task over; it waits once the front end has let it in, or is rejected with the reason."""
+        if self.expect(task, now):
+            self.receive(task, now)
+
+    def expect(self, task: Task, now: int) -> bool:
+        """Whether `task` may come, and counts as the client's from now on; it is rejected with the reason if not."""
+        client = self._client
+        reason = self._never_fits(task)
+        if reason:
+            client.coordinator.rejected(task, client, reason, now)
+            return False
+        client.view.num_outstanding += 1
+        self.incoming[task] = None
+        self.incoming_tokens += task.remaining_tokens
+        return True
+
+    def receive(self, task: Task, now: int) -> None:
+        """An expected task is here: it passes the front end, then its prefix is fetched, then it waits."""
+        engine = self._client.engine
+        self._free_ns = begin = max(now, self._free_ns)
+        self._free_ns += engine.request_serial_ns
+        took = engine.request_overhead_ns + engine.prompt_token_overhead_ns * task.request.input_tokens
+        ready = max(begin + took, self._free_ns)
+        if ready > now:
+            self._client.kernel.at(ready, self._fetch, task)
+        else:
+            self._fetch(task, now)
+
+    def see(self) -> None:
+        """The next batch may hold what arrived before this one was decided."""
+        for task in self.unseen:
+            self._let_in(task)
+        self.unseen.clear()
+
+    def _fetch(self, task: Task, now: int) -> None:
+        client = self._client
+        if client.host is not None and task.remaining_tokens:
+            num_tokens = client.residents.kv.stated_hit(task)
+            if num_tokens:
+                client.host.send(task.request.index, client.index, num_tokens, self._enqueue, task, now)
+                return
+        self._enqueue(task, now)
+
+    def _enqueue(self, task: Task, now: int) -> None:
+        client = self._client
+        if client.engine.async_scheduling and not client.idle:
+            self.unseen.append(task)
+            return
+        self._let_in(task)
+        if client.idle:
+            client.waker.wake(client)
+
+    def _let_in(self, task: Task) -> None:
+        del self.incoming[task]
+        self.incoming_tokens -= task.remaining_tokens
+        self._client.residents.enqueue(task)
+
+    def _never_fits(self, task: Task) -> str:
+        client = self._client
+        # The client generates, so it may compare the true length with its memory, as an engine does with max_tokens.
+        generates = DECODE in client.stage_kinds and DECODE in client.serves
+        output = task.request.oracle_output_tokens if generates else 0
+        if task.target_tokens + output > client.max_model_len:
+            return f"more tokens than max_model_len {client.max_model_len:,} of {client.name}"
+        kv = client.residents.kv
+        in_cache = task.target_tokens + max(0, output - 1)  # the last token is never computed
+        if output > 1:
+            in_cache += client.num_drafts  # of the step that ends it
+        if kv.blocks_for(in_cache) + kv.watermark_blocks > kv.num_blocks:
+            capacity = (kv.num_blocks - kv.watermark_blocks) * kv.block_size
+            return f"more tokens than the KV cache of {client.name} holds ({capacity:,})"
+        return ""
