@@ -112,15 +112,17 @@ class _Bundle:
 class _Component:
     """Bundles that share channels, over some others perhaps, so that their rates depend on each other.
 
-    It has one event pending at `posted_ns`, not after `end_ns`, when the first of its flows ends.
+    Its rates are those of `shared_ns`; it has one event pending at `posted_ns`, not after `end_ns`, when the first of
+    its flows ends.
     """
 
-    __slots__ = ("bundles", "end_ns", "posted_ns")
+    __slots__ = ("bundles", "end_ns", "posted_ns", "shared_ns")
 
     def __init__(self) -> None:
         self.bundles: list[_Bundle] = []
         self.end_ns = FOREVER
         self.posted_ns = FOREVER
+        self.shared_ns = -1
 
 
 class Sharing:
@@ -156,7 +158,7 @@ class Sharing:
         for channel in limiting:
             if channel._bundles:
                 component = next(iter(channel._bundles)).component
-                if component.end_ns <= now:
+                if component.end_ns <= now and component.shared_ns < now:
                     self._end(component, now)
         for channel in channels:
             channel.num_flows += 1
@@ -189,7 +191,7 @@ class Sharing:
             if other is not component:
                 other.bundles, other.end_ns = [], FOREVER
                 bundle.component = component
-        component.bundles = bundles
+        component.bundles, component.shared_ns = bundles, now
         _fill(bundles)
         for bundle in bundles:
             bundle.proceed(bundle.fair, now)
