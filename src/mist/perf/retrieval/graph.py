@@ -34,7 +34,7 @@ class GraphSearch(Search):
     the way to the query's surroundings; by default what the upper levels of HNSW are worth; about 20 fit Vamana on 10 M
     vectors. `bytes_per_dim`: 4 for FP32, 1 where the vectors are quantised to 8 bits. `index_bytes`: where it is known,
     0 for the estimate.
-    `visited_exponent`: visited vectors are degree (num_hops + ef_search^visited_exponent).
+    `visited_exponent`: visited vectors are degree / 2 (num_hops + ef_search^visited_exponent).
     Rates of one core: `stream_bytes_per_s` of memory, `random_read_ns` until a vector arrives, as far as it isn't
     hidden by prefetching the next. They differ between implementations by several times, so give measured ones.
     """

@@ -35,7 +35,7 @@ class IvfPq(Search):
 
     `m` sub-quantisers of `bits` bits; 4 bits are FAISS's fast scan (look-ups in registers), with its own rate. `coarse`
     finds the lists: `flat` compares with every centroid, `hnsw` walks a graph of them (`hnsw_m`, `ef_search`), of which
-    it visits 2 m (log_m(n_list) / 2 + ef_search^visited_exponent).
+    it visits hnsw_m (log(n_list) / log(hnsw_m) + ef_search^visited_exponent).
     `opq_dim`: the dimension to which OPQ rotates a query first, 0 without. `k` results; `rerank_exact` best candidates
     are compared exactly, for which the FP32 vectors are kept in memory. `by_residual`: codes are of the difference to
     the centroid, so that each probed list needs look-up tables of its own. `id_bytes` of each vector are read with it.

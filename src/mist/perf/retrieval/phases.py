@@ -23,9 +23,9 @@ MIN_TABULATED_QUERIES = 64
 #: What a core reads of memory alone, in order, and a random read of which the latency is hidden in part: both fitted by
 #: studies/vector_search.py, the first to a published set of IVF-PQ times, the second to FAISS on azure-f32s-v2.
 STREAM_BYTES_PER_S = 8.5e9
-RANDOM_READ_NS = 65.0
+RANDOM_READ_NS = 150.0
 #: Vectors that a graph search visits grow as this power of ef_search, as ever fewer neighbours are new: likewise.
-VISITED_EXPONENT = 0.93
+VISITED_EXPONENT = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,20 +223,21 @@ def walk(
 
 
 def num_visited(num_vectors: int, ef_search: int, degree: int, num_hops: float, exponent: float) -> float:
-    """Vectors to which a graph search computes distances: degree x (hops + ef_search^exponent), at most all.
+    """Vectors to which a graph search computes distances: degree / 2 x (hops + ef_search^exponent), at most all.
 
-    It descends to the query's surroundings in `num_hops` nodes of `degree` neighbours and expands there as many nodes
-    as it keeps candidates, of which ever fewer neighbours are new.
+    It descends to the query's surroundings in `num_hops` vectors of `degree` neighbours and expands there as many as it
+    keeps candidates. Half of the neighbours are new (unverified: pruned lists aren't full, and some were seen before),
+    and the more candidates the fewer. Only visited vectors x time of a read can be fitted to throughputs.
     """
-    return min(float(num_vectors), degree * (num_hops + math.pow(ef_search, exponent)))
+    return min(float(num_vectors), degree / 2 * (num_hops + math.pow(ef_search, exponent)))
 
 
 def hnsw_hops(num_vectors: int, hnsw_m: int) -> float:
-    """Nodes of 2 m neighbours that the upper levels of HNSW are worth: log_m(N) levels, one node of m neighbours each.
+    """Vectors that the upper levels of HNSW are worth: log_m(N) levels, one vector of m new neighbours on each.
 
     Levels: Malkov and Yashunin, arXiv 1603.09320, section 4.1 (the normalisation 1 / ln m).
     """
-    return 0.5 * math.log(max(num_vectors, 2)) / math.log(hnsw_m)
+    return math.log(max(num_vectors, 2)) / math.log(hnsw_m)
 
 
 @cache

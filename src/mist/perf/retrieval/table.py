@@ -44,11 +44,12 @@ class SearchPoint(NamedTuple):
 class SearchTable(Search):
     """Measured throughputs, by `recall` or by the name of a `setting`; between two recalls log(QPS) is linear.
 
-    `points`: mappings of `queries_per_s` and `recall` or `setting`, or both; of two recalls the one with more queries
-    per second and more recall counts. They were measured with `num_threads` threads, all
-    of them busy. So a query is `num_threads` / QPS of work of one core, and a batch takes as long as the core with the
-    most queries: ceil(n / cores) times that. A batch smaller than the cores is no faster per query. `dram_bytes_per_query`: what others on the host lose, and a bound
-    of the memory's bandwidth; 0 where it isn't known. `index_bytes`: what the index takes in memory.
+    `points`: mappings of `queries_per_s` and `recall` or `setting`, or both; one that another beats in both recall and
+    throughput counts by its name alone. They were measured with `num_threads` threads, all of them busy. So a query is
+    `num_threads` / QPS of work of one core, and a batch takes as long as the core with the most queries: ceil(n /
+    cores) times that. A batch smaller than the cores is no faster per query.
+    `dram_bytes_per_query`: what others on the host lose, and a bound of the memory's bandwidth; 0 where it isn't known.
+    `index_bytes`: what the index takes in memory.
     """
 
     points: tuple[dict[str, float | str], ...]
