@@ -357,7 +357,7 @@ def compute_the_context_again(patch: pytest.MonkeyPatch) -> None:
     original = FrontEnd.receive
 
     def receive(self: FrontEnd, task: Task, now: int) -> None:
-        if task.is_decode:
+        if task.generates:
             task.computed_tokens = task.inherited_tokens = 0
             self.incoming_tokens += task.target_tokens
         original(self, task, now)
@@ -369,7 +369,7 @@ SABOTAGES: dict[Sabotage, str] = {
     keep_sent_blocks: "gpu-0: KV caches being sent: 2 is not 1",
     free_blocks_at_once: "gpu-0: KV blocks: .* is not",
     lose_a_transfer: "gpu-0: KV caches being sent: 2 is not 0",
-    leave_on_the_way: "requests in exactly one place: 2 is not 0",
+    leave_on_the_way: "tasks of requests: 0 is not 2",
     overlap_on_the_link: "gpu-0: transfers overlap on one link",
     go_on_without_the_cache: "decodes went on without their KV cache",
     compute_the_context_again: "tokens computed again without a preemption|tokens emitted|computed and found",

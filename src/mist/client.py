@@ -16,7 +16,7 @@ from mist.front_end import FrontEnd
 from mist.kernel import Kernel
 from mist.memory.kv_cache import KVCache
 from mist.network import HOST, Channel, KVLink
-from mist.perf import PerfModel
+from mist.perf import HostModel, PerfModel
 from mist.records import CUT, DONE, PREEMPTED, Records
 from mist.request import DECODE, PREFILL, Batch, ClientView, StageResult, Step, Task, Wait
 from mist.residents import Residents
@@ -69,7 +69,7 @@ class Client:
         *,
         serves: tuple[str, ...],
         batching: BatchingPolicy,
-        perf: PerfModel,
+        perf: PerfModel | HostModel,
         kv: KVCache,
         engine: EngineProfile,
         max_model_len: int,
@@ -108,6 +108,7 @@ class Client:
         self._step_row = (0, 0)
         self._append_step = records.steps.append
         self._append_task = records.tasks.append
+        self._tells_kinds = hasattr(perf, "demand")
         self.stage_kinds = {kind: i for i, kind in enumerate(records.stage_kinds)}
         self._step_ns = engine.step_overhead_ns
         self._prefill_ns = engine.prefill_overhead_ns
@@ -210,6 +211,10 @@ class Client:
     def _fill_chunks(self, chunks: list[tuple[Task, int]], now: int) -> None:
         step = self.step
         step.chunks = [(num_tokens, task.computed_tokens) for task, num_tokens in chunks]
+        if any(task.stage.num_sequences > 1 for task, _ in chunks):
+            step.chunks = [part for task, num_tokens in chunks for part in task.sequences(num_tokens)]
+        if self._tells_kinds:
+            step.kinds = [task.stage.kind for task, _ in chunks]
         for task, num_tokens in chunks:
             if task.admission < 0:
                 story = f"request {task.request.index}"
@@ -218,7 +223,7 @@ class Client:
             if task.started_ns < 0:
                 task.started_ns = now
             if task.computed_tokens + num_tokens == task.target_tokens:
-                step.num_sampled += 1
+                step.num_sampled += task.stage.num_sequences
 
     def _ends_a_task(self) -> bool:
         cohort = self.residents.cohort
@@ -244,8 +249,8 @@ class Client:
     # --- tasks move on ---
 
     def _target_reached(self, task: Task, now: int) -> None:
-        """All of a task's target is computed: a decode has sampled one token and goes on, anything else is done."""
-        if task.is_decode:
+        """All of a task's target is computed: one that generates has sampled a token and goes on, others are done."""
+        if task.generates:
             self._join(task, now)
             return
         result = StageResult(task.started_ns, now)
@@ -320,7 +325,7 @@ class Client:
         self._record_segment(task, self.now, PREEMPTED)
         task.queued_ns = self.now
         task.started_ns = task.joined_ns = -1
-        task.cached_tokens = task.inherited_tokens = 0
+        task.cached_tokens = task.inherited_tokens = task.found_tokens = 0
 
     def cut(self, now: int) -> list[Task]:
         """The simulation stops at `now`: close the segments of all tasks here, and return them and those to come."""

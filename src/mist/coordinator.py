@@ -16,9 +16,11 @@ from mist.errors import InvariantError
 from mist.kernel import Kernel
 from mist.pipeline import PipelineFactory
 from mist.records import FINISHED, REJECTED, UNFINISHED, Records
-from mist.request import DECODE, ClientView, Request, StageResult, Task
+from mist.request import DECODE, All, Branch, ClientView, Join, Pipeline, Request, Stage, StageResult, Task
 from mist.routing import RoutingPolicy
 from mist.workload import RequestTable
+
+_NO_SIZES: Mapping[str, int] = {}
 
 
 class Coordinator:
@@ -47,12 +49,15 @@ class Coordinator:
         self.on_progress: Callable[[int], None] | None = None
         self.num_arrived = 0
         self.num_left = 0
+        #: tasks that are placed and not over
+        self.num_tasks = 0
         self._num_posted = 0
         self._reasons: dict[str, int] = {}
         self._serving = {kind: [c for c in clients if kind in c.serves] for kind in pipeline.kinds}
         self._arrival_ns: list[int] = workload.arrival_ns.tolist()
         self._input_tokens: list[int] = workload.input_tokens.tolist()
         self._output_tokens: list[int] = workload.output_tokens.tolist()
+        self._sizes = tuple(workload.sizes.items())
         self._hit_tokens: list[int] | None = None if workload.cached_tokens is None else workload.cached_tokens.tolist()
         for client in clients:
             client.coordinator = self
@@ -88,20 +93,85 @@ class Coordinator:
             self._output_tokens[index],
             keys[index] if keys is not None else (),
             self._hit_tokens[index] if self._hit_tokens is not None else 0,
+            {name: int(column[index]) for name, column in self._sizes} if self._sizes else _NO_SIZES,
         )
-        request.pipeline = self.pipeline(request, lambda: self.rng_of(index))
         self.in_system[index] = request
         self.num_arrived += 1
-        self.advance(request, None, None, now)
+        branch = Branch(request, self.pipeline(request, lambda: self.rng_of(index)), now)
+        self._start(branch, None, None, now)
 
     # --- stage to stage ---
 
     def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Task | None:
         """`task` ended on `client`; the decode that is to go on with its KV cache, or None."""
-        request = task.request
-        if task.stage.visible:
+        request, stage, branch = task.request, task.stage, task.branch
+        assert branch is not None
+        if stage.visible:
             request.output_tokens += result.output_tokens
-        return self.advance(request, result, client, now)
+        if stage.gates:
+            request.gate_ns = now
+        request.num_tasks -= 1
+        self.num_tasks -= 1
+        return self.advance(branch, result, client, now)
+
+    def advance(self, branch: Branch, result: StageResult | None, here: Client | None, now: int) -> Task | None:
+        """Ask for the next stage and place it; a decode is returned, to go on where its prefill left the KV cache."""
+        request, pipeline = branch.request, branch.pipeline
+        if request.rejected_for:
+            self._leave_rejected(request, now)
+            return None
+        branch.last = result
+        try:
+            stage = next(pipeline) if result is None else pipeline.send(result)
+            while not isinstance(stage, All) and not stage.has_work:
+                branch.last = StageResult(now, now)
+                stage = pipeline.send(branch.last)  # no work is no stage
+        except StopIteration as end:
+            self._ended(branch, end.value or branch.last or StageResult(now, now), here, now)
+            return None
+        if isinstance(stage, All):
+            self._fork(branch, stage, here, now)
+            return None
+        task = Task(request, stage, request.num_stages, stage.input_tokens, now, branch)
+        request.num_stages += 1
+        request.num_tasks += 1
+        self.num_tasks += 1
+        if stage.kind == DECODE and not stage.input_tokens:
+            if here is None:
+                raise InvariantError(f"request {request.index}: a decode must follow a stage that leaves a KV cache")
+            return task
+        self._choose(task, now).front_end.accept(task, now)
+        return None
+
+    def _start(self, branch: Branch, result: StageResult | None, here: Client | None, now: int) -> None:
+        """Go on where no KV cache is at hand: at a pipeline's begin, or after branches have joined."""
+        if self.advance(branch, result, None if result is None else here, now) is not None:
+            story = f"request {branch.request.index}"
+            raise InvariantError(f"{story}: a decode must directly follow the stage that leaves its KV cache")
+
+    def _fork(self, branch: Branch, fork: All, here: Client | None, now: int) -> None:
+        join = Join(branch, [None] * len(fork.branches), len(fork.branches))
+        if not fork.branches:
+            self._start(branch, StageResult(now, now), here, now)
+        for place, part in enumerate(fork.branches):
+            if branch.request.rejected_for:
+                return
+            pipeline = _only(part) if isinstance(part, Stage) else part
+            self._start(Branch(branch.request, pipeline, now, join, place), None, here, now)
+
+    def _ended(self, branch: Branch, result: StageResult, here: Client | None, now: int) -> None:
+        """A pipeline is over: its request leaves, or what waits for all branches has one less to wait for."""
+        join = branch.joins
+        if join is None:
+            self._leave(branch.request, FINISHED, now)
+            return
+        join.results[branch.place] = result
+        join.num_open -= 1
+        if not join.num_open:
+            parts = tuple(part for part in join.results if part is not None)
+            start, end = min(part.start_ns for part in parts), max(part.end_ns for part in parts)
+            tokens = sum(part.output_tokens for part in parts)
+            self._start(join.branch, StageResult(start, end, tokens, parts=parts), here, now)
 
     def hand_over(self, task: Task, following: Task, client: Client, now: int) -> bool:
         """The KV cache of `task` goes from `client` to one that decodes on; False: it can't, and the request left."""
@@ -117,26 +187,6 @@ class Coordinator:
         here.sent(task)
         following.queued_ns = now
         there.front_end.receive(following, now)
-
-    def advance(self, request: Request, result: StageResult | None, here: Client | None, now: int) -> Task | None:
-        """Ask for the next stage and place it; a decode is returned, to go on where its prefill left the KV cache."""
-        pipeline = request.pipeline
-        assert pipeline is not None
-        try:
-            stage = next(pipeline) if result is None else pipeline.send(result)
-            while not stage.input_tokens and not stage.oracle_output_tokens:
-                stage = pipeline.send(StageResult(now, now))  # no work is no stage
-        except StopIteration:
-            self._leave(request, FINISHED, now)
-            return None
-        task = Task(request, stage, request.num_stages, stage.input_tokens, now)
-        request.num_stages += 1
-        if stage.kind == DECODE:
-            if here is None:
-                raise InvariantError(f"request {request.index}: a decode must follow a stage that leaves a KV cache")
-            return task
-        self._choose(task, now).front_end.accept(task, now)
-        return None
 
     def _choose(self, task: Task, now: int) -> Client:
         kind = task.stage.kind
@@ -166,10 +216,18 @@ class Coordinator:
     # --- requests leave ---
 
     def rejected(self, task: Task, client: Client, reason: str, now: int) -> None:
-        """`client` can never serve `task`: its request leaves, with the reason."""
+        """`client` can never serve `task`: its request leaves with the reason, once its other tasks are over."""
+        request = task.request
         if task.stage.visible:
-            task.request.output_tokens += task.generated_tokens
-        self._leave(task.request, REJECTED, now, reason)
+            request.output_tokens += task.generated_tokens
+        request.num_tasks -= 1
+        self.num_tasks -= 1
+        request.rejected_for = request.rejected_for or reason
+        self._leave_rejected(request, now)
+
+    def _leave_rejected(self, request: Request, now: int) -> None:
+        if not request.num_tasks:
+            self._leave(request, REJECTED, now, request.rejected_for)
 
     def cut(self, now: int) -> None:
         """The run stops at `now`: requests still in the system leave as unfinished."""
@@ -182,12 +240,14 @@ class Coordinator:
 
     def _leave(self, request: Request, status: int, now: int, reason: str = "") -> None:
         del self.in_system[request.index]
-        request.pipeline = None
         self.num_left += 1
+        first_token_ns = request.first_token_ns
+        if 0 <= first_token_ns < request.gate_ns:
+            first_token_ns = request.gate_ns
         if self.on_progress is not None and not self.num_left & 0xFF:
             self.on_progress(self.num_left)
         self.records.requests.append(
-            (request.index, request.arrival_ns, request.first_token_ns, now, status, self._reason(reason),
+            (request.index, request.arrival_ns, first_token_ns, now, status, self._reason(reason),
              request.input_tokens, request.output_tokens, request.cached_tokens, request.num_preemptions)
         )  # fmt: skip
         if self.workload.concurrency is not None and status != UNFINISHED and self._num_posted < len(self.workload):
@@ -200,3 +260,9 @@ class Coordinator:
         if index == len(self.records.reasons):
             self.records.reasons.append(reason)
         return index
+
+
+def _only(stage: Stage) -> Pipeline:
+    """A pipeline of one stage."""
+    result = yield stage
+    return result

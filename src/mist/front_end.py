@@ -51,7 +51,8 @@ class FrontEnd:
         engine = self._client.engine
         self._free_ns = begin = max(now, self._free_ns)
         self._free_ns += engine.request_serial_ns
-        took = engine.request_overhead_ns + engine.prompt_token_overhead_ns * task.request.input_tokens
+        num_tokens = task.stage.input_tokens or task.request.input_tokens
+        took = engine.request_overhead_ns + engine.prompt_token_overhead_ns * num_tokens
         ready = max(begin + took, self._free_ns)
         if ready > now:
             self._client.kernel.at(ready, self._fetch, task)
@@ -90,9 +91,10 @@ class FrontEnd:
     def _never_fits(self, task: Task) -> str:
         client = self._client
         # The client generates, so it may compare the true length with its memory, as an engine does with max_tokens.
-        generates = DECODE in client.stage_kinds and DECODE in client.serves
-        output = task.request.oracle_output_tokens if generates else 0
-        if task.target_tokens + output > client.max_model_len:
+        stage = task.stage
+        decodes = DECODE in client.stage_kinds and DECODE in client.serves
+        output = stage.oracle_output_tokens or (task.request.oracle_output_tokens if decodes else 0)
+        if -(-task.target_tokens // stage.num_sequences) + output > client.max_model_len:
             return f"more tokens than max_model_len {client.max_model_len:,} of {client.name}"
         kv = client.residents.kv
         in_cache = task.target_tokens + max(0, output - 1)  # the last token is never computed

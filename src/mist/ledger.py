@@ -22,7 +22,7 @@ from mist.records import FINISHED, PREEMPTED, Records
 from mist.request import DECODE, Step, Task, Wait
 from mist.speculation import PACE_BITS, SpeculativeCohort
 
-#: waiting tasks above which they are recounted only every that many steps
+#: waiting tasks, or requests, above which they are recounted only every that many steps or instants
 LONG_QUEUE = 256
 
 
@@ -34,7 +34,7 @@ class Ledger:
         self.clients = clients
         self.records = records
         self.num_checks = 0
-        self._num_steps = 0
+        self._num_steps = self._num_instants = 0
         self._now = 0
         self._busy_until = [0] * len(clients)
         self._device_until = [0] * len(clients)
@@ -44,10 +44,16 @@ class Ledger:
             client.watcher = self
 
     def check_instant(self, now: int) -> None:
-        """requests and tasks, and places: each request in the system is one client's task, perhaps on its way there."""
+        """requests, tasks and places: each task is one client's, perhaps on its way; each request has one or more."""
         self.check_requests(now)
         placed = sum(client.view.num_outstanding for client in self.clients)
-        self._equal("requests in exactly one place", placed, len(self.coordinator.in_system))
+        self._equal("tasks in exactly one place", placed, self.coordinator.num_tasks)
+        self._num_instants += 1
+        in_system = self.coordinator.in_system.values()
+        if len(in_system) > LONG_QUEUE and self._num_instants % LONG_QUEUE:
+            return
+        self._equal("tasks of requests", sum(request.num_tasks for request in in_system), placed)
+        self._true(all(request.num_tasks for request in in_system), "a request in the system has no task")
 
     def check_requests(self, now: int) -> None:
         """requests: arrived = left + in the system; tasks: accepted = incoming + waiting + running.
@@ -194,12 +200,11 @@ class Ledger:
                 self._true(bool(np.all(start >= queued)), f"{client.name}: a transfer starts before it is queued")
                 self._true(bool(np.all(start[1:] >= free[:-1])), f"{client.name}: transfers overlap on one link")
         came = set(zip(*(rows[name].tolist() for name in ("request", "receiver", "end_ns")), strict=True))
-        kinds, order = self.records.stage_kinds, np.argsort(tasks["request"], kind="stable")
-        before = np.full(len(order), -1, np.int64)  # the client of a request's segment before, -1: none
-        same = tasks["request"][order[1:]] == tasks["request"][order[:-1]]
-        before[order[1:][same]] = tasks["client"][order[:-1][same]]
-        moved = (before >= 0) & (before != tasks["client"]) & (tasks["join_step"] >= 0)
-        on = moved & (tasks["kind"] == (kinds.index(DECODE) if DECODE in kinds else -1))
+        came |= set(
+            zip(*(tasks[name].tolist() for name in ("request", "client", "end_ns")), strict=True)
+        )  # or was here
+        kinds = self.records.stage_kinds
+        on = (tasks["join_step"] >= 0) & (tasks["kind"] == (kinds.index(DECODE) if DECODE in kinds else -1))
         on &= tasks["computed_tokens"] + tasks["cached_tokens"] == 0
         went = set(zip(*(tasks[name][on].tolist() for name in ("request", "client", "queued_ns")), strict=True))
         self._true(went <= came, f"decodes went on without their KV cache: {sorted(went - came)[:3]}")

@@ -6,8 +6,9 @@ steps. These objects hold numbers only: they never schedule, route or look at a 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 PREFILL = "prefill"
 DECODE = "decode"
@@ -25,6 +26,7 @@ class Stage:
     `num_sequences`: equal sequences that the input is spread over, which don't attend to each other: the candidates
     that a re-ranker reads. `found_tokens`: tokens at the front of the input whose KV cache the stage before has found:
     it is sent along and not computed. `input_bytes`: what else is sent from the client of the stage before.
+    `gates`: nothing of the request is shown to the user before it has ended.
     """
 
     kind: str
@@ -34,22 +36,61 @@ class Stage:
     num_sequences: int = 1
     found_tokens: int = 0
     input_bytes: int = 0
+    gates: bool = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether it is a stage at all: one without any work is passed over."""
+        return self.input_tokens > 0 or self.oracle_output_tokens > 0
 
 
 @dataclass(slots=True)
 class StageResult:
     """What a pipeline gets back from a stage: when it began and ended (ns) and the tokens it generated.
 
-    `found_tokens`: tokens at the front of the prompt whose KV cache a KV store has.
+    `found_tokens`: tokens at the front of the prompt whose KV cache a KV store has. `parts`: the results of an `All`,
+    branch by branch; its own are the earliest start, the latest end and all tokens.
     """
 
     start_ns: int
     end_ns: int
     output_tokens: int = 0
     found_tokens: int = 0
+    parts: tuple[StageResult, ...] = ()
 
 
-Pipeline = Generator[Stage, StageResult, None]
+@dataclass(slots=True)
+class All:
+    """Branches of a pipeline that run side by side: stages, or pipelines of their own; it goes on when all have ended.
+
+    A branch's result is what its generator returns, or that of its last stage.
+    """
+
+    branches: Sequence[Stage | Pipeline]
+
+
+Pipeline = Generator[Stage | All, StageResult, Any]
+
+
+@dataclass(slots=True, eq=False)
+class Branch:
+    """A pipeline as far as a request has followed it; `joins` is the branch point that waits for it, if any."""
+
+    request: Request
+    pipeline: Pipeline
+    start_ns: int
+    joins: Join | None = None
+    place: int = 0
+    last: StageResult | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Join:
+    """An `All` whose branches aren't all over; `branch` goes on with their results."""
+
+    branch: Branch
+    results: list[StageResult | None]
+    num_open: int
 
 
 @dataclass(slots=True)
@@ -75,7 +116,12 @@ class Request:
     cached_tokens: int = 0
     num_preemptions: int = 0
     num_stages: int = 0
-    pipeline: Pipeline | None = field(default=None, repr=False)
+    #: its tasks that are placed and not over
+    num_tasks: int = 0
+    #: when its last gate so far opened: nothing is shown before
+    gate_ns: int = -1
+    #: why it can't be served; it leaves when its other tasks are over
+    rejected_for: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -83,7 +129,8 @@ class Task:
     """A stage placed on one client: waiting or running there.
 
     It is computed up to `computed_tokens` of `target_tokens` (vLLM's idea: computed tokens and a target); a prefill
-    ends there, a decode joins the client's cohort there. After a preemption the target grows by what was generated.
+    ends there, one that generates joins the client's cohort there. After a preemption the target grows by what was
+    generated.
     """
 
     request: Request
@@ -91,6 +138,7 @@ class Task:
     stage_index: int
     target_tokens: int
     queued_ns: int
+    branch: Branch | None = None
     computed_tokens: int = 0
     generated_tokens: int = 0
     #: of the computed tokens of this segment: found in the prefix cache, and taken over from the task it follows
@@ -105,6 +153,8 @@ class Task:
     finish_step: int = -1
     #: tokens per step where its client speculates, in 2^-32; 0 until drawn
     pace: int = 0
+    #: tokens at the front of the target whose KV cache came from elsewhere and isn't in the prefix cache
+    found_tokens: int = 0
     #: hashed units at the front of its prompt that it refers to in the prefix cache
     num_indexed: int = 0
 
@@ -113,9 +163,22 @@ class Task:
         """Tokens still to be computed before the task generates or ends."""
         return self.target_tokens - self.computed_tokens
 
+    def sequences(self, num_tokens: int) -> list[tuple[int, int]]:
+        """Its next `num_tokens` as (new tokens, context) in each of the sequences that they belong to."""
+        length = -(-self.stage.input_tokens // self.stage.num_sequences)
+        first, last = self.computed_tokens, self.computed_tokens + num_tokens
+        parts = []
+        while first < last:
+            context = first % length
+            new = min(length - context, last - first)
+            parts.append((new, context))
+            first += new
+        return parts
+
     @property
-    def is_decode(self) -> bool:
-        return self.stage.kind == DECODE
+    def generates(self) -> bool:
+        """Whether it generates tokens once its target is computed."""
+        return self.stage.oracle_output_tokens > 0
 
 
 @dataclass(slots=True)

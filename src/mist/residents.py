@@ -116,7 +116,7 @@ class Residents:
             return 0
         kv = self.kv
         hit = kv.match(task)
-        found = max(hit.num_tokens, kv.stated_hit(task))
+        found = max(hit.num_tokens, kv.stated_hit(task), min(task.found_tokens, task.target_tokens - 1))
         remaining = task.target_tokens - found
         chunk = min(remaining, max_tokens)
         if chunk <= 0 or (whole and chunk < remaining):
@@ -235,9 +235,10 @@ class Residents:
 
     def _promise(self, task: Task) -> int:
         """Blocks that `task` holds at its last token: the engine knows max_tokens, which its request uses up."""
-        request, output = task.request, task.request.oracle_output_tokens
-        to_generate = output - 1 + self.cohort.tokens_per_decode - 1 if self._generates and output > 1 else 0
-        return self.kv.blocks_for(request.input_tokens + to_generate)
+        request, stage = task.request, task.stage
+        output = stage.oracle_output_tokens or (request.oracle_output_tokens if self._generates else 0)
+        to_generate = output - 1 + self.cohort.tokens_per_decode - 1 if output > 1 else 0
+        return self.kv.blocks_for((stage.input_tokens or request.input_tokens) + to_generate)
 
     def _keeps_promises(self, task: Task) -> bool:
         """Whether `task` may come in and all that run still have room to their last token."""

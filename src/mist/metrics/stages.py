@@ -1,7 +1,7 @@
 """Where a request's time went: waiting, served and handed over, per stage, in integer nanoseconds.
 
-The segments of a request tile its life, so the three parts add up to its E2E exactly; `summarise` turns them into
-means that add up to the mean E2E. It never looks inside a stage (steps, tokens).
+The segments of a request tile its life, so the three parts add up to its E2E exactly; where stages ran side by side,
+those that were waited for do (the critical path). It never looks inside a stage (steps, tokens).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mist.metrics.distribution import Distribution, distribution
-from mist.metrics.window import Columns
+from mist.metrics.window import BoolColumn, Columns
 from mist.records import IntColumn
 
 PARTS = ("wait_s", "serve_s", "transfer_s")
@@ -23,7 +23,8 @@ def stage_times(requests: Columns, tasks: Columns, num_kinds: int) -> IntColumn:
     `requests` are the finished ones to look at; `tasks` has a request's rows together and in order, and may hold
     other requests' rows. Every entry of one request sums to its E2E: a segment's transfer lasts from the end of the
     one before (at first: the arrival) to its queueing, its wait to its start, its service to its end; a way back to
-    the user after the last segment is that one's transfer.
+    the user after the last segment is that one's transfer. Of segments side by side only those count that the end
+    was waiting for: from the last one back, always the latest that had ended before.
     """
     times = np.zeros((len(requests["request"]), num_kinds, len(PARTS)), np.int64)
     row_of = np.full(_largest(requests["request"], tasks["request"]) + 1, -1, np.int64)
@@ -31,6 +32,7 @@ def stage_times(requests: Columns, tasks: Columns, num_kinds: int) -> IntColumn:
     rows = np.flatnonzero(row_of[tasks["request"]] >= 0)
     if not len(rows):
         return times
+    rows = rows[_waited_for(*(tasks[name][rows] for name in ("request", "queued_ns", "end_ns")))]
     request = row_of[tasks["request"][rows]]
     kind, queued, ended = (tasks[name][rows] for name in ("kind", "queued_ns", "end_ns"))
     started = np.where(tasks["started_ns"][rows] >= 0, tasks["started_ns"][rows], ended)
@@ -47,6 +49,20 @@ def stage_times(requests: Columns, tasks: Columns, num_kinds: int) -> IntColumn:
 def summarise_stages(times: IntColumn, kinds: Sequence[str]) -> dict[str, dict[str, Distribution]]:
     """Distributions of `stage_times` over all its requests, a stage that a request didn't have counting as zero."""
     return {kind: {part: distribution(times[:, k, p]) for p, part in enumerate(PARTS)} for k, kind in enumerate(kinds)}
+
+
+def _waited_for(request: IntColumn, queued: IntColumn, ended: IntColumn) -> BoolColumn:
+    """Which rows are on the critical path of their request: all, unless some overlap."""
+    kept = np.ones(len(request), dtype=bool)
+    overlaps = np.append(False, (request[1:] == request[:-1]) & (queued[1:] < ended[:-1]))
+    for one in np.unique(request[overlaps]).tolist():
+        first, end = np.searchsorted(request, [one, one + 1]).tolist()
+        begin = ended[end - 1]
+        for row in range(end - 1, first - 1, -1):
+            kept[row] = ended[row] <= begin
+            if kept[row]:
+                begin = queued[row]
+    return kept
 
 
 def _largest(*columns: IntColumn) -> int:

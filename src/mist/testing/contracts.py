@@ -19,7 +19,7 @@ from mist.model import LayerGroup, ModelSpec
 from mist.perf import BOUNDS, ORIGINS, Deployment, PerfModel
 from mist.pipeline import PipelineFactory
 from mist.records import FINISHED, REJECTED, UNFINISHED, Records
-from mist.request import DECODE, Batch, ClientView, Request, Stage, StageResult, Step, Task, Wait
+from mist.request import DECODE, All, Batch, ClientView, Pipeline, Request, Stage, StageResult, Step, Task, Wait
 from mist.routing import RoutingPolicy
 from mist.testing.cluster import Run, SmallScenario, random_scenario, record_bytes
 from mist.units import GB, GIB
@@ -168,19 +168,33 @@ class PipelineContract:
         raise NotImplementedError
 
     def _stages(self, factory: PipelineFactory, index: int) -> list[Stage]:
-        """The stages of a made-up request, each answered as if it had taken 1 µs."""
+        """The stages of a made-up request, each answered as if it had taken 1 µs, branches one after another."""
         request = Request(index, 0, 1 + 7 * index % 50, index % 9)
         stages: list[Stage] = []
-        running = factory(request, lambda: np.random.default_rng(index))
+        self._follow(factory(request, lambda: np.random.default_rng(index)), stages)
+        return stages
+
+    def _follow(self, pipeline: Pipeline, stages: list[Stage]) -> StageResult:
+        last = StageResult(0, 0)
         try:
-            stage = next(running)
+            stage = next(pipeline)
             while len(stages) < self.max_num_stages:
-                stages.append(stage)
-                now = 1000 * len(stages)
-                stage = running.send(StageResult(now - 1000, now, stage.oracle_output_tokens))
-        except StopIteration:
-            return stages
-        raise AssertionError(f"request {index} isn't over after {self.max_num_stages} stages")
+                last = self._answer(stage, stages)
+                stage = pipeline.send(last)
+        except StopIteration as end:
+            return end.value or last
+        raise AssertionError(f"a pipeline isn't over after {self.max_num_stages} stages")
+
+    def _answer(self, stage: Stage | All, stages: list[Stage]) -> StageResult:
+        if isinstance(stage, Stage):
+            stages.append(stage)
+            now = 1000 * len(stages)
+            return StageResult(now - 1000, now, stage.oracle_output_tokens)
+        parts = tuple(
+            self._answer(branch, stages) if isinstance(branch, Stage) else self._follow(branch, stages)
+            for branch in stage.branches
+        )
+        return StageResult(0, 1000 * len(stages), sum(part.output_tokens for part in parts), parts=parts)
 
     def test_it_yields_the_stages_that_it_announces(self) -> None:
         factory = self.pipeline()
