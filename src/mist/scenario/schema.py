@@ -82,6 +82,12 @@ def _client_name(value: str) -> str:
     return value
 
 
+def _size_name(value: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
+        raise problem(f"{short(value)} can't name a size", "use small letters, digits and _, such as query_tokens")
+    return value
+
+
 def _percentile(value: str) -> str:
     if not re.fullmatch(r"mean|p[1-9]?[0-9](\.[0-9]+)?", value):
         raise problem(f"{short(value)} is not a percentile", "such as p50, p99, p99.9, or mean")
@@ -137,6 +143,7 @@ Window = Annotated[
 Bandwidth = Annotated[str, AfterValidator(_bandwidth)]
 Latency = Annotated[str, AfterValidator(_latency)]
 ClientName = Annotated[str, AfterValidator(_client_name)]
+SizeName = Annotated[str, AfterValidator(_size_name)]
 Percentile = Annotated[str, AfterValidator(_percentile)]
 Targets = dict[Percentile, PositiveSeconds]
 #: a policy by stage; "" is all stages that are not named
@@ -196,6 +203,8 @@ class Workload(Section):
     """tokens of an answer: a number or a distribution"""
     cached_tokens: Annotated[Lengths | None, BeforeValidator(_none_of_zero)] = None
     """tokens of each prompt that are in the prefix cache already: a number or a distribution; one is always computed"""
+    sizes: dict[SizeName, Lengths] | None = None
+    """what else each request's pipeline is told, by name, such as query_tokens: a number or a distribution each"""
     rate_scale: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     """arrivals this many times as fast; 2 halves all arrival times"""
     limit: Count | None = None

@@ -305,6 +305,8 @@ def _plain(value: Any) -> Any:
         return _without_none({key: _plain(getattr(value, key)) for key in type(value).model_fields})
     if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return value
 
 

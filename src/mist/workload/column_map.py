@@ -24,6 +24,8 @@ TIME_UNITS = {"s": NS_PER_S, "ms": NS_PER_MS, "us": NS_PER_US, "ns": 1}
 TIMESTAMP = "timestamp"
 MAX_TOKENS = 2**40
 HASH_BLOCK_SIZE = "hash_block_size"
+#: what names of size columns begin with where nobody names them
+SIZE_PREFIX = "sizes."
 
 _MAX_NS = 2**62
 #: below this many ns a product of two float64 is right to the nanosecond
@@ -41,7 +43,8 @@ class ColumnMap:
 
     `time_unit` is s, ms, us, ns or timestamp; any other text fits columns of time stamps alone. `hash_ids` holds lists
     of block ids (in CSV separated by spaces), one per `hash_block_size` tokens; 0 means that the column
-    `hash_block_size` says how many. `cached_tokens` are tokens found in the prefix cache. Columns in `optional` may be
+    `hash_block_size` says how many. `cached_tokens` are tokens found in the prefix cache. `sizes` are columns of
+    whole numbers for `RequestTable.sizes`, under their names without `SIZE_PREFIX`. Columns in `optional` may be
     absent; "" for `arrival` is a file without times.
     """
 
@@ -53,15 +56,20 @@ class ColumnMap:
     hash_block_size: int = 0
     optional: frozenset[str] = frozenset()
     cached_tokens: str = ""
+    sizes: tuple[str, ...] = ()
 
     def read(self, path: Path) -> RequestTable:
         """The whole trace, sorted by arrival (stably), the first one at 0; ScenarioError tells all that is wrong."""
-        rows = read_rows(path, self._names())
-        self._require_columns(rows)
+        return self.table(read_rows(path, self._names()))
+
+    def table(self, rows: Rows) -> RequestTable:
+        """The requests in `rows`, as `read` gives them."""
+        self.require_columns(rows)
         arrival_ns = _arrivals(rows, self.arrival, self.time_unit)
-        input_tokens = _tokens(rows, self.input_tokens, minimum=1)
-        output_tokens = _tokens(rows, self.output_tokens, minimum=0)
-        cached = _tokens(rows, self.cached_tokens, minimum=0) if self.cached_tokens in rows.columns else None
+        input_tokens = whole_tokens(rows, self.input_tokens, minimum=1)
+        output_tokens = whole_tokens(rows, self.output_tokens, minimum=0)
+        cached = whole_tokens(rows, self.cached_tokens, minimum=0) if self.cached_tokens in rows.columns else None
+        sizes = {name.removeprefix(SIZE_PREFIX): whole_tokens(rows, name, minimum=0) for name in self.sizes}
         hash_ids, block_size = self._hash_ids(rows, input_tokens)
         rows.problems.raise_any()
         if not len(rows.lines):
@@ -81,6 +89,7 @@ class ColumnMap:
             hash_block_size=block_size,
             notes=tuple(notes),
             cached_tokens=None if cached is None else np.minimum(cached, input_tokens - 1)[order],
+            sizes={name: values[order] for name, values in sizes.items()},
         )
 
     def _names(self) -> list[str]:
@@ -89,9 +98,10 @@ class ColumnMap:
             names += [self.hash_ids] if self.hash_block_size else [self.hash_ids, HASH_BLOCK_SIZE]
         if self.cached_tokens:
             names.append(self.cached_tokens)
-        return names
+        return [*names, *self.sizes]
 
-    def _require_columns(self, rows: Rows) -> None:
+    def require_columns(self, rows: Rows) -> None:
+        """ScenarioError unless each column is there or optional."""
         if not rows.names:  # not one row could be read
             rows.problems.raise_any()
         missing = [name for name in self._names() if name not in rows.columns and name not in self.optional]
@@ -165,7 +175,8 @@ def _arrivals(rows: Rows, name: str, unit: str) -> IntArray:
     return times
 
 
-def _tokens(rows: Rows, name: str, minimum: int) -> IntArray:
+def whole_tokens(rows: Rows, name: str, minimum: int) -> IntArray:
+    """int64 of a column; values that aren't whole numbers from `minimum` are problems of `rows`, and 0."""
     numbers = _numbers(rows.columns[name])
     with np.errstate(invalid="ignore"):
         bad = ~((numbers >= minimum) & (numbers < MAX_TOKENS) & (np.floor(numbers) == numbers))
@@ -184,7 +195,7 @@ def _complain(rows: Rows, name: str, bad: BoolArray, hint: str) -> None:
 
 def _constant(rows: Rows, name: str) -> int:
     """The one value that a column of whole numbers has in every row; 0 (and a problem) where there are several."""
-    sizes = np.unique(_tokens(rows, name, minimum=1))
+    sizes = np.unique(whole_tokens(rows, name, minimum=1))
     if len(sizes) > 1:
         hint = "one trace has one block size"
         rows.problems.add(f"{name} differs: {', '.join(map(str, sizes[:5]))}", line=1, hint=hint)

@@ -16,8 +16,8 @@ from pathlib import Path
 from mist.errors import Problem, ScenarioError
 from mist.registry import register
 from mist.workload import RequestTable
-from mist.workload.column_map import HASH_BLOCK_SIZE, ColumnMap, unit_problem
-from mist.workload.rows import csv_names, json_names
+from mist.workload.column_map import HASH_BLOCK_SIZE, SIZE_PREFIX, ColumnMap, unit_problem
+from mist.workload.rows import csv_names, first_line, json_names
 
 _HASH_IDS = "hash_ids"
 _CACHED = "cached_tokens"
@@ -33,6 +33,8 @@ class Columns:
     `hash_ids` is the column of the prompt's block ids (lists; in CSV separated by spaces), one id per
     `hash_block_size` tokens. Left out, they are read from the columns `hash_ids` and `hash_block_size` if there.
     `cached_tokens` is the column of the prompt's tokens in the prefix cache; left out, that of this name if there.
+    `sizes` are the columns of what else is known of each request, whole numbers, for its pipeline; left out, those of a
+    CSV or JSON-lines file whose names begin with `sizes.`, which is no part of a size's name.
     """
 
     arrival: str | None = "arrival_ns"
@@ -42,6 +44,7 @@ class Columns:
     hash_block_size: int = 0
     time_unit: str | None = None
     cached_tokens: str | None = None
+    sizes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.arrival and self.time_unit and (reason := unit_problem(self._unit(), self.arrival)):
@@ -65,6 +68,7 @@ class Columns:
             hash_ids=self.hash_ids or _HASH_IDS,
             hash_block_size=self.hash_block_size,
             cached_tokens=self.cached_tokens or _CACHED,
+            sizes=_size_columns(path) if self.sizes is None else self.sizes,
             optional=self._optional(),
         ).read(path)
 
@@ -83,11 +87,16 @@ class Columns:
         return self.time_unit or (self.arrival or "").rpartition("_")[2]
 
 
+def _size_columns(path: Path) -> tuple[str, ...]:
+    line = first_line(path)
+    return tuple(sorted(name for name in csv_names(line) | json_names(line) if name.startswith(SIZE_PREFIX)))
+
+
 def write_trace(table: RequestTable, path: Path) -> None:
     """Write `table` to `path` (.csv or .jsonl, with .gz zipped) so that `Columns` reads the same requests back.
 
-    Prefix keys become `hash_ids`. ScenarioError for another ending, and for a closed loop, whose arrivals are not
-    known before it runs.
+    Prefix keys become `hash_ids`, sizes columns `sizes.NAME`. ScenarioError for another ending, and for a closed loop,
+    whose arrivals are not known before it runs.
     """
     if table.concurrency is not None:
         raise ScenarioError(Problem("a closed loop has no arrival times", str(path), hint="export a run of it"))
@@ -111,6 +120,9 @@ def _csv_text(table: RequestTable) -> str:
     if table.cached_tokens is not None:
         names.append(_CACHED)
         columns.append(table.cached_tokens.tolist())
+    for name, values in table.sizes.items():
+        names.append(SIZE_PREFIX + name)
+        columns.append(values.tolist())
     writer.writerow(names)
     writer.writerows(zip(*columns, strict=True))
     return text.getvalue()
@@ -129,4 +141,7 @@ def _jsonl_text(table: RequestTable) -> str:
     if table.cached_tokens is not None:
         for row, cached in zip(rows, table.cached_tokens.tolist(), strict=True):
             row[_CACHED] = cached
+    for name, values in table.sizes.items():
+        for row, value in zip(rows, values.tolist(), strict=True):
+            row[SIZE_PREFIX + name] = value
     return "".join(json.dumps(row) + "\n" for row in rows)

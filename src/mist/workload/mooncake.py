@@ -12,7 +12,7 @@ from pathlib import Path
 from mist.registry import register
 from mist.workload import RequestTable
 from mist.workload.column_map import ColumnMap
-from mist.workload.rows import json_names
+from mist.workload.rows import json_object
 
 
 @register("trace", "mooncake")
@@ -30,8 +30,10 @@ class Mooncake:
             raise ValueError(f"hash_block_size is {self.hash_block_size}: give the tokens per block, 512 in Mooncake")
 
     def matches(self, path: Path, first_line: bytes) -> bool:
-        """Whether the first object has the trace's keys."""
-        return {"timestamp", "input_length", "output_length"} <= json_names(first_line)
+        """Whether the first object has the trace's keys, and no ids of other things than blocks."""
+        found = json_object(first_line)
+        is_keyed_by_block = not isinstance(found.get("hash_ids"), dict)
+        return {"timestamp", "input_length", "output_length"} <= set(found) and is_keyed_by_block
 
     def read(self, path: Path) -> RequestTable:
         """The whole trace, without prefix keys if it has no `hash_ids`; ScenarioError tells every bad record."""

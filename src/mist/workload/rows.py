@@ -124,13 +124,18 @@ def csv_names(line: bytes) -> frozenset[str]:
         return frozenset()
 
 
-def json_names(line: bytes) -> frozenset[str]:
-    """The keys of the JSON object on a line, empty where there is none."""
+def json_object(line: bytes) -> dict[str, Any]:
+    """The JSON object on a line, empty where there is none."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
-        return frozenset()
-    return frozenset(value) if isinstance(value, dict) else frozenset()
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def json_names(line: bytes) -> frozenset[str]:
+    """The keys of the JSON object on a line, empty where there is none."""
+    return frozenset(json_object(line))
 
 
 def _read_bytes(path: Path, problems: Problems) -> bytes:

@@ -19,8 +19,8 @@ from mist.workload import RequestTable, TraceFormat
 from mist.workload.rows import first_line
 
 _PUBLIC_COPIES = (
-    "public traces: the GitHub repositories Azure/AzurePublicDataset (azure) and kvcache-ai/Mooncake (mooncake); "
-    "put them in a folder and name it in MIST_DATA"
+    "public traces: the GitHub repositories Azure/AzurePublicDataset (azure), kvcache-ai/Mooncake (mooncake) and "
+    "flashserve/RAGPulse (ragpulse); put them in a folder and name it in MIST_DATA"
 )
 
 
@@ -89,4 +89,5 @@ def limit(table: RequestTable, num_requests: int) -> RequestTable:
         output_tokens=table.output_tokens[:num_requests],
         block_keys=None if table.block_keys is None else table.block_keys[:num_requests],
         cached_tokens=None if table.cached_tokens is None else table.cached_tokens[:num_requests],
+        sizes={name: values[:num_requests] for name, values in table.sizes.items()},
     )
