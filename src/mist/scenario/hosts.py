@@ -21,6 +21,7 @@ from mist.scenario.catalogued import Catalogued, left_out
 from mist.scenario.clients import Count, Pool, Stages
 from mist.scenario.named import Located, Section, Spec, SpecOf, problems
 from mist.scenario.pricing import host_models, runs_without_model
+from mist.units import GIB
 
 #: of clients that run no engine: no host time beside what their models say
 NO_ENGINE = EngineProfile("none")
@@ -64,6 +65,11 @@ class HostPool(Section):
         model: HostModel = self.perf.build()
         model.prepare(self.deployment())
         return model
+
+    def __str__(self) -> str:
+        kept = self.prepared().memory_bytes()
+        keeps = f", {kept / GIB:,.1f} GiB in memory" if kept else ""
+        return f"{self.count} x {self.cores} cores of {self.device.name}, {self.perf.name}{keeps}"
 
     def _misfits(self) -> Iterator[Located]:
         if not runs_without_model(self.perf.name):

@@ -73,6 +73,11 @@ class Scenario:
         return {name: pool for name, pool in self.clients.items() if isinstance(pool, Pool)}
 
     @property
+    def hosts(self) -> dict[str, HostPool]:
+        """Those that don't."""
+        return {name: pool for name, pool in self.clients.items() if isinstance(pool, HostPool)}
+
+    @property
     def folder(self) -> Path:
         """Where relative paths start."""
         return self.source.folder
