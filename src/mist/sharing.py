@@ -32,7 +32,9 @@ class Channel:
     `num_flows` are on it now; `carried` are the units of those that have left it.
     """
 
-    __slots__ = ("_bundles", "_left", "_num_open", "_visit", "capacity_per_s", "carried", "name", "num_flows")
+    __slots__ = (
+        "_bundles", "_demand", "_left", "_num_open", "_visit", "capacity_per_s", "carried", "name", "num_flows",
+    )  # fmt: skip
 
     def __init__(self, name: str, capacity_per_s: float) -> None:
         if not capacity_per_s > 0:
@@ -43,9 +45,15 @@ class Channel:
         self.carried = 0
         self._bundles: dict[_Bundle, None] = {}
         self._visit = 0
+        #: what its flows would take if they met nobody anywhere
+        self._demand = 0.0
         # while rates are filled: capacity that is not given away, and flows that have no rate yet
         self._left = 0.0
         self._num_open = 0
+
+    def _binds(self, more: float = 0.0) -> bool:
+        """Whether its flows, and `more`, could want more than it has; else it keeps nobody apart."""
+        return self._demand + more > self.capacity_per_s * _ALIKE
 
 
 class Flow:
@@ -78,13 +86,17 @@ class _Bundle:
 
     A flow that joins when s units are served ends at s + its size, so joins and leaves move no other flow of its
     bundle. `anchor_ns` moves only when the rate changes, so that ends which nothing touches stay where they are.
+    `bound`: what a flow gets at most, alone; `end_ns`: when the first ends.
     """
 
-    __slots__ = ("_visit", "anchor_ns", "cap", "channels", "component", "fair", "flows", "key", "rate", "served")
+    __slots__ = (
+        "_visit", "anchor_ns", "bound", "channels", "component", "end_ns", "fair", "flows", "key", "rate", "served",
+    )  # fmt: skip
 
     def __init__(self, key: tuple[float, tuple[Channel, ...]], component: _Component, now: int) -> None:
         self.key = key
-        self.cap, self.channels = key
+        self.bound, self.channels = key
+        self.end_ns = FOREVER
         self.flows: list[tuple[float, int, Flow]] = []
         self.component = component
         self.rate = 0.0
@@ -96,17 +108,17 @@ class _Bundle:
     def served_at(self, now: int) -> float:
         return self.served + self.rate * (now - self.anchor_ns) / NS_PER_S if now > self.anchor_ns else self.served
 
-    @property
-    def end_ns(self) -> int:
-        """When the first of its flows ends, at this rate."""
-        return self.anchor_ns + duration_ns(self.flows[0][0] - self.served, self.rate)
-
     def proceed(self, rate: float, now: int) -> None:
         """At `rate` from now on."""
         if not (self.rate <= rate * _ALIKE and rate <= self.rate * _ALIKE):
             self.served = self.served_at(now)
             self.anchor_ns = now
             self.rate = rate
+            self.foresee()
+
+    def foresee(self) -> None:
+        """When the first of its flows ends, at this rate."""
+        self.end_ns = self.anchor_ns + duration_ns(self.flows[0][0] - self.served, self.rate)
 
 
 class _Component:
@@ -154,19 +166,18 @@ class Sharing:
         """
         flow = Flow(channels, size, now, latency_ns)
         flow.deliver, flow.argument = deliver, argument
-        limiting = tuple([channel for channel in channels if channel.capacity_per_s < inf])
-        for channel in limiting:
-            if channel._bundles:
-                component = next(iter(channel._bundles)).component
-                if component.end_ns <= now and component.shared_ns < now:
-                    self._end(component, now)
+        bound = min([channel.capacity_per_s for channel in channels], default=inf)
+        key = (min(bound, max_rate_per_s), tuple([c for c in channels if c.capacity_per_s < inf]))
+        for channel in key[1]:
+            if channel._binds(key[0]):
+                self._end_due(channel, now)
         for channel in channels:
             channel.num_flows += 1
         self.flows[flow] = None
-        if not size or (not limiting and max_rate_per_s == inf):
+        if size and key[0] < inf:
+            self._join(flow, key, now)
+        else:
             self._deliver(flow, now)
-            return flow
-        self._join(flow, (max_rate_per_s, limiting), now)
         return flow
 
     def _join(self, flow: Flow, key: tuple[float, tuple[Channel, ...]], now: int) -> None:
@@ -175,16 +186,20 @@ class Sharing:
             bundle = self._bundles[key] = _Bundle(key, _Component(), now)
             for channel in bundle.channels:
                 channel._bundles[bundle] = None
+        for channel in bundle.channels:
+            channel._demand += bundle.bound
         self._num_started += 1
         flow._bundle = bundle
         flow._until = bundle.served_at(now) + flow.size
         heappush(bundle.flows, (flow._until, self._num_started, flow))
+        if bundle.rate:
+            bundle.foresee()
         self._num_visits += 1
         self._share(bundle, now)
 
     def _share(self, seed: _Bundle, now: int) -> None:
         """Recompute the rates of all that depend on `seed`, which become one component, and when the next flow ends."""
-        bundles = self._connected(seed)
+        bundles, binding = self._connected(seed)
         component = seed.component
         for bundle in bundles:
             other = bundle.component
@@ -192,7 +207,7 @@ class Sharing:
                 other.bundles, other.end_ns = [], FOREVER
                 bundle.component = component
         component.bundles, component.shared_ns = bundles, now
-        _fill(bundles)
+        _fill(bundles, binding)
         for bundle in bundles:
             bundle.proceed(bundle.fair, now)
         component.end_ns = end = min([bundle.end_ns for bundle in bundles])
@@ -200,20 +215,21 @@ class Sharing:
             component.posted_ns = end
             self.kernel.at(end, self._due, component)
 
-    def _connected(self, seed: _Bundle) -> list[_Bundle]:
-        """`seed` and all that share channels with it, over others perhaps."""
+    def _connected(self, seed: _Bundle) -> tuple[list[_Bundle], list[Channel]]:
+        """`seed` and all that share channels with it, over others perhaps; and the channels that bind them."""
         visit = self._num_visits
         seed._visit = visit
-        found = [seed]
+        found, binding = [seed], []
         for bundle in found:
             for channel in bundle.channels:
-                if channel._visit != visit:
+                if channel._visit != visit and channel._binds():
                     channel._visit = visit
+                    binding.append(channel)
                     for other in channel._bundles:
                         if other._visit != visit:
                             other._visit = visit
                             found.append(other)
-        return found
+        return found, binding
 
     def _due(self, component: _Component, now: int) -> None:
         if now != component.posted_ns:
@@ -225,20 +241,24 @@ class Sharing:
             component.posted_ns = component.end_ns
             self.kernel.at(component.end_ns, self._due, component)
 
+    def _end_due(self, channel: Channel, now: int) -> None:
+        """Flows that end now leave `channel` before another joins, unless they joined now."""
+        for bundle in list(channel._bundles):
+            component = bundle.component
+            if component.end_ns <= now and component.shared_ns < now:
+                self._end(component, now)
+
     def _end(self, component: _Component, now: int) -> None:
         """Flows of `component` that are due leave it, oldest first; what remains may fall into several."""
         ended: list[tuple[int, Flow]] = []
         remaining: list[_Bundle] = []
         for bundle in component.bundles:
-            while bundle.flows and bundle.end_ns <= now:
+            while bundle.end_ns <= now:
                 _, number, flow = heappop(bundle.flows)
                 ended.append((number, flow))
+                self._leave(bundle)
             if bundle.flows:
                 remaining.append(bundle)
-                continue
-            del self._bundles[bundle.key]
-            for channel in bundle.channels:
-                del channel._bundles[bundle]
         for _, flow in sorted(ended):
             self._deliver(flow, now)
         component.bundles, component.end_ns = [], FOREVER
@@ -251,6 +271,20 @@ class Sharing:
                 bundle.component, component = component, _Component()  # the first keeps the event
                 self._share(bundle, now)
 
+    def _leave(self, bundle: _Bundle) -> None:
+        """The first flow of `bundle` left it."""
+        if bundle.flows:
+            bundle.foresee()
+        else:
+            bundle.end_ns = FOREVER
+            del self._bundles[bundle.key]
+        for channel in bundle.channels:
+            channel._demand -= bundle.bound
+            if not bundle.flows:
+                del channel._bundles[bundle]
+            if not channel._bundles:
+                channel._demand = 0.0  # nothing is left of what float arithmetic may have left
+
     def _deliver(self, flow: Flow, now: int) -> None:
         flow._bundle = None
         del self.flows[flow]
@@ -260,27 +294,19 @@ class Sharing:
         self.kernel.at(now + flow.latency_ns, flow.deliver, flow.argument)
 
 
-def _fill(bundles: Iterable[_Bundle]) -> None:
+def _fill(bundles: Iterable[_Bundle], binding: Iterable[Channel]) -> None:
     """Set `fair` of every bundle: progressive filling (Bertsekas and Gallager, Data Networks, 2nd ed., 6.5.2).
 
-    All rates rise together; the flows of a channel that is full stop there, and those at their cap. A channel's equal
+    All rates rise together; the flows of a channel that is full stop there, and those at their bound. A channel's equal
     share of what is left only grows while others stop, so the heap of shares may lag behind and is put right when read.
     """
     heap: list[tuple[float, int, Channel | None, Iterable[_Bundle]]] = []
-    channels: dict[Channel, None] = {}
-    for bundle in bundles:
-        bundle.fair = 0.0
-        own = bundle.cap
-        for channel in bundle.channels:
-            if len(channel._bundles) > 1:
-                channels[channel] = None
-            else:
-                own = min(own, channel.capacity_per_s / len(bundle.flows))
-        if own < inf:
-            heap.append((own, len(heap), None, (bundle,)))
-    for channel in channels:
+    for channel in binding:
         channel._left, channel._num_open = channel.capacity_per_s, channel.num_flows
         heap.append((channel._left / channel._num_open, len(heap), channel, channel._bundles))
+    for bundle in bundles:
+        bundle.fair = 0.0
+        heap.append((bundle.bound, len(heap), None, (bundle,)))
     heapify(heap)
     level = 0.0
     while heap:
