@@ -54,8 +54,8 @@ PUBLISHED = {
 BATCHES = (1, 4, 16, 64)
 PUBLISHED_HOST = ("epyc-9554", 16)
 
-FAST_SCAN_RATES = {"fast_scan_lookup_ns": 0.4, "random_read_ns": 150.0, "visited_exponent": 0.9}
-LOOKUP_RATES = {"lookup_ns": 0.5, "stream_bytes_per_s": 9e9, "scan_spread": 0.3}
+FAST_SCAN_RATES = {"fast_scan_lookup_ns": 0.4, "random_read_ns": 100.0, "visited_exponent": 0.9}
+LOOKUP_RATES = {"lookup_ns": 0.5, "stream_bytes_per_s": 5e9, "scan_spread": 0.3}
 
 
 def main() -> None:
