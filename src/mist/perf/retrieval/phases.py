@@ -36,10 +36,11 @@ VISITED_EXPONENT = 0.95
 class Phase:
     """One part of a search. Work is per query; `core_ns` is its time on one core that has all data at hand.
 
-    `bytes` come from DRAM for each query, `batch_bytes` once for a batch. `pieces`: parts of a query that cores can take
-    separately. `stream_ns`: what a core takes at least for a piece, to read what all queries share, and for all of its
-    pieces together from `GEMM_QUERIES` on. `resident_bytes`: all that queries may read, so that no batch needs more.
-    `spread`: standard deviation of a query's work over its mean. `is_read`: whether `core_ns` is waiting for memory.
+    `bytes` come from DRAM for each query, `batch_bytes` once for a batch. `pieces`: parts of a query that cores can
+    take separately. `stream_ns`: what a core takes at least for a piece, to read what all queries share, and for all of
+    its pieces together from `GEMM_QUERIES` on. `resident_bytes`: all that queries may read, so that no batch needs
+    more. `spread`: standard deviation of a query's work over its mean. `is_read`: whether `core_ns` is spent waiting
+    for memory.
     """
 
     name: str
@@ -109,11 +110,11 @@ class Search:
     Serves any stage kind. The chunks of a step are numbers of queries; those of one step are one batch.
     """
 
-    _host: HostDeployment = field(init=False, repr=False)
-    _phases: tuple[Phase, ...] = field(init=False, repr=False)
-    _times: list[int] = field(init=False, repr=False)
-    _floors: list[int] = field(init=False, repr=False)
-    _demands: list[Demand] = field(init=False, repr=False)
+    _host: HostDeployment = field(init=False, repr=False, compare=False)
+    _phases: tuple[Phase, ...] = field(init=False, repr=False, compare=False)
+    _times: list[int] = field(init=False, repr=False, compare=False)
+    _floors: list[int] = field(init=False, repr=False, compare=False)
+    _demands: list[Demand] = field(init=False, repr=False, compare=False)
 
     def phases(self, host: HostDeployment) -> tuple[Phase, ...]:
         """The phases of a search in order."""
