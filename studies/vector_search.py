@@ -7,8 +7,8 @@ published IVF-PQ times below. It prints tables and writes nothing: the shipped r
 
 - FAISS: one index (OPQ64_128,IVF1048576_HNSW32,PQ64x4fsr), 32 threads, the whole query set. Its lists have equal mean
   lengths throughout, so that the time per list and per code can't be told apart: all of it is charged to look-ups.
-- Published: milliseconds per query at batches of 1, 4, 16 and 64 on 16 cores of a CPU that isn't stated, N = 1e9, 32,768
-  lists, 32 probes. Whether the coarse search is flat isn't stated either; D = 512 and 1,024 fit one that is.
+- Published: milliseconds per query at batches of 1, 4, 16 and 64 on 16 cores of a CPU that isn't stated, N = 1e9,
+  32,768 lists, 32 probes. Whether the coarse search is flat isn't stated either; D = 512 and 1,024 fit one that is.
 - Graphs: 8 threads, several implementations. Each system's read is fitted to every second of its points.
 """
 
@@ -34,7 +34,8 @@ from mist.perf.retrieval.phases import Search
 from mist.scenario import catalogue
 
 Row = dict[str, str]
-Build = Callable[..., Search]
+#: rates of a model by the names of its fields
+Rates = dict[str, Any]
 
 #: queries of a run: a batch large enough to fill all threads evenly
 WHOLE_SET = 10_000
@@ -54,8 +55,8 @@ PUBLISHED = {
 BATCHES = (1, 4, 16, 64)
 PUBLISHED_HOST = ("epyc-9554", 16)
 
-FAST_SCAN_RATES = {"fast_scan_lookup_ns": 0.4, "random_read_ns": 150.0, "visited_exponent": 0.9}
-LOOKUP_RATES = {"lookup_ns": 0.5, "stream_bytes_per_s": 9e9, "scan_spread": 0.3}
+FAST_SCAN_RATES = {"fast_scan_lookup_ns": 0.4, "random_read_ns": 100.0, "visited_exponent": 0.9}
+LOOKUP_RATES = {"lookup_ns": 0.5, "stream_bytes_per_s": 5e9, "scan_spread": 0.3}
 
 
 def main() -> None:
@@ -113,18 +114,18 @@ def graphs(rows: Sequence[Row]) -> None:
 # FAISS
 
 
-def fit_faiss(runs: Sequence[Row]) -> dict[str, float]:
+def fit_faiss(runs: Sequence[Row]) -> Rates:
     """The three rates of fast scan after an HNSW coarse search that fit `runs` best, in log(QPS)."""
     return fit(FAST_SCAN_RATES, lambda rates: [np.log(1 + e) for e in errors_of(runs, rates)])
 
 
-def errors_of(runs: Iterable[Row], rates: dict[str, float]) -> list[float]:
+def errors_of(runs: Iterable[Row], rates: Rates) -> list[float]:
     """Simulated / measured QPS - 1 of each run."""
     host = host_of("azure-f32s-v2", 32)
     return [rate_of(faiss_model(r, rates), host) / float(r["value"]) - 1 for r in runs]
 
 
-def faiss_model(row: Row, rates: dict[str, float]) -> IvfPq:
+def faiss_model(row: Row, rates: Rates) -> IvfPq:
     """The index of a row, from the columns that say what it is: 64 sub-quantisers of 4 bits after OPQ to 128."""
     return IvfPq(
         num_vectors=int(row["num_vectors"]), dim=SETS[row["dataset"]], n_list=int(row["n_list"]),
@@ -146,10 +147,11 @@ def repeats(runs: Iterable[Row]) -> str:
     for r in runs:
         by_setting[r["nprobe"], r["ef_search"]].append(float(r["value"]))
     ratios = [max(v) / min(v) for v in by_setting.values() if len(v) > 1]
-    return f"{len(ratios)} settings repeated, fastest / slowest: median {statistics.median(ratios):.2f}, most {max(ratios):.2f}"
+    median, most = statistics.median(ratios), max(ratios)
+    return f"{len(ratios)} settings repeated, fastest / slowest: median {median:.2f}, most {most:.2f}"
 
 
-def by_n_probe(runs: Sequence[Row], rates: dict[str, float]) -> None:
+def by_n_probe(runs: Sequence[Row], rates: Rates) -> None:
     """A line of errors per number of probes, and one of all."""
     for n_probe in sorted({int(r["nprobe"]) for r in runs}):
         errors = errors_of([r for r in runs if int(r["nprobe"]) == n_probe], rates)
@@ -160,20 +162,20 @@ def by_n_probe(runs: Sequence[Row], rates: dict[str, float]) -> None:
 # published times
 
 
-def fit_published(shapes: Sequence[tuple[int, int]]) -> dict[str, float]:
+def fit_published(shapes: Sequence[tuple[int, int]]) -> Rates:
     """The three rates of a scan with 8 bits after a flat coarse search that fit the times of `shapes` best, in log."""
     return fit(LOOKUP_RATES, lambda rates: [np.log(ratio) for s in shapes for ratio in published_ratios(s, rates)])
 
 
-def published_ratios(shape: tuple[int, int], rates: dict[str, float]) -> list[float]:
+def published_ratios(shape: tuple[int, int], rates: Rates) -> list[float]:
     """Simulated over published time of a batch, for each of `BATCHES`."""
     dim, m = shape
-    model = IvfPq(num_vectors=10**9, dim=dim, n_list=32_768, n_probe=32, m=m, **rates)  # type: ignore[arg-type]
+    model = IvfPq(num_vectors=10**9, dim=dim, n_list=32_768, n_probe=32, m=m, **rates)
     host = host_of(*PUBLISHED_HOST)
     return [batch_ns(model, n, host) / n / 1e6 / ms for n, ms in zip(BATCHES, PUBLISHED[shape], strict=True)]
 
 
-def show_published(title: str, rates: dict[str, float], shapes: Iterable[tuple[int, int]]) -> None:
+def show_published(title: str, rates: Rates, shapes: Iterable[tuple[int, int]]) -> None:
     """The ratios of `shapes` with these rates."""
     print(f"  {title}: {written(rates)}")
     for dim, m in shapes:
@@ -184,18 +186,18 @@ def show_published(title: str, rates: dict[str, float], shapes: Iterable[tuple[i
 # graphs
 
 
-def fit_graph(runs: Sequence[Row]) -> dict[str, float]:
+def fit_graph(runs: Sequence[Row]) -> Rates:
     """The time of a random read that fits a system's runs best, in log(QPS)."""
     return fit({"random_read_ns": 100.0}, lambda rates: [np.log(1 + e) for e in graph_errors(runs, rates)])
 
 
-def graph_errors(runs: Iterable[Row], rates: dict[str, float]) -> list[float]:
+def graph_errors(runs: Iterable[Row], rates: Rates) -> list[float]:
     """Simulated / measured QPS - 1 of each run."""
     host = host_of("azure-d8lds-v5", 8)
     return [rate_of(graph_model(r, rates), host) / float(r["value"]) - 1 for r in runs]
 
 
-def graph_model(row: Row, rates: dict[str, float]) -> GraphSearch:
+def graph_model(row: Row, rates: Rates) -> GraphSearch:
     """The graph of a row; `search_l` is what DiskANN calls the candidates that it keeps."""
     return GraphSearch(
         num_vectors=int(row["num_vectors"]), dim=TEXT2IMAGE_DIM, degree=int(row["graph_degree"]),
@@ -234,11 +236,11 @@ def rate_of(model: Search, host: HostDeployment) -> float:
     return WHOLE_SET / batch_ns(model, WHOLE_SET, host) * 1e9
 
 
-def fit(start: dict[str, float], residuals: Callable[[dict[str, float]], list[Any]]) -> dict[str, float]:
+def fit(start: Rates, residuals: Callable[[Rates], list[Any]]) -> Rates:
     """The positive rates (a spread: at most 1) that minimise the squares of `residuals`."""
     most = [0.0 if name == "scan_spread" else np.inf for name in start]
 
-    def of(logs: Any) -> dict[str, float]:
+    def of(logs: Any) -> Rates:
         return dict(zip(start, np.exp(logs).tolist(), strict=True))
 
     found = least_squares(lambda logs: residuals(of(logs)), np.log(list(start.values())), bounds=(-np.inf, most))
@@ -254,7 +256,7 @@ def summary(errors: Sequence[float]) -> str:
     )
 
 
-def written(rates: dict[str, float]) -> str:
+def written(rates: Rates) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in rates.items()) or "defaults"
 
 

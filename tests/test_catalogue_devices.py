@@ -65,16 +65,16 @@ def test_figures_have_plausible_units(name: str) -> None:
     assert 8 * GIB < one.memory_bytes < 1024 * GIB
     assert 0.1e12 < one.memory_bytes_per_s < 10e12
     assert 10e9 < one.link_bytes_per_s <= 900e9
-    assert 5e12 < one.peak("bf16") < 2.6e15
+    assert (0.05e12 * one.num_cores or 5e12) < one.peak("bf16") < 2.6e15
     assert one.peak("fp8") < 2.03 * one.peak("bf16")
     assert one.tdp_w is None or 50 < one.tdp_w < 2000
 
 
 @pytest.mark.parametrize("name", sorted(ENTRIES))
 def test_memory_and_arithmetic_balance(name: str) -> None:
-    """FLOP per byte of memory traffic: tens to hundreds; a slip of a factor of a thousand shows here."""
+    """FLOP per byte: tens to hundreds, fewer on a machine's share of a socket; a slip of a thousand shows here."""
     one = device(name)
-    assert 10 < one.peak("bf16") / one.memory_bytes_per_s < 600
+    assert (3 if one.num_cores else 10) < one.peak("bf16") / one.memory_bytes_per_s < 600
 
 
 def test_names_are_unique_in_any_case() -> None:

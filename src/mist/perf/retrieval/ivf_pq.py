@@ -65,8 +65,8 @@ class IvfPq(Search):
     index_bytes: int = 0
     parallel_over: Literal["queries", "probes"] = "queries"
     imbalance_factor: float = 1.24
-    scan_spread: float = 0.4
-    lookup_ns: float = 0.43
+    scan_spread: float = 0.53
+    lookup_ns: float = 0.3
     fast_scan_lookup_ns: float = 0.41
     list_ns: float = 0.0
     visited_exponent: float = VISITED_EXPONENT

@@ -20,10 +20,14 @@ FLOAT_BYTES = 4
 #: Batches that are tabulated at least; larger ones are computed by the same formulas.
 MIN_TABULATED_QUERIES = 64
 
+#: Queries of a core from which on their distances are a matrix product, which reads vectors once for all of them; fewer
+#: are computed one by one, each reading all vectors (FAISS's distance_compute_blas_threshold).
+GEMM_QUERIES = 20
+
 #: What a core reads of memory alone, in order, and a random read of which the latency is hidden in part: both fitted by
 #: studies/vector_search.py, the first to a published set of IVF-PQ times, the second to FAISS on azure-f32s-v2.
-STREAM_BYTES_PER_S = 8.5e9
-RANDOM_READ_NS = 150.0
+STREAM_BYTES_PER_S = 4.6e9
+RANDOM_READ_NS = 100.0
 #: Vectors that a graph search visits grow as this power of ef_search, as ever fewer neighbours are new: likewise.
 VISITED_EXPONENT = 0.95
 
@@ -32,10 +36,11 @@ VISITED_EXPONENT = 0.95
 class Phase:
     """One part of a search. Work is per query; `core_ns` is its time on one core that has all data at hand.
 
-    `bytes` come from DRAM for each query, `batch_bytes` once for a batch. `stream_ns`: what a core takes at least for
-    any number of its queries, to read what the batch shares. `resident_bytes`: all that queries may read, so that no
-    batch needs more. `pieces`: parts of a query that cores can take separately. `spread`: standard deviation of a
-    query's work over its mean. `is_read`: whether `core_ns` is spent waiting for memory.
+    `bytes` come from DRAM for each query, `batch_bytes` once for a batch. `pieces`: parts of a query that cores can
+    take separately. `stream_ns`: what a core takes at least for a piece, to read what all queries share, and for all of
+    its pieces together from `GEMM_QUERIES` on. `resident_bytes`: all that queries may read, so that no batch needs
+    more. `spread`: standard deviation of a query's work over its mean. `is_read`: whether `core_ns` is spent waiting
+    for memory.
     """
 
     name: str
@@ -59,14 +64,23 @@ class Phase:
         The one with the most pieces, q of them, takes what they take at the mean and, as cores wait for the last one,
         E[max of c standard normals] standard deviations of the mean of q pieces more.
         """
-        cores = self.num_cores(num_queries, host)
-        most = math.ceil(num_queries * self.pieces / cores)
-        late = 1 + self.spread * math.sqrt(self.pieces / most) * expected_maximum(cores)
-        return max(self.stream_ns, most / self.pieces * self.core_ns * late)
+        most = self._most_pieces(num_queries, host)
+        late = expected_maximum(self.num_cores(num_queries, host)) * self.spread * math.sqrt(self.pieces / most)
+        return max(self.streaming_ns(num_queries, host), most / self.pieces * self.core_ns * (1 + late))
+
+    def streaming_ns(self, num_queries: int, host: HostDeployment) -> float:
+        """Time in which the core with the most pieces reads what all queries share."""
+        most = self._most_pieces(num_queries, host)
+        return self.stream_ns * (most if most < GEMM_QUERIES else 1)
+
+    def _most_pieces(self, num_queries: int, host: HostDeployment) -> int:
+        return math.ceil(num_queries * self.pieces / self.num_cores(num_queries, host))
 
     def core_work_ns(self, num_queries: int, host: HostDeployment) -> float:
         """Time that all cores together are busy."""
-        return max(self.num_cores(num_queries, host) * self.stream_ns, num_queries * self.core_ns)
+        pieces, is_product = num_queries * self.pieces, self._most_pieces(num_queries, host) >= GEMM_QUERIES
+        num_streams = self.num_cores(num_queries, host) if is_product else pieces
+        return max(num_streams * self.stream_ns, num_queries * self.core_ns)
 
     def dram_bytes(self, num_queries: int) -> float:
         """DRAM traffic of a batch; no list or node is in a cache because another query has read it."""
@@ -82,7 +96,7 @@ class Phase:
         """A batch's time in this phase: that of its cores or of the memory channels, whichever is longer."""
         busy, traffic = self.busy_ns(num_queries, host), self.dram_bytes(num_queries)
         memory, floor = traffic / host.device.memory_bytes_per_s * NS_PER_S, self.floor_ns(num_queries, host)
-        waits = self.is_read or memory > busy or busy <= self.stream_ns
+        waits = self.is_read or memory > busy or 0 < self.streaming_ns(num_queries, host) == busy
         return OperatorTime(
             self.name, num_queries, num_queries * self.flop, traffic, max(busy, memory, floor),
             "memory" if waits else "compute", "roofline", floor,
@@ -96,11 +110,11 @@ class Search:
     Serves any stage kind. The chunks of a step are numbers of queries; those of one step are one batch.
     """
 
-    _host: HostDeployment = field(init=False, repr=False)
-    _phases: tuple[Phase, ...] = field(init=False, repr=False)
-    _times: list[int] = field(init=False, repr=False)
-    _floors: list[int] = field(init=False, repr=False)
-    _demands: list[Demand] = field(init=False, repr=False)
+    _host: HostDeployment = field(init=False, repr=False, compare=False)
+    _phases: tuple[Phase, ...] = field(init=False, repr=False, compare=False)
+    _times: list[int] = field(init=False, repr=False, compare=False)
+    _floors: list[int] = field(init=False, repr=False, compare=False)
+    _demands: list[Demand] = field(init=False, repr=False, compare=False)
 
     def phases(self, host: HostDeployment) -> tuple[Phase, ...]:
         """The phases of a search in order."""
@@ -198,9 +212,10 @@ def compute_ns(flop: float, host: HostDeployment) -> float:
 def exhaustive(
     name: str, rows: int, dim: int, host: HostDeployment, stream_bytes_per_s: float, *, is_split: bool = False
 ) -> Phase:
-    """The distances of a query to `rows` vectors of FP32: 2 D rows FLOP, all vectors read once for a batch.
+    """The distances of a query to `rows` vectors of FP32: 2 D rows FLOP, all vectors fetched once for a batch.
 
     Cores take queries whole, each reading all vectors; or, where `is_split`, each takes an equal part of the vectors.
+    What one core has fetched serves others that read it at about the same time.
     """
     flop, size = 2.0 * dim * rows, float(FLOAT_BYTES) * dim * rows
     pieces = host.num_cores if is_split else 1

@@ -58,8 +58,8 @@ class SearchTable(Search):
     recall: float | None = None
     setting: str = ""
     dram_bytes_per_query: int = 0
-    _read: tuple[SearchPoint, ...] = field(init=False, repr=False)
-    _origin: str = field(init=False, repr=False, default="measured")
+    _read: tuple[SearchPoint, ...] = field(init=False, repr=False, compare=False)
+    _origin: str = field(init=False, repr=False, compare=False, default="measured")
 
     def __post_init__(self) -> None:
         at_least(1, num_threads=self.num_threads)
