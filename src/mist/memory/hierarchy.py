@@ -43,7 +43,7 @@ def exposed_ns(transfer_ns: int, compute_ns: int, num_layers: int, latency_ns: i
 
     Layer i of L is there at latency + (i + 1) F/L and takes C/L, so the prefill ends at
     C + latency + max(F/L, F - C (L-1)/L): the first layer always waits, and for many layers the rest is
-    max(0, F - C). One layer overlaps nothing. Source: layer-wise pre-loading of CachedAttention (arXiv 2403.19708, 3.2).
+    max(0, F - C). One layer overlaps nothing. Source: layer-wise pre-loading, CachedAttention (arXiv 2403.19708, 3.2).
     """
     return latency_ns - (-max(transfer_ns, num_layers * transfer_ns - (num_layers - 1) * compute_ns) // num_layers)
 

@@ -74,7 +74,7 @@ class KVCache:
         self.free = num_blocks
         self.cached = 0
         #: told the key of every hashed unit that is evicted, a prompt's tail before its head; runs are nobody else's
-        self.on_evict: Callable[[int], None] | None = None
+        self.on_evict: Callable[[int], object] | None = None
         #: unreferenced entries -> blocks, least recently used first; hashed units by key (>= 0), runs by negative ids
         self._evictable: OrderedDict[int, int] = OrderedDict()  # a dict rescans its deleted front on every eviction
         #: hashed units that sequences refer to -> how many do

@@ -163,7 +163,7 @@ class Tier:
         return self._put(chunks, self.entry_tokens * token_bytes, now)
 
     def write_back(self, key: int, num_bytes: int, now: int) -> int:
-        """Take an entry of `num_bytes` of KV cache that the memory above gives up; the stored bytes, 0 if it is here."""
+        """Take an entry of `num_bytes` of KV cache that the memory above gives up; bytes stored, 0 if it is here."""
         written = self._put((key,), num_bytes, now)
         self.written_back_bytes += written
         return written

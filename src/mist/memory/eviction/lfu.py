@@ -16,6 +16,8 @@ class _Bucket:
     """The keys that were used `count` times, least recently used first, between the next lower and higher counts."""
 
     __slots__ = ("above", "below", "count", "keys")
+    above: _Bucket
+    below: _Bucket
 
     def __init__(self, count: int, below: _Bucket | None = None) -> None:
         self.count = count
