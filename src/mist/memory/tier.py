@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import ceil, inf
-from typing import Any
+from typing import Any, Final, Literal
 
 from mist.hardware import MappingReader
 from mist.memory.eviction import Eviction
@@ -18,7 +18,8 @@ from mist.memory.eviction.lru import LRU
 from mist.units import NS_PER_S
 
 #: when a tier gets what was computed: at once, or when the memory above it gives it up
-THROUGH, BACK = "through", "back"
+THROUGH: Final = "through"
+BACK: Final = "back"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class MemoryTier:
     compression: float = 1.0
     decode_bytes_per_s: float = inf
     chunk_tokens: int = 0
-    write: str = THROUGH
+    write: Literal["through", "back"] = THROUGH
 
     def stored_bytes(self, num_bytes: int) -> int:
         """Bytes that `num_bytes` of KV cache take here and on the wire."""

@@ -50,7 +50,7 @@ class Memory(Section):
     """bytes of KV cache that are decoded in a second, if it is compressed; left out, that takes no time"""
     chunk_tokens: Count | None = None
     """tokens that are stored and hit together, 256 for LMCache and vLLM's offloading; left out, those of a hash"""
-    write: Literal["through", "back"] = THROUGH  # type: ignore[assignment]
+    write: Literal["through", "back"] = THROUGH
     """when it is filled: through, as soon as a prompt is computed; back, when the memory above it evicts"""
 
     @classmethod
