@@ -204,6 +204,20 @@ def test_a_sequence_is_evicted_tail_first() -> None:
         assert cached(kv, 1, 2, 3) == max(0, left)
 
 
+def test_evicted_units_are_told_of_tail_first() -> None:
+    kv = caching(4)
+    told: list[int] = []
+    kv.on_evict = told.append
+    one, two = task(0, 12, keys=(1, 2, 3)), task(1, 9, keys=(7, 8))
+    hold(kv, one, 12)
+    release(kv, one, 12)
+    hold(kv, two, 9)
+    assert (told, cached(kv, 1)) == ([3, 2], 4)
+    release(kv, two, 9)
+    kv.take(4)
+    assert told == [3, 2, 1, 8, 7]  # the ninth token's block is nobody's but the request's own
+
+
 def test_private_blocks_go_before_the_prefix() -> None:
     """What a sequence generated lies behind its hashed units, so it is evicted first."""
     kv = caching(num_blocks=4)

@@ -14,6 +14,7 @@ import yaml
 
 from mist import registry
 from mist.scenario import load
+from mist.scenario.memory import Memory
 from mist.scenario.schema import json_schema
 from scenarios import LARGE, SMALL, TRACED, read
 
@@ -111,7 +112,7 @@ def test_schema_refuses_what_is_wrong(change: dict[str, Any]) -> None:
 
 def test_schema_describes_every_key_and_names_every_policy() -> None:
     schema = json_schema()
-    text = json.dumps(schema)
+    text = json.dumps([schema, Memory.model_json_schema()])
     for kind in registry.HOMES:
         for name in registry.names(kind):
             assert f'"{name}"' in text, name

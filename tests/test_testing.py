@@ -11,19 +11,31 @@ from kit import LinearSteps
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
 from mist.errors import InvariantError
+from mist.memory.eviction.lru import LRU
+from mist.memory.eviction.ttl import TTL
 from mist.perf.roofline import Roofline
 from mist.pipeline import StageList
 from mist.registry import lookup, names
 from mist.request import Batch, Stage, Wait
 from mist.routing.least_outstanding import LeastOutstanding
-from mist.testing import BatchingContract, PerfModelContract, PipelineContract, RoutingContract, small_deployment
+from mist.testing import (
+    BatchingContract,
+    EvictionContract,
+    PerfModelContract,
+    PipelineContract,
+    RoutingContract,
+    small_deployment,
+)
 
 CONTRACTS = {
     "batching": (BatchingContract, "policy"),
     "routing": (RoutingContract, "router"),
     "pipeline": (PipelineContract, "pipeline"),
     "perf": (PerfModelContract, "model"),
+    "eviction": (EvictionContract, "policy"),
 }
+#: implementations whose parameters have no defaults
+COMPLETE = {"ttl": partial(TTL, 100)}
 
 
 def suite(kind: str, make: Any) -> Any:
@@ -41,7 +53,7 @@ def checks(kind: str) -> list[str]:
     [(kind, name, check) for kind in CONTRACTS for name in names(kind) for check in checks(kind)],
 )
 def test_what_ships_keeps_its_contract(kind: str, name: str, check: str) -> None:
-    implementation = lookup(kind, name)
+    implementation = COMPLETE.get(name, lookup(kind, name))
     if kind == "perf" and (problem := implementation().supports(small_deployment())):
         pytest.skip(problem)  # needs data or a fallback; its own tests bring them
     getattr(suite(kind, implementation), check)()
@@ -53,6 +65,27 @@ def test_the_made_up_performance_model_keeps_the_contract() -> None:
 
 
 # --- broken on purpose ---
+
+
+class Keeper(LRU):
+    """Never gives up what was used first."""
+
+    def evict(self, now: int, *, full: bool) -> int | None:
+        self._order.move_to_end(next(iter(self._order))) if self._order else None
+        return super().evict(now, full=full and len(self._order) > 1)
+
+
+class Forgetful(LRU):
+    """Gives up what it has given up before."""
+
+    def evict(self, now: int, *, full: bool) -> int | None:
+        return next(iter(self._order)) if full else None
+
+
+@pytest.mark.parametrize("broken", [Keeper, Forgetful])
+def test_broken_eviction_policies_are_caught(broken: Any) -> None:
+    with pytest.raises(AssertionError, match="go"):
+        suite("eviction", broken).test_what_is_there_goes_once()
 
 
 class Lazy(Chunked):

@@ -327,7 +327,7 @@ _QUANTITIES = {
 
 
 def _parser(key: str) -> tuple[bool, Callable[[str], float] | None]:
-    if key.endswith("_bytes_per_s"):
+    if key.endswith("bytes_per_s"):
         return False, parse_bytes_per_s
     if key.endswith("_bytes"):
         return True, parse_bytes

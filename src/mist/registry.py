@@ -27,6 +27,7 @@ HOMES = {
     "batching": "mist.batching",
     "routing": "mist.routing",
     "perf": "mist.perf",
+    "eviction": "mist.memory.eviction",
 }
 
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in HOMES}

@@ -7,6 +7,7 @@ a prompt that a hash names, or a request's own *run* of blocks behind its hashed
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 from mist.request import Task
@@ -50,7 +51,7 @@ class KVCache:
 
     __slots__ = (
         "_evictable", "_next_run", "_refs", "_runs", "block_size", "cached", "free", "hash_block_size",
-        "num_blocks", "prefix_caching", "unit_blocks", "watermark_blocks",
+        "num_blocks", "on_evict", "prefix_caching", "unit_blocks", "watermark_blocks",
     )  # fmt: skip
 
     def __init__(
@@ -72,6 +73,8 @@ class KVCache:
         self.unit_blocks = self.hash_block_size // block_size
         self.free = num_blocks
         self.cached = 0
+        #: told the key of every hashed unit that is evicted, a prompt's tail before its head; runs are nobody else's
+        self.on_evict: Callable[[int], object] | None = None
         #: unreferenced entries -> blocks, least recently used first; hashed units by key (>= 0), runs by negative ids
         self._evictable: OrderedDict[int, int] = OrderedDict()  # a dict rescans its deleted front on every eviction
         #: hashed units that sequences refer to -> how many do
@@ -200,6 +203,8 @@ class KVCache:
                 del evictable[entry]
                 if entry < 0:
                     self._forget(entry)
+                elif self.on_evict is not None:
+                    self.on_evict(entry)
             self.free += blocks
             self.cached -= blocks
             num_blocks -= blocks

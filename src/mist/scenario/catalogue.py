@@ -17,6 +17,7 @@ from typing import Any
 from mist.engine import EngineProfile
 from mist.errors import Problem, ScenarioError, nearest
 from mist.hardware import Device
+from mist.memory.tier import MemoryTier
 from mist.model import ModelSpec
 from mist.perf.step_profile import StepProfile
 from mist.scenario.nodes import parse
@@ -56,8 +57,8 @@ def read(kind: str, given: str | Mapping[str, Any], folder: Path) -> tuple[Any, 
     """What `given` means: its value, and the form in which it can be written anywhere (a catalogue name or a mapping).
 
     A text is a name or alias of the catalogue, else a path looked up in `folder`; the value is a Device, ModelSpec,
-    EngineProfile or StepProfile, for workloads the mapping itself. ScenarioError lists all problems; those of a mapping
-    given in place have no file, and their messages begin with the key.
+    EngineProfile, StepProfile or MemoryTier, for workloads the mapping itself. ScenarioError lists all problems; those
+    of a mapping given in place have no file, and their messages begin with the key.
     """
     if isinstance(given, Mapping):
         return _build(kind, given, "inline"), dict(given)
@@ -122,7 +123,7 @@ def _file(kind: str, given: str, folder: Path) -> Path:
             return path
     except (OSError, RuntimeError, ValueError):  # too long for a name, no home folder, a zero byte
         path = folder
-    what = "step profile" if kind == "steps" else kind.removesuffix("s")
+    what = {"steps": "step profile", "memories": "memory"}.get(kind, kind.removesuffix("s"))
     if _LIKE_A_PATH.search(given):
         raise ScenarioError(
             Problem(f"there is no {what} file {str(path)!r}", hint="paths start at the scenario's folder")
@@ -182,6 +183,8 @@ def _example(kind: str) -> str:
         "devices": "`mist list devices`; a device is {name, peak_tflops: {bf16: 500}, memory_bytes: 64 GiB, "
         "memory_bytes_per_s: 2 TB/s}",
         "models": "`mist list models`; a model is the contents of a Hugging Face config.json",
+        "memories": "`mist list memories`; a memory is {name, capacity_bytes: 2 TB, bytes_per_s: 25 GB/s, "
+        "latency_ns: 0.1 ms}",
     }.get(kind, f"`mist list {kind}`")
 
 
@@ -190,5 +193,6 @@ _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "models": _model,
     "engines": EngineProfile.from_mapping,
     "steps": StepProfile.from_mapping,
+    "memories": MemoryTier.from_mapping,
     "workloads": dict,
 }

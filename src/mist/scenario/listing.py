@@ -15,7 +15,7 @@ from mist.scenario.named import parameters
 from mist.units import GB, GIB
 
 #: the kinds of policies, in the order in which a scenario names them
-POLICIES = ("trace", "arrivals", "lengths", "batching", "routing", "perf")
+POLICIES = ("trace", "arrivals", "lengths", "batching", "routing", "perf", "eviction")
 
 Row = dict[str, Any]
 
@@ -26,7 +26,8 @@ def rows(what: str) -> list[Row]:
         return [row for kind in POLICIES for row in _registered(kind)]
     if what == "pipelines":
         return _registered("pipeline")
-    describe = {"devices": _device, "models": _model, "engines": _engine, "steps": _steps, "workloads": _workload}[what]
+    describe = {"devices": _device, "models": _model, "engines": _engine, "steps": _steps, "memories": _memory,
+                "workloads": _workload}[what]  # fmt: skip
     return [
         {
             "name": entry.name,
@@ -94,6 +95,17 @@ def _steps(profile: Any) -> Row:
         "kinds": ", ".join(profile.regimes),
         "engine": profile.engine,
         "calibrated": profile.calibrated,
+    }
+
+
+def _memory(memory: Any) -> Row:
+    return {
+        "capacity_gb": round(memory.capacity_bytes / GB),
+        "gb_per_s": round(memory.bytes_per_s / GB, 1),
+        "latency_us": memory.latency_ns / 1e3,
+        "link_gb_per_s": memory.link_bytes_per_s and round(memory.link_bytes_per_s / GB, 1),
+        "link_latency_us": memory.link_latency_ns / 1e3,
+        "shared_by": memory.shared_by,
     }
 
 

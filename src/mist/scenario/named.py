@@ -38,6 +38,7 @@ from mist.errors import Problem, nearest
 NOUNS = {
     "arrivals": "arrival process", "lengths": "length distribution", "trace": "trace format", "pipeline": "pipeline",
     "batching": "batching policy", "routing": "routing policy", "perf": "performance model",
+    "eviction": "eviction policy",
 }  # fmt: skip
 
 _PLAIN = (int, float, str, bool, type(None))

@@ -30,16 +30,13 @@ from mist.scenario.clients import Count, Fraction, Name, PerfList
 from mist.scenario.hosts import AnyPool
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
 from mist.scenario.pricing import PREFERRED
-from mist.units import NS_PER_S, parse_bytes_per_s, parse_time_ns
+from mist.scenario.quantities import MAX_SECONDS, Bandwidth, Latency
+from mist.units import parse_bytes_per_s, parse_time_ns
 from mist.workload.trace import find_trace
 
 Arrivals = Annotated[Spec, SpecOf("arrivals")]
 Lengths = Annotated[Spec, SpecOf("lengths", bare="fixed")]
 Routing = Annotated[Spec, SpecOf("routing")]
-
-#: a third of a century, well within the simulator's clock
-MAX_SECONDS = 1e9
-MAX_BYTES_PER_S = 1e18
 
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
@@ -102,26 +99,6 @@ def _routing(value: Any) -> Any:
     return {"": value}
 
 
-def _bandwidth(value: str) -> str:
-    try:
-        rate = parse_bytes_per_s(value)
-    except (ValueError, OverflowError) as error:
-        raise problem(str(error), "such as 50 GB/s") from None
-    if not 1 <= rate <= MAX_BYTES_PER_S:
-        raise problem(f"a bandwidth of {short(value)} is out of range", "such as 50 GB/s")
-    return value
-
-
-def _latency(value: str) -> str:
-    try:
-        time_ns = parse_time_ns(value)
-    except (ValueError, OverflowError) as error:
-        raise problem(str(error), "such as 1 ms") from None
-    if time_ns > MAX_SECONDS * NS_PER_S:
-        raise problem(f"a latency of {short(value)} is out of range", "such as 1 ms")
-    return value
-
-
 def _none_of_zero(value: Any) -> Any:
     return None if value == 0 and not isinstance(value, bool) else value
 
@@ -140,8 +117,6 @@ Window = Annotated[
         }
     ),
 ]
-Bandwidth = Annotated[str, AfterValidator(_bandwidth)]
-Latency = Annotated[str, AfterValidator(_latency)]
 ClientName = Annotated[str, AfterValidator(_client_name)]
 SizeName = Annotated[str, AfterValidator(_size_name)]
 Percentile = Annotated[str, AfterValidator(_percentile)]

@@ -15,6 +15,7 @@ from mist.testing.cluster import (
 )
 from mist.testing.contracts import (
     BatchingContract,
+    EvictionContract,
     PerfModelContract,
     PipelineContract,
     RoutingContract,
@@ -23,6 +24,7 @@ from mist.testing.contracts import (
 
 __all__ = [
     "BatchingContract",
+    "EvictionContract",
     "LinearSteps",
     "PerfModelContract",
     "PipelineContract",

@@ -1,4 +1,4 @@
-"""The contract suites: what every batching policy, router, pipeline and performance model has to hold.
+"""The contract suites: what every batching or eviction policy, router, pipeline and performance model has to hold.
 
 A third party's test class inherits one and names its implementation; any runner that collects `test_` methods does the
 rest. Every run is small, random and under the ledger; the suites never judge how good a policy is.
@@ -15,6 +15,7 @@ import numpy as np
 
 from mist.batching import BatchingPolicy, Budget, CohortView, Queue
 from mist.hardware import Device, Platform
+from mist.memory.eviction import Eviction
 from mist.model import LayerGroup, ModelSpec
 from mist.perf import BOUNDS, ORIGINS, Deployment, PerfModel
 from mist.pipeline import PipelineFactory
@@ -315,6 +316,45 @@ class PerfModelContract:
             assert shares.keys() <= set(ORIGINS), shares
             assert all(0 <= share <= 1 for share in shares.values()), shares
             assert abs(sum(shares.values()) - 1) < 1e-9, f"{shares} don't sum to 1"
+
+
+class EvictionContract:
+    """Inherit, and return your policy from `policy`."""
+
+    num_stories = 40
+
+    def policy(self) -> Eviction:
+        """A fresh instance."""
+        raise NotImplementedError
+
+    def _victims(self, seed: int) -> list[int | None]:
+        """What goes in a random story of uses and full instants, until nothing is left."""
+        rng, policy = random.Random(seed), self.policy()
+        there: set[int] = set()
+        victims, now = [], 0
+        for left in reversed(range(200)):
+            now += rng.choice([0, 1, 10**9, 10**12])
+            if left > 20 and rng.random() < 0.7:
+                key = rng.randrange(12)
+                policy.touch(key, now)
+                there.add(key)
+                continue
+            full = bool(there) and (left <= 20 or rng.random() < 0.7)
+            victim = policy.evict(now, full=full)
+            assert victim in there or (victim is None and not full), f"{victim} goes of {there} (full: {full})"
+            there.discard(-1 if victim is None else victim)
+            victims.append(victim)
+        assert not there, f"{there} never go"
+        assert policy.evict(now, full=False) is None, "what is gone goes again"
+        return victims
+
+    def test_what_is_there_goes_once(self) -> None:
+        for seed in range(self.num_stories):
+            self._victims(seed)
+
+    def test_the_same_story_has_the_same_victims(self) -> None:
+        for seed in range(self.num_stories):
+            assert self._victims(seed) == self._victims(seed), f"story {seed} differs: instances share state"
 
 
 def _step_of(chunks: list[tuple[int, int]], num_decodes: int, context: int) -> Step:
