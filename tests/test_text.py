@@ -20,6 +20,7 @@ from mist.perf.text import BYTES_PER_TOKEN, CpuText
 from mist.request import Step
 from mist.scenario import catalogue
 from mist.scenario.named import SpecOf
+from mist.testing.contracts import small_deployment
 
 Rates = Mapping[str, float]
 
@@ -135,6 +136,10 @@ def test_an_accelerator_has_no_cores() -> None:
     reason = CpuText().supports(HostDeployment(device("h100-sxm"), 0, 8))
     assert reason is not None
     assert "h100-sxm has no cores" in reason
+
+
+def test_steps_of_a_model_are_not_its_business() -> None:
+    assert "not the steps of a model" in str(CpuText().supports(small_deployment()))  # type: ignore[arg-type]
 
 
 def test_rates_are_written_by_stage() -> None:

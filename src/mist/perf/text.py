@@ -57,7 +57,9 @@ class CpuText:
         return tuple(self._rates)
 
     def supports(self, deployment: HostDeployment) -> str | None:
-        """None, or that there are no cores to work on."""
+        """None, or that there are no cores to work on, as where a model's steps are to be priced."""
+        if not isinstance(deployment, HostDeployment):
+            return "it prices text work on a host, not the steps of a model"
         return None if deployment.num_cores >= 1 else f"{deployment.device.name} has no cores: take a CPU"
 
     def prepare(self, deployment: HostDeployment) -> None:
