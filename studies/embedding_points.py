@@ -8,10 +8,11 @@ encoder client with that system's engine profile, 2,560 sequences of the mean le
 were under way at a time and how lengths varied isn't published; with steps this full the first makes no difference.
 
 What is a check and what isn't. The L4's kernel efficiencies come from no embedding point: they are those measured on an
-L40S, the same architecture, times the clock that its power cap leaves; the third table shows that with or without that
-clock the fastest would be within 9 %, so the point doesn't tell the two apart. `tei` and `infinity` on torch have nothing
-fitted, so their errors are errors of a prediction. The other three profiles hold a factor that was fitted to the one
-point that there is: their errors say only that the fit was done. The second table leaves those factors out.
+L40S, the same architecture, times the clock that its power cap leaves; the third table shows that with or without
+that clock the fastest would be within 9 %, so the point doesn't tell the two apart. `tei` and `infinity` on torch
+have nothing fitted, so their errors are errors of a prediction. The other three profiles hold a factor that was
+fitted to the one point that there is: their errors say only that the fit was done. The second table leaves those
+factors out.
 """
 
 from __future__ import annotations

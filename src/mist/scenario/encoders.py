@@ -1,0 +1,37 @@
+"""Clients whose model is an encoder: which engine they default to, and that they compute sequences whole.
+
+A part of the schema, called by the section of a client. Attention in both directions needs a sequence at once, so a
+policy that cuts sequences into chunks is refused. It never looks at the pipeline or at other clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mist.engine import EngineProfile
+from mist.errors import Problem
+from mist.model import ModelSpec
+from mist.scenario.named import Located, Spec
+
+#: where a client with an encoder names no engine
+ENCODER_ENGINE = "tei-0.6"
+#: batching policies that cut sequences, and what takes their place where nobody asked for one
+CUTTING = {"chunked": "continuous"}
+
+
+def default_engine(model: ModelSpec | None, otherwise: str) -> str:
+    """The engine of a client that names none: of an encoder one that embeds, else `otherwise`."""
+    return ENCODER_ENGINE if model is not None and model.is_encoder else otherwise
+
+
+def default_batching(engine: EngineProfile, model: ModelSpec) -> str:
+    """The policy of a client that names none: the engine's, or for an encoder the nearest that cuts no sequence."""
+    return CUTTING.get(engine.batching, engine.batching) if model.is_encoder else engine.batching
+
+
+def cut_sequences(model: ModelSpec, batching: Spec) -> Iterator[Located]:
+    """A policy that would cut an encoder's sequences into chunks, as a problem at `batching`."""
+    if model.is_encoder and batching.name in CUTTING:
+        message = f"{model.name} is an encoder: every token attends to all others, so no sequence can be cut"
+        hint = f"take {CUTTING[batching.name]}, or leave batching out"
+        yield ("batching", batching.name), Problem(message, hint=hint)
