@@ -12,7 +12,7 @@ from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
 from mist.errors import InvariantError
 from mist.perf.roofline import Roofline
-from mist.pipeline import StageList
+from mist.pipeline.stages import StageList
 from mist.registry import lookup, names
 from mist.request import Batch, Stage, Wait
 from mist.routing.least_outstanding import LeastOutstanding
