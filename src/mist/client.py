@@ -7,16 +7,18 @@ It never chooses another client and never reads a workload.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from mist.batching import BatchingPolicy
 from mist.engine import EngineProfile
 from mist.errors import InvariantError
 from mist.front_end import FrontEnd
+from mist.host import Host
 from mist.kernel import Kernel
 from mist.memory.kv_cache import KVCache
 from mist.network import HOST, Channel, KVLink
-from mist.perf import HostModel, PerfModel
+from mist.perf import Demand, HostModel, PerfModel
 from mist.records import CUT, DONE, PREEMPTED, Records
 from mist.request import DECODE, PREFILL, Batch, ClientView, StageResult, Step, Task, Wait
 from mist.residents import Residents
@@ -109,6 +111,9 @@ class Client:
         self._append_step = records.steps.append
         self._append_task = records.tasks.append
         self._tells_kinds = hasattr(perf, "demand")
+        #: the host whose cores and memory its steps share with others, and what they ask of it
+        self.shares: Host | None = None
+        self.demand_of: Callable[[Step], Demand] = getattr(perf, "demand", no_demand)
         self.stage_kinds = {kind: i for i, kind in enumerate(records.stage_kinds)}
         self._step_ns = engine.step_overhead_ns
         self._prefill_ns = engine.prefill_overhead_ns
@@ -137,11 +142,18 @@ class Client:
             if not self.begin_step(now):
                 return
             end = now + self.price_step()
+            if self.shares is not None:
+                self.shares.work(self.demand_of(self.step), end - now, self._shared_step_ends, None, now)
+                return
             if end >= kernel.horizon() or (self.emits and self._ends_a_task()):
                 kernel.step_ends(self, end)
                 return
             self.finish_step(end)
             now = end
+
+    def _shared_step_ends(self, _: None, now: int) -> None:
+        self.finish_step(now)
+        self.waker.wake(self)
 
     def begin_step(self, now: int) -> bool:
         """Ask the policy for a batch and make it the step in flight; False if the client idles instead."""
@@ -351,6 +363,11 @@ class Client:
              task.queued_ns, task.started_ns, task.joined_ns, now, how,
              computed, task.cached_tokens, task.join_step, last_step, generated)
         )  # fmt: skip
+
+
+def no_demand(step: Step) -> Demand:
+    """What a step asks of a host whose share in it isn't known."""
+    return Demand()
 
 
 def _emit(task: Task, now: int) -> None:

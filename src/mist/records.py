@@ -59,11 +59,13 @@ class Records:
       spread over its decode steps. Where another client decodes on, the first token is the prefill's or, by the engine,
       that of the join there.
     steps: one row per step of a client. `kv_blocks` are the blocks referenced while it ran.
-    transfers: one row per KV cache that moved, written when it is there (or at the end: `end_ns`, and `start_ns` if
-      it still waited for the link, are -1). `sender` and `receiver` are clients, a sender of -1 is the host memory.
+    transfers: one row for all that moved at once, such as a KV cache, written when it is there (or at the end:
+      `end_ns`, and `start_ns` if it still waited for the link, are -1). `sender` and `receiver` are clients, or
+      memories as -1 - their index in `memory_names`: -1 is the host memory of the client at the other end.
     """
 
     client_names: list[str] = field(default_factory=list)
+    memory_names: list[str] = field(default_factory=lambda: ["host memory"])
     stage_kinds: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     requests: Table = _table(

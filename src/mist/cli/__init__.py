@@ -165,7 +165,9 @@ def check(resolved: bool, **options: Any) -> None:
 
     click.echo(f"{scenario.name}: fine")
     click.echo(f"  pipeline {' -> '.join(scenario.stages)}, seed {scenario.seed}")
-    for name, client in scenario.clients.items():
+    for name, host in scenario.hosts.items():
+        click.echo(f"  {name}: {host}")
+    for name, client in scenario.pools.items():
         devices = f"{client.count} x {client.platform.num_devices} {client.device.name}"
         click.echo(f"  {name}: {devices}, {client.model.name} in {client.weights_dtype}, {client.engine.name}")
         batching = ", ".join(f"{key} {value}" for key, value in client.batching.params.items())

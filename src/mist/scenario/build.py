@@ -7,35 +7,27 @@ of the simulation itself happens here.
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from mist import __version__
-from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.errors import InvariantError, ScenarioError
 from mist.kernel import FOREVER, Kernel
-from mist.lanes import share_stages
 from mist.ledger import Ledger
-from mist.memory.kv_cache import KVCache
-from mist.metrics import ClientInfo, summarise
+from mist.metrics import summarise
 from mist.metrics.words import counted
-from mist.network import KVLink
-from mist.perf import ORIGINS, Deployment, PerfModel
-from mist.perf.drafted import Drafted
+from mist.perf import ORIGINS, HostModel, PerfModel
 from mist.records import Records
 from mist.request import DECODE
 from mist.scenario.bands import expected_error
-from mist.scenario.clients import Pool
-from mist.scenario.pricing import host_beside, price
+from mist.scenario.fleet import Fleet, build_fleet
 from mist.scenario.remarks import remarks
 from mist.scenario.result import Result
+from mist.scenario.seeds import random_of, seed_of
 from mist.scenario.value import Scenario
-from mist.speculation import Speculation
 from mist.units import NS_PER_S, seconds_to_ns
 from mist.workload import RequestTable
 from mist.workload.synthetic import draw_table
@@ -54,7 +46,7 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
     workload = build_workload(scenario)
     kernel, records = Kernel(), Records(stage_kinds=list(scenario.stages))
     window = _window_ns(scenario, workload)
-    fleet = _build_fleet(scenario, workload, kernel, records)
+    fleet = build_fleet(scenario, workload, kernel, records)
     coordinator = Coordinator(
         kernel=kernel,
         records=records,
@@ -80,7 +72,7 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
     metrics["notes"] += [*fleet.remarks, *remarks(scenario, fleet.priced_by, saturated=metrics["saturated"])]
     metrics["expected_error"] = {
         name: expected_error(pool, fleet.priced_by[name], saturated=metrics["saturated"])
-        for name, pool in scenario.clients.items()
+        for name, pool in scenario.pools.items()
     }
     ended = time.perf_counter()
     return Result(
@@ -110,7 +102,7 @@ def build_workload(scenario: Scenario) -> RequestTable:
         table.cached_tokens = workload.cached_tokens.build().sample(len(table), random_of(scenario.seed, "cached"))
     if table.cached_tokens is not None:
         table.cached_tokens = np.minimum(table.cached_tokens, table.input_tokens - 1)
-        finds_nothing = [name for name, pool in scenario.clients.items() if not pool.kv_cache.enable_prefix_caching]
+        finds_nothing = [name for name, pool in scenario.pools.items() if not pool.kv_cache.enable_prefix_caching]
         note = "{}: prefix caching is off, so the workload's cached_tokens are computed here."
         table.notes += tuple(note.format(name) for name in finds_nothing)
     return rate_scale(table, workload.rate_scale) if workload.rate_scale != 1 else table
@@ -121,7 +113,7 @@ def _draw(scenario: Scenario) -> RequestTable:
     assert process is not None
     assert workload.num_requests is not None
     inputs, outputs = (workload.length_distribution(key).build() for key in ("input_tokens", "output_tokens"))
-    seed = _seed_of(scenario.seed, "workload")
+    seed = seed_of(scenario.seed, "workload")
     table = draw_table(workload.num_requests, process.build(), inputs, outputs, seed)
     return limit(table, workload.limit) if workload.limit is not None else table
 
@@ -139,134 +131,12 @@ def _read(scenario: Scenario) -> RequestTable:
     return table
 
 
-def random_of(seed: int, purpose: str, *index: int) -> np.random.Generator:
-    """The generator of one named purpose in the scenario's seed tree; draws of one don't shift those of another."""
-    return np.random.default_rng(_seed_of(seed, purpose, *index))
-
-
-def _seed_of(seed: int, purpose: str, *index: int) -> np.random.SeedSequence:
-    return np.random.SeedSequence(seed, spawn_key=(zlib.crc32(purpose.encode()), *index))
-
-
-@dataclass(slots=True)
-class _Fleet:
-    """The clients of a run, with what summaries need to know of each, its performance model, and remarks on these.
-
-    `priced_by`: the name of the performance model of each pool.
-    """
-
-    clients: list[Client] = field(default_factory=list)
-    infos: list[ClientInfo] = field(default_factory=list)
-    models: list[PerfModel] = field(default_factory=list)
-    priced_by: dict[str, str] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
-
-
-def _build_fleet(scenario: Scenario, workload: RequestTable, kernel: Kernel, records: Records) -> _Fleet:
-    """A client for every attention group of every lane of every replica of every pool."""
-    fleet = _Fleet()
-    for pool_name, pool in scenario.clients.items():
-        perf, fleet.priced_by[pool_name], refusals = _perf_model(scenario, pool_name, pool)
-        fleet.remarks += refusals
-        num_blocks = (pool.kv_cache.num_blocks or pool.kv_capacity().num_blocks) // pool.pp
-        for name in _client_names(pool_name, pool):
-            client = Client(
-                len(fleet.clients),
-                name,
-                serves=tuple(pool.serves),
-                batching=pool.batching.build(),
-                perf=perf,
-                kv=_kv_cache(scenario, pool_name, pool, num_blocks, workload.hash_block_size),
-                engine=host_beside(pool.engine, perf, pool.model.num_layers),
-                max_model_len=pool.max_model_len,
-                kernel=kernel,
-                records=records,
-                speculation=_speculation(scenario, pool),
-                nic=_nic(scenario, pool),
-                host=_host_link(pool),
-            )
-            records.client_names.append(name)
-            fleet.clients.append(client)
-            fleet.models.append(perf)
-            limit_seqs = client.batching.max_num_seqs
-            fleet.infos.append(ClientInfo(name, pool_name, num_blocks, pool.kv_cache.block_size, limit_seqs))
-        if pool.lanes > 1:
-            first = len(fleet.clients) - pool.count * pool.lanes
-            for start in range(first, len(fleet.clients), pool.lanes):
-                share_stages(fleet.clients[start : start + pool.lanes], pool.pp, kernel)
-    return fleet
-
-
-def _client_names(pool_name: str, pool: Pool) -> list[str]:
-    """gpu; gpu-0, gpu-1 for replicas; gpu-0.0, gpu-0.1 for the lanes of each."""
-    replicas = [f"{pool_name}-{i}" for i in range(pool.count)] if pool.count > 1 else [pool_name]
-    return [f"{name}.{lane}" for name in replicas for lane in range(pool.lanes)] if pool.lanes > 1 else replicas
-
-
-def _kv_cache(scenario: Scenario, name: str, pool: Pool, num_blocks: int, hash_block_size: int) -> KVCache:
-    settings = pool.kv_cache
-    if hash_block_size % settings.block_size:
-        message = (
-            f"the trace hashes {hash_block_size} tokens at a time, not a multiple of block_size {settings.block_size}"
-        )
-        raise ScenarioError(scenario.problem(("clients", name, "kv_cache", "block_size"), message, "such as 16"))
-    return KVCache(
-        num_blocks,
-        settings.block_size,
-        enable_prefix_caching=settings.enable_prefix_caching,
-        hash_block_size=hash_block_size,
-        watermark_blocks=int(settings.watermark * num_blocks),
-    )
-
-
-def _nic(scenario: Scenario, pool: Pool) -> KVLink:
-    """The link to decode clients: keys and values of all layers and ranks go over it."""
-    link, token_bytes = scenario.network.kv_transfer, pool.model.kv_bytes_per_token(pool.kv_dtype)
-    return KVLink(token_bytes, link.bytes_per_s, link.latency_ns) if link is not None else KVLink(token_bytes)
-
-
-def _host_link(pool: Pool) -> KVLink | None:
-    """The link to host memory, if prefixes are there: each device fetches its share over its own."""
-    if pool.kv_cache.prefix_tier != "cpu":
-        return None
-    token_bytes = pool.model.kv_bytes_per_token_per_device(pool.kv_dtype, pool.tp, pool.pp)
-    return KVLink(token_bytes, pool.device.host_link_bytes_per_s, pool.device.host_link_latency_ns)
-
-
-def _perf_model(scenario: Scenario, name: str, pool: Pool) -> tuple[PerfModel, str, list[str]]:
-    """The first of the pool's performance models that supports it, prepared, its name, and a remark on those before."""
-
-    def priced(deployment: Deployment, what: str) -> tuple[PerfModel, str, list[str]]:
-        found = price(pool.perf, deployment)
-        if found.model is None:
-            message = "; ".join(found.refusals)
-            raise ScenarioError(scenario.problem(("clients", name, "perf"), message, "such as perf: roofline"))
-        refusals = [f"{name}: {what} times by {found.name}, {refusal}." for refusal in found.refusals]
-        return found.model, found.name, refusals
-
-    target, perf, refusals = priced(pool.deployment(), "step")
-    settings = pool.speculation
-    if settings is None:
-        return target, perf, refusals
-    if settings.draft_cost is not None or pool.draft is None:
-        return Drafted(target, settings.num_draft_tokens, draft_cost=settings.draft_cost or 0.0), perf, refusals
-    draft, _, more = priced(pool.draft, "draft")
-    return Drafted(target, settings.num_draft_tokens, draft), perf, [*refusals, *more]
-
-
-def _speculation(scenario: Scenario, pool: Pool) -> Speculation | None:
-    settings = pool.speculation
-    if settings is None:
-        return None
-    return Speculation(settings.num_draft_tokens, settings.acceptance, partial(random_of, scenario.seed, "speculation"))
-
-
-def _verified(scenario: Scenario, fleet: _Fleet, records: Records) -> list[str]:
+def _verified(scenario: Scenario, fleet: Fleet, records: Records) -> list[str]:
     """How many tokens came out of the steps of each pool that speculates."""
     tasks = records.tasks.as_columns()
     decoded = tasks["join_step"] >= 0
     notes = []
-    for name, settings in ((name, pool.speculation) for name, pool in scenario.clients.items() if pool.speculation):
+    for name, settings in ((name, pool.speculation) for name, pool in scenario.pools.items() if pool.speculation):
         assert settings is not None
         here = decoded & np.isin(tasks["client"], [i for i, info in enumerate(fleet.infos) if info.pool == name])
         steps = int((tasks["last_step"] - tasks["join_step"])[here].sum())
@@ -348,7 +218,7 @@ def _rejections(records: Records) -> list[str]:
     return [f"{counts[i]:,} rejected: {records.reasons[i]}." for i in np.argsort(-counts, kind="stable")]
 
 
-def _provenance(records: Records, models: Sequence[PerfModel]) -> dict[str, float]:
+def _provenance(records: Records, models: Sequence[PerfModel | HostModel]) -> dict[str, float]:
     """Share of all clients' busy time by where the figure for it comes from."""
     steps = records.steps.as_columns()
     busy = np.bincount(steps["client"], steps["end_ns"] - steps["start_ns"], minlength=len(models))

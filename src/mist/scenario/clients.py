@@ -30,6 +30,7 @@ from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.catalogued import Catalogued, left_out
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems
+from mist.scenario.pricing import runs_without_model
 from mist.scenario.speculation_settings import SpeculationSettings
 
 DEFAULT_ENGINE = "vllm-0.10"
@@ -327,6 +328,10 @@ class Pool(Section):
             raised = f"tp: {fits} would do; or " if fits else "raise pp, "
             hint = f"{raised}narrow weights_dtype, lower the limits of batching, or take a device with more memory"
             yield ("device",), Problem(message, hint=hint)
+        for index, spec in enumerate(self.perf or ()):
+            if runs_without_model(spec.name):
+                message = f"{spec.name} runs no model, and there is one"
+                yield ("perf", index), Problem(message, hint="leave `model` out, or take kernels or roofline")
         if self.weights_dtype == "fp32" and "fp32" not in self.device.peak_flop_per_s:
             message = f"no fp32 rate is known of {self.device.name}"
             hint = "take bf16, or give the device peak_tflops: {fp32: ...}"

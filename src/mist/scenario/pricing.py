@@ -1,7 +1,8 @@
 """Which performance model prices a deployment: the first of a list that supports it.
 
-Used where a run is built and where a step is explained. A model with a field `fallback` gets the one behind it in the
-list, so that what it doesn't know is priced there; implementations never import each other.
+Used where a run is built and where a step is explained; a `HostModel` prices clients without a model. One with a field
+`fallback` gets the one behind it in the list, so that what it doesn't know is priced there; implementations never
+import each other.
 """
 
 from __future__ import annotations
@@ -27,6 +28,16 @@ class Priced:
     name: str
     model: PerfModel | None
     refusals: tuple[str, ...]
+
+
+def runs_without_model(perf: str) -> bool:
+    """Whether the performance model of this name is a `HostModel`."""
+    return hasattr(registry.lookup("perf", perf), "demand")
+
+
+def host_models() -> list[str]:
+    """Names of all registered `HostModel`s."""
+    return [name for name in registry.names("perf") if runs_without_model(name)]
 
 
 def price(specs: Sequence[Spec], deployment: Deployment) -> Priced:

@@ -18,21 +18,21 @@ def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None, *, s
 
     `priced_by` names the performance model of each pool, where it is known already; `saturated`: the run was.
     """
-    found = [remark for name, pool in scenario.clients.items() for remark in _memory(name, pool)]
-    found += [remark for name, pool in scenario.clients.items() for remark in _speculation(name, pool)]
+    found = [remark for name, pool in scenario.pools.items() for remark in _memory(name, pool)]
+    found += [remark for name, pool in scenario.pools.items() for remark in _speculation(name, pool)]
     found += _not_modelled(scenario)
     devices = {pool.device.name: pool.device for pool in scenario.clients.values()}
     found += [remark for device in devices.values() for remark in _figures(device)]
     priced_by = priced_by or {}
     expected = [
-        expected_error(pool, priced_by.get(name, ""), saturated=saturated) for name, pool in scenario.clients.items()
+        expected_error(pool, priced_by.get(name, ""), saturated=saturated) for name, pool in scenario.pools.items()
     ]
     return [*found, *dict.fromkeys(each["statement"] for each in expected)]
 
 
 def _not_modelled(scenario: Scenario) -> Iterator[str]:
     """What the scenario has, at no cost."""
-    pools = scenario.clients.values()
+    pools = scenario.pools.values()
     if scenario.network.kv_transfer is None and any(pool.hands_over(scenario.stages) for pool in pools):
         yield "KV caches go from prefill to decode clients in no time: network.kv_transfer gives them a link."
 

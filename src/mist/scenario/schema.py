@@ -26,7 +26,8 @@ from mist import registry
 from mist.errors import Problem, ScenarioError
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
-from mist.scenario.clients import Count, Fraction, Name, PerfList, Pool
+from mist.scenario.clients import Count, Fraction, Name, PerfList
+from mist.scenario.hosts import AnyPool
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
 from mist.scenario.pricing import PREFERRED
 from mist.units import NS_PER_S, parse_bytes_per_s, parse_time_ns
@@ -311,7 +312,7 @@ class ScenarioFile(Section):
         default=[PREFILL, DECODE], validate_default=True
     )
     """the stages of a request: a list of stages, or a pipeline by name"""
-    clients: Annotated[dict[ClientName, Pool], Field(min_length=1)]
+    clients: Annotated[dict[ClientName, AnyPool], Field(min_length=1)]
     """who serves the stages, by name"""
     routing: Routings = Field(default="least_outstanding", validate_default=True)
     """which replica takes a task: a policy for all stages, or {stage: policy}"""

@@ -19,6 +19,7 @@ from mist.errors import Problem, ScenarioError, nearest
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.clients import Pool
+from mist.scenario.hosts import HostPool
 from mist.scenario.named import Located, Section, Spec
 from mist.scenario.nodes import is_text
 from mist.scenario.schema import Network, ScenarioFile, Slo, Workload
@@ -42,7 +43,7 @@ class Scenario:
     workload: Workload
     pipeline: Spec
     stages: tuple[str, ...]
-    clients: Mapping[str, Pool]
+    clients: Mapping[str, Pool | HostPool]
     routing: Mapping[str, Spec]
     network: Network
     slo: Slo
@@ -65,6 +66,16 @@ class Scenario:
         scenario = cls.__new__(cls)
         scenario._complete(source)
         return scenario
+
+    @property
+    def pools(self) -> dict[str, Pool]:
+        """Those of the clients that run a model."""
+        return {name: pool for name, pool in self.clients.items() if isinstance(pool, Pool)}
+
+    @property
+    def hosts(self) -> dict[str, HostPool]:
+        """Those that don't."""
+        return {name: pool for name, pool in self.clients.items() if isinstance(pool, HostPool)}
 
     @property
     def folder(self) -> Path:
@@ -163,18 +174,22 @@ class Scenario:
             if stage and stage not in self.stages:
                 message = f"the pipeline has no stage {stage!r}"
                 yield ("routing", stage), Problem(message, hint=nearest(stage, self.stages))
-        for name, client in self.clients.items():
+        for name, serves in ((name, client.serves) for name, client in self.clients.items()):
+            yield from self._unknown_stages(name, serves)
+        for name, client in self.pools.items():
             yield from self._client_conflicts(name, client)
         if self.window_s is not None and self.warmup_s > self.window_s[0]:
             message = f"the warm-up of {self.warmup_s:g} s ends after the window begins"
             yield ("window_s",), Problem(message, hint="let the window begin later, or leave warmup_s out")
 
-    def _client_conflicts(self, name: str, client: Pool) -> Iterator[Located]:
+    def _unknown_stages(self, name: str, serves: Iterable[str]) -> Iterator[Located]:
         known = {PREFILL, DECODE, *self.stages}
-        for index, stage in enumerate(client.serves):
+        for index, stage in enumerate(serves):
             if stage not in known:
                 message = f"there is no stage {stage!r}"
                 yield ("clients", name, "serves", index), Problem(message, hint=nearest(stage, known))
+
+    def _client_conflicts(self, name: str, client: Pool) -> Iterator[Located]:
         if client.model.is_encoder and DECODE in self.stages and DECODE in client.serves:
             message = f"{client.model.name} is an encoder: it decodes nothing"
             yield ("clients", name, "model"), Problem(message, hint="take a decoder, or pipeline: [prefill]")
@@ -183,7 +198,7 @@ class Scenario:
 
     def _hand_over_conflicts(self, name: str, client: Pool) -> Iterator[Located]:
         """What keeps the KV caches of this client from being decoded elsewhere."""
-        for other_name, other in self.clients.items():
+        for other_name, other in self.pools.items():
             if DECODE not in other.serves:
                 continue
             if other.model.layers != client.model.layers:
@@ -202,7 +217,7 @@ class Scenario:
 
     def _resolved_client(self, name: str) -> dict[str, Any]:
         plain: dict[str, Any] = _plain(self.clients[name])
-        for key in ("device", "model", "engine"):
+        for key in plain.keys() & {"device", "model", "engine"}:
             try:
                 given = self.source.at(("clients", name, key))
             except KeyError:
@@ -269,14 +284,14 @@ def _problems(error: ValidationError, source: Source) -> list[Problem]:
 
 def _placed(source: Source, loc: KeyPath, message: str, hint: str, *, key: bool = False) -> Problem:
     """A problem at what was written at `loc`; its message begins with the path, unless its place is an option's."""
-    path = tuple(part for part in loc if part not in ("", "[key]"))
+    path = tuple(part for part in loc if part != "" and not str(part).startswith("["))
     where = ".".join(map(str, path))
     placed = source.problem(path, message, hint, key=key or "[key]" in loc)
     option = placed.file.removeprefix("--set ").partition("=")[0]
     return placed if where in ("", option) else replace(placed, message=f"{where}: {message}")
 
 
-def _with_perf(client: Pool, perf: list[Spec]) -> Pool:
+def _with_perf(client: Pool | HostPool, perf: list[Spec]) -> Pool | HostPool:
     return client if client.perf else client.model_copy(update={"perf": perf})
 
 

@@ -87,7 +87,7 @@ def setting_of(point: Point, folder: Path, overrides: Overrides | None = None, p
         scenario = Scenario.from_mapping(mapping, folder=folder)
     except ScenarioError as error:
         raise Skip("; ".join(problem.message for problem in error.problems)) from None
-    devices = sum(p.count * p.tp * p.pp * p.attn_dp for p in scenario.clients.values())
+    devices = sum(p.count * p.tp * p.pp * p.attn_dp for p in scenario.pools.values())
     saturated = _saturated(draft, scenario, devices)
     return Setting(scenario, str(profile["name"]), saturated, devices, draft.warmup_requests, _assumptions(point))
 
@@ -332,7 +332,7 @@ def _saturated(draft: Draft, scenario: Scenario, num_devices: int) -> bool:
     if load in ("open_loop", "trace"):
         return point.open_loop_saturated(num_devices, draft.trace_rate_per_s if load == "trace" else None)
     if load == "closed_loop":
-        tokens = sum(_kv_tokens(pool) for pool in scenario.clients.values() if "decode" in pool.serves)
+        tokens = sum(_kv_tokens(pool) for pool in scenario.pools.values() if "decode" in pool.serves)
         in_flight = point.count("concurrency") * ((point.number("isl") or 0) + (point.number("osl") or 0))
         return in_flight > tokens
     return load == "offline"

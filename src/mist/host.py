@@ -1,0 +1,56 @@
+"""A host: the cores and memory channels of a node, shared by the clients that work on it and by what is fetched there.
+
+A client's step takes what its performance model says where it has the host to itself, and longer where others slow it
+down. It knows nothing of clients' tasks or of paths between nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mist.hardware import Device
+from mist.perf import Demand
+from mist.sharing import Channel, Sharing
+from mist.units import NS_PER_S
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """A step under way: how many of its parts aren't over, and whom to tell."""
+
+    num_open: int
+    done: Callable[[Any, int], None]
+    argument: Any
+
+
+class Host:
+    """`cores` (in ns of core time a second) and `dram` (bytes a second) of a CPU `device`."""
+
+    def __init__(self, name: str, device: Device, sharing: Sharing) -> None:
+        self.name = name
+        self.device = device
+        self.sharing = sharing
+        self.cores = Channel(f"{name}: cores", device.num_cores * NS_PER_S)
+        self.dram = Channel(f"{name}: DRAM", device.memory_bytes_per_s)
+
+    def work(self, demand: Demand, alone_ns: int, done: Callable[[Any, int], None], argument: Any, now: int) -> None:
+        """Work that takes `alone_ns` where nothing else is here; `done(argument, time_ns)` comes at its end.
+
+        Core time and memory traffic are spread evenly over it, so that alone each needs all of that time, and the
+        slower of the two ends it where others take their fair shares.
+        """
+        parts = [(self.cores, demand.core_ns), (self.dram, demand.dram_bytes)]
+        under_way = _Work(sum(size > 0 for _, size in parts), done, argument)
+        if not under_way.num_open:
+            self.sharing.kernel.at(now + alone_ns, done, argument)
+        for channel, size in parts:
+            if size:
+                rate = size * NS_PER_S / alone_ns
+                self.sharing.start((channel,), size, self._part_over, under_way, now, max_rate_per_s=rate)
+
+    def _part_over(self, work: _Work, now: int) -> None:
+        work.num_open -= 1
+        if not work.num_open:
+            work.done(work.argument, now)

@@ -1,0 +1,176 @@
+"""The clients of a run, built from a scenario's pools: their performance models, memories, links and lanes.
+
+Between the validated scenario and the loop that plays it. It decides nothing that the scenario doesn't say, and runs
+nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from mist.client import Client
+from mist.errors import ScenarioError
+from mist.kernel import Kernel
+from mist.lanes import share_stages
+from mist.memory.kv_cache import KVCache
+from mist.metrics import ClientInfo
+from mist.network import KVLink
+from mist.perf import Deployment, HostModel, PerfModel
+from mist.perf.drafted import Drafted
+from mist.records import Records
+from mist.scenario.clients import Pool
+from mist.scenario.hosts import NO_ENGINE, HostPool
+from mist.scenario.pricing import host_beside, price
+from mist.scenario.seeds import random_of
+from mist.scenario.value import Scenario
+from mist.speculation import Speculation
+from mist.workload import RequestTable
+
+#: blocks of a client that keeps no KV cache: more than any run takes
+_UNLIMITED = 2**60
+
+
+@dataclass(slots=True)
+class Fleet:
+    """The clients of a run, with what summaries need to know of each, its performance model, and remarks on these.
+
+    `priced_by`: the name of the performance model of each pool.
+    """
+
+    clients: list[Client] = field(default_factory=list)
+    infos: list[ClientInfo] = field(default_factory=list)
+    models: list[PerfModel | HostModel] = field(default_factory=list)
+    priced_by: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+
+def build_fleet(scenario: Scenario, workload: RequestTable, kernel: Kernel, records: Records) -> Fleet:
+    """A client for every attention group of every lane of every replica of every pool."""
+    fleet = Fleet()
+    for name, pool in scenario.clients.items():
+        if isinstance(pool, HostPool):
+            _add_hosts(fleet, name, pool, kernel, records)
+        else:
+            _add_replicas(fleet, scenario, name, pool, workload.hash_block_size, kernel, records)
+    return fleet
+
+
+def _add_replicas(
+    fleet: Fleet, scenario: Scenario, pool_name: str, pool: Pool, hash_block_size: int, kernel: Kernel, records: Records
+) -> None:
+    perf, fleet.priced_by[pool_name], refusals = _perf_model(scenario, pool_name, pool)
+    fleet.remarks += refusals
+    num_blocks = (pool.kv_cache.num_blocks or pool.kv_capacity().num_blocks) // pool.pp
+    for name in _client_names(pool_name, pool):
+        client = Client(
+            len(fleet.clients),
+            name,
+            serves=tuple(pool.serves),
+            batching=pool.batching.build(),
+            perf=perf,
+            kv=_kv_cache(scenario, pool_name, pool, num_blocks, hash_block_size),
+            engine=host_beside(pool.engine, perf, pool.model.num_layers),
+            max_model_len=pool.max_model_len,
+            kernel=kernel,
+            records=records,
+            speculation=_speculation(scenario, pool),
+            nic=_nic(scenario, pool),
+            host=_host_link(pool),
+        )
+        limit_seqs = client.batching.max_num_seqs
+        info = ClientInfo(name, pool_name, num_blocks, pool.kv_cache.block_size, limit_seqs)
+        _add(fleet, client, info, records)
+    if pool.lanes > 1:
+        first = len(fleet.clients) - pool.count * pool.lanes
+        for start in range(first, len(fleet.clients), pool.lanes):
+            share_stages(fleet.clients[start : start + pool.lanes], pool.pp, kernel)
+
+
+def _add_hosts(fleet: Fleet, pool_name: str, pool: HostPool, kernel: Kernel, records: Records) -> None:
+    perf, fleet.priced_by[pool_name] = pool.prepared(), pool.perf.name
+    for i in range(pool.count):
+        client = Client(
+            len(fleet.clients),
+            f"{pool_name}-{i}" if pool.count > 1 else pool_name,
+            serves=tuple(pool.serves),
+            batching=pool.batching.build(),
+            perf=perf,
+            kv=KVCache(_UNLIMITED, 1),
+            engine=NO_ENGINE,
+            max_model_len=_UNLIMITED,
+            kernel=kernel,
+            records=records,
+        )
+        _add(fleet, client, ClientInfo(client.name, pool_name, 0, 0, client.batching.max_num_seqs), records)
+
+
+def _add(fleet: Fleet, client: Client, info: ClientInfo, records: Records) -> None:
+    records.client_names.append(client.name)
+    fleet.clients.append(client)
+    fleet.models.append(client.perf)
+    fleet.infos.append(info)
+
+
+def _client_names(pool_name: str, pool: Pool) -> list[str]:
+    """gpu; gpu-0, gpu-1 for replicas; gpu-0.0, gpu-0.1 for the lanes of each."""
+    replicas = [f"{pool_name}-{i}" for i in range(pool.count)] if pool.count > 1 else [pool_name]
+    return [f"{name}.{lane}" for name in replicas for lane in range(pool.lanes)] if pool.lanes > 1 else replicas
+
+
+def _kv_cache(scenario: Scenario, name: str, pool: Pool, num_blocks: int, hash_block_size: int) -> KVCache:
+    settings = pool.kv_cache
+    if hash_block_size % settings.block_size:
+        message = (
+            f"the trace hashes {hash_block_size} tokens at a time, not a multiple of block_size {settings.block_size}"
+        )
+        raise ScenarioError(scenario.problem(("clients", name, "kv_cache", "block_size"), message, "such as 16"))
+    return KVCache(
+        num_blocks,
+        settings.block_size,
+        enable_prefix_caching=settings.enable_prefix_caching,
+        hash_block_size=hash_block_size,
+        watermark_blocks=int(settings.watermark * num_blocks),
+    )
+
+
+def _nic(scenario: Scenario, pool: Pool) -> KVLink:
+    """The link to decode clients: keys and values of all layers and ranks go over it."""
+    link, token_bytes = scenario.network.kv_transfer, pool.model.kv_bytes_per_token(pool.kv_dtype)
+    return KVLink(token_bytes, link.bytes_per_s, link.latency_ns) if link is not None else KVLink(token_bytes)
+
+
+def _host_link(pool: Pool) -> KVLink | None:
+    """The link to host memory, if prefixes are there: each device fetches its share over its own."""
+    if pool.kv_cache.prefix_tier != "cpu":
+        return None
+    token_bytes = pool.model.kv_bytes_per_token_per_device(pool.kv_dtype, pool.tp, pool.pp)
+    return KVLink(token_bytes, pool.device.host_link_bytes_per_s, pool.device.host_link_latency_ns)
+
+
+def _perf_model(scenario: Scenario, name: str, pool: Pool) -> tuple[PerfModel, str, list[str]]:
+    """The first of the pool's performance models that supports it, prepared, its name, and a remark on those before."""
+
+    def priced(deployment: Deployment, what: str) -> tuple[PerfModel, str, list[str]]:
+        found = price(pool.perf, deployment)
+        if found.model is None:
+            message = "; ".join(found.refusals)
+            raise ScenarioError(scenario.problem(("clients", name, "perf"), message, "such as perf: roofline"))
+        refusals = [f"{name}: {what} times by {found.name}, {refusal}." for refusal in found.refusals]
+        return found.model, found.name, refusals
+
+    target, perf, refusals = priced(pool.deployment(), "step")
+    settings = pool.speculation
+    if settings is None:
+        return target, perf, refusals
+    if settings.draft_cost is not None or pool.draft is None:
+        return Drafted(target, settings.num_draft_tokens, draft_cost=settings.draft_cost or 0.0), perf, refusals
+    draft, _, more = priced(pool.draft, "draft")
+    return Drafted(target, settings.num_draft_tokens, draft), perf, [*refusals, *more]
+
+
+def _speculation(scenario: Scenario, pool: Pool) -> Speculation | None:
+    settings = pool.speculation
+    if settings is None:
+        return None
+    return Speculation(settings.num_draft_tokens, settings.acceptance, partial(random_of, scenario.seed, "speculation"))

@@ -1,0 +1,121 @@
+"""What a user may write of a client that runs no model: a vector index or text work on the cores of a CPU.
+
+A part of the schema, beside that of clients with a model; which of the two a mapping is follows from its keys. A
+validated `HostPool` is complete. It never looks at other sections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
+
+from mist import registry
+from mist.engine import EngineProfile
+from mist.errors import Problem
+from mist.hardware import Device
+from mist.perf import HostDeployment, HostModel
+from mist.scenario.catalogued import Catalogued, left_out
+from mist.scenario.clients import Count, Pool, Stages
+from mist.scenario.named import Located, Section, Spec, SpecOf, problems
+from mist.scenario.pricing import host_models, runs_without_model
+from mist.units import GIB
+
+#: of clients that run no engine: no host time beside what their models say
+NO_ENGINE = EngineProfile("none")
+DEFAULT_BATCH = 64
+#: of stages whose input isn't in tokens
+ANY_TOKENS = 2**40
+
+
+class HostPool(Section):
+    """`count` equal clients on CPUs, each with a performance model of work that needs no neural network."""
+
+    device: Annotated[Device, Catalogued("devices")]
+    """a CPU: a name of `mist list devices`, the path of a YAML file, or a mapping with num_cores"""
+    count: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """clients"""
+    cores: Count = left_out()
+    """cores of the CPU that one client may use; left out, all"""
+    serves: Stages
+    """stages of the pipeline that run here"""
+    perf: Annotated[Spec, SpecOf("perf")]
+    """what it does and how long that takes, such as {ivf_pq: {...}} or cpu_text"""
+    batching: Annotated[Spec, SpecOf("batching")] = Field(
+        default={"continuous": {"max_num_seqs": DEFAULT_BATCH, "max_num_batched_tokens": ANY_TOKENS}},
+        validate_default=True,
+    )
+    """a batching policy, whose max_num_seqs is how many tasks it takes at once"""
+
+    @model_validator(mode="after")
+    def _complete(self) -> HostPool:
+        pool = self.model_copy(update={"cores": self.cores or max(1, self.device.num_cores)})
+        if found := list(pool._misfits()):
+            raise problems(found)
+        return pool
+
+    def deployment(self) -> HostDeployment:
+        """What step times are asked for."""
+        return HostDeployment(self.device, self.cores, self.batching.build().max_num_seqs)
+
+    def prepared(self) -> HostModel:
+        """A fresh performance model, ready for steps."""
+        model: HostModel = self.perf.build()
+        model.prepare(self.deployment())
+        return model
+
+    def __str__(self) -> str:
+        kept = self.prepared().memory_bytes()
+        keeps = f", {kept / GIB:,.1f} GiB in memory" if kept else ""
+        return f"{self.count} x {self.cores} cores of {self.device.name}, {self.perf.name}{keeps}"
+
+    def _misfits(self) -> Iterator[Located]:
+        if not runs_without_model(self.perf.name):
+            hint = "give the client a `model`, or take one of " + ", ".join(host_models())
+            yield ("perf",), Problem(f"{self.perf.name} prices the steps of a model, and there is none", hint=hint)
+            return
+        if not self.device.num_cores:
+            yield ("device",), Problem(f"{self.device.name} is not a CPU", hint="take one, such as epyc-9554")
+            return
+        if self.cores > self.device.num_cores:
+            message = f"{self.device.name} has {self.device.num_cores} cores, not {self.cores:,}"
+            yield ("cores",), Problem(message, hint="lower it, or leave it out for all")
+            return
+        model: HostModel = self.perf.build()
+        if reason := model.supports(self.deployment()):
+            yield ("perf", self.perf.name), Problem(reason, hint="change its parameters, or take another device")
+        for index, stage in enumerate(self.serves):
+            if model.kinds is not None and stage not in model.kinds:
+                message = f"{self.perf.name} doesn't serve the stage {stage!r}"
+                yield ("serves", index), Problem(message, hint=f"it serves {', '.join(model.kinds)}")
+
+
+class _ByContent:
+    """Marks the union of pools: without a model, and with a performance model that needs none, it is a `HostPool`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        choices = {tag: handler.generate_schema(kind) for tag, kind in _KINDS.items()}
+        return core_schema.tagged_union_schema(choices, _kind_of)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(core_schema.union_schema(list(schema["choices"].values())))
+
+
+#: parts of a location that stand for no key begin with [
+_KINDS: dict[str, type[Section]] = {"[model]": Pool, "[host]": HostPool}
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, HostPool):
+        return "[host]"
+    if not isinstance(value, dict) or "model" in value:
+        return "[model]"
+    perf = value.get("perf")
+    name = next(iter(perf), "") if isinstance(perf, dict) else perf
+    known = isinstance(name, str) and name in registry.names("perf")
+    return "[host]" if known and runs_without_model(str(name)) else "[model]"
+
+
+AnyPool = Annotated[Pool | HostPool, _ByContent()]

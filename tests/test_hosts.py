@@ -1,0 +1,86 @@
+"""Clients without a model in a scenario: what may be written, what is refused and where, and what comes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mist.errors import ScenarioError
+from mist.scenario import load
+from mist.scenario.hosts import HostPool, host_models
+
+INDEX = {"num_vectors": 1_000_000, "dim": 96, "n_list": 1024, "n_probe": 16, "m": 48}
+
+
+def scenario(index: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    return {
+        "workload": {"arrivals": {"poisson": {"rate_per_s": 20}}, "num_requests": 50, "input_tokens": 100,
+                     "output_tokens": 5},
+        "pipeline": ["retrieve", "prefill", "decode"],
+        "clients": {
+            "index": {"device": "epyc-9554", "serves": ["retrieve"], "perf": {"ivf_pq": INDEX}} | (index or {}),
+            "gpu": {"device": "h100-sxm", "model": "llama-3.1-8b", "perf": "roofline"},
+        },
+        **more,
+    }  # fmt: skip
+
+
+def problem(mapping: dict[str, Any]) -> str:
+    with pytest.raises(ScenarioError) as caught:
+        load(mapping)
+    return str(caught.value)
+
+
+def test_a_client_without_a_model_serves_its_stage() -> None:
+    result = load(scenario()).run(check=True)
+    assert result.metrics["requests"]["finished"] == 50
+    index = result.metrics["clients"]["index"]
+    assert index["utilisation"] > 0
+    assert (index["kv_peak"], index["kv_tokens_capacity"]) == (None, 0)
+    assert result.metrics["stages"]["retrieve"]["serve_s"]["mean"] > 0
+
+
+def test_the_resolved_scenario_reads_back() -> None:
+    whole = load(scenario())
+    assert load(whole.resolved()) == whole
+    host = whole.clients["index"]
+    assert isinstance(host, HostPool)
+    assert (host.cores, host.count) == (64, 1)
+    assert str(host) == "1 x 64 cores of epyc-9554, ivf_pq, 0.1 GiB in memory"
+
+
+def test_fewer_cores_take_longer() -> None:
+    times = [
+        load(scenario({"cores": cores})).run().metrics["stages"]["retrieve"]["serve_s"]["mean"] for cores in (4, 64)
+    ]
+    assert times[0] > times[1]
+
+
+@pytest.mark.parametrize(
+    ("index", "message", "hint"),
+    [
+        ({"cores": 65}, "clients.index.cores: epyc-9554 has 64 cores, not 65", "lower it"),
+        ({"device": "h100-sxm"}, "clients.index.device: h100-sxm is not a CPU", "take one, such as epyc-9554"),
+        ({"serves": ["retreive"]}, "clients.index.serves.0: there is no stage 'retreive'", "retrieve"),
+        (
+            {"model": "llama-3.1-8b"},
+            "clients.index.perf.0: ivf_pq runs no model, and there is one",
+            "leave `model` out",
+        ),
+        ({"perf": "roofline"}, "clients.index.model", ""),
+        ({"perf": {"ivf_pq": INDEX | {"num_vectors": 10**11}}}, "clients.index.perf.ivf_pq: ", "another device"),
+        ({"perf": {"ivf_pq": INDEX | {"n_probe": 0}}}, "clients.index.perf.ivf_pq.n_probe", ""),
+        ({"batching": "continous"}, "clients.index.batching", "continuous"),
+        ({"tp": 2}, "clients.index.tp", ""),
+    ],
+)
+def test_what_is_refused_is_told_at_its_place(index: dict[str, Any], message: str, hint: str) -> None:
+    told = problem(scenario(index))
+    assert message in told
+    assert hint in told
+
+
+def test_every_host_model_is_known_without_being_listed() -> None:
+    assert "ivf_pq" in host_models()
+    assert "roofline" not in host_models()
