@@ -17,7 +17,7 @@ import pytest
 
 from kit import LinearSteps, Run, play, table
 from mist.batching.chunked import Chunked
-from mist.pipeline import StageList
+from mist.pipeline.stages import StageList
 from mist.request import Pipeline, Request, Stage
 from mist.routing.round_robin import RoundRobin
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from kit import POLICIES, LinearSteps, Run, SmallScenario, engine, play, rows, small_scenarios, table
 from mist.kernel import FOREVER, Kernel
-from mist.pipeline import StageList
+from mist.pipeline.stages import StageList
 from mist.records import FINISHED, PREEMPTED, REJECTED
 from mist.request import ClientView, Task
 from mist.routing.join_shortest_queue import JoinShortestQueue

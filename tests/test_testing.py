@@ -14,7 +14,7 @@ from mist.errors import InvariantError
 from mist.memory.eviction.lru import LRU
 from mist.memory.eviction.ttl import TTL
 from mist.perf.roofline import Roofline
-from mist.pipeline import StageList
+from mist.pipeline.stages import StageList
 from mist.registry import lookup, names
 from mist.request import Batch, Stage, Wait
 from mist.routing.least_outstanding import LeastOutstanding

@@ -17,7 +17,7 @@ from mist.kernel import FOREVER, Kernel
 from mist.lanes import Lane
 from mist.metrics.load import littles_identity
 from mist.network import HOST
-from mist.pipeline import StageList
+from mist.pipeline.stages import StageList
 from mist.records import FINISHED, PREEMPTED, Records
 from mist.request import DECODE, Step, Task, Wait
 from mist.speculation import PACE_BITS, SpeculativeCohort

@@ -22,7 +22,8 @@ from mist.ledger import Ledger
 from mist.memory.kv_cache import KVCache
 from mist.network import KVLink
 from mist.perf import Deployment, OperatorTime, PerfModel
-from mist.pipeline import PipelineFactory, StageList
+from mist.pipeline import PipelineFactory
+from mist.pipeline.stages import StageList
 from mist.records import Records
 from mist.request import Step
 from mist.routing import RoutingPolicy

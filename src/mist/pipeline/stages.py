@@ -1,39 +1,15 @@
-"""Pipelines: which stages a request goes through. A pipeline is a generator that yields stages and gets results back.
+"""A pipeline that is a plain list of stages; `pipeline: [prefill, decode]` in a scenario stands for it.
 
-The coordinator asks it for the next stage whenever one ends; where that stage runs and how long it takes is none of its
-business. It may use the true output length only to say how long a decode is.
+The default. Every request goes through the same list: it asks nothing of a request but its lengths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
-import numpy as np
-
+from mist.pipeline import RequestRandom
 from mist.registry import register
 from mist.request import DECODE, PREFILL, Pipeline, Request, Stage
-
-#: call it for a random generator of this request's own, the same under every policy
-RequestRandom = Callable[[], np.random.Generator]
-
-
-class PipelineFactory(Protocol):
-    """Registered under the kind `pipeline`; a dataclass whose fields are its parameters.
-
-    `kinds`: the stage kinds it may yield. `is_fixed`: every request goes through exactly these, in this order.
-    """
-
-    @property
-    def kinds(self) -> tuple[str, ...]: ...
-
-    @property
-    def is_fixed(self) -> bool: ...
-
-    def __call__(self, request: Request, rng: RequestRandom) -> Pipeline:
-        """The stages of `request`, one after another."""
-        ...
 
 
 @register("pipeline", "stages")
