@@ -13,7 +13,7 @@ from mist.hardware import Device
 from mist.host import Host
 from mist.kernel import Kernel
 from mist.perf import Demand, HostDeployment, OperatorTime
-from mist.pipeline import StageList
+from mist.pipeline.stages import StageList
 from mist.request import Step
 from mist.sharing import Sharing
 from mist.testing.cluster import Run, play, table

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 
 from mist.client import Client
 from mist.errors import ScenarioError
+from mist.fabric import PlainLinks
 from mist.kernel import Kernel
 from mist.lanes import share_stages
 from mist.memory.kv_cache import KVCache
 from mist.metrics import ClientInfo
-from mist.network import KVLink
 from mist.perf import Deployment, HostModel, PerfModel
 from mist.perf.drafted import Drafted
 from mist.records import Records
@@ -25,6 +26,7 @@ from mist.scenario.pricing import host_beside, price
 from mist.scenario.seeds import random_of
 from mist.scenario.value import Scenario
 from mist.speculation import Speculation
+from mist.topology import Link
 from mist.workload import RequestTable
 
 #: blocks of a client that keeps no KV cache: more than any run takes
@@ -75,8 +77,8 @@ def _add_replicas(
             kernel=kernel,
             records=records,
             speculation=_speculation(scenario, pool),
-            nic=_nic(scenario, pool),
-            host=_host_link(pool),
+            kv_bytes_per_token=pool.model.kv_bytes_per_token(pool.kv_dtype),
+            prefixes_on_host=pool.kv_cache.prefix_tier == "cpu",
         )
         limit_seqs = client.batching.max_num_seqs
         info = ClientInfo(name, pool_name, num_blocks, pool.kv_cache.block_size, limit_seqs)
@@ -134,18 +136,22 @@ def _kv_cache(scenario: Scenario, name: str, pool: Pool, num_blocks: int, hash_b
     )
 
 
-def _nic(scenario: Scenario, pool: Pool) -> KVLink:
-    """The link to decode clients: keys and values of all layers and ranks go over it."""
-    link, token_bytes = scenario.network.kv_transfer, pool.model.kv_bytes_per_token(pool.kv_dtype)
-    return KVLink(token_bytes, link.bytes_per_s, link.latency_ns) if link is not None else KVLink(token_bytes)
+def plain_links(scenario: Scenario, fleet: Fleet) -> PlainLinks:
+    """A link for the KV caches that each client sends, by `network.kv_transfer`, and one to its host's memory."""
+    given = scenario.network.kv_transfer
+    link = Link(inf) if given is None else Link(given.bytes_per_s, given.latency_ns)
+    host_links = []
+    for info in fleet.infos:
+        pool = scenario.clients[info.pool]
+        host_links.append(_host_link(pool) if isinstance(pool, Pool) else Link(inf))
+    return PlainLinks([link] * len(fleet.infos), host_links)
 
 
-def _host_link(pool: Pool) -> KVLink | None:
-    """The link to host memory, if prefixes are there: each device fetches its share over its own."""
-    if pool.kv_cache.prefix_tier != "cpu":
-        return None
-    token_bytes = pool.model.kv_bytes_per_token_per_device(pool.kv_dtype, pool.tp, pool.pp)
-    return KVLink(token_bytes, pool.device.host_link_bytes_per_s, pool.device.host_link_latency_ns)
+def _host_link(pool: Pool) -> Link:
+    """The links of all devices together: each fetches its share, and shares with copies add up to more."""
+    device, share = pool.device, pool.model.kv_bytes_per_token_per_device(pool.kv_dtype, pool.tp, pool.pp)
+    whole = pool.model.kv_bytes_per_token(pool.kv_dtype)
+    return Link(device.host_link_bytes_per_s * (whole / share if share else 1), device.host_link_latency_ns)
 
 
 def _perf_model(scenario: Scenario, name: str, pool: Pool) -> tuple[PerfModel, str, list[str]]:
