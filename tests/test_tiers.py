@@ -233,11 +233,16 @@ def test_accounts_balance(
 
 
 @pytest.mark.parametrize("name", ["lru", "ttl"])
-@given(prompts, st.integers(1, 9))
-def test_no_tail_without_its_head(name: str, table: list[tuple[int, ...]], num_units: int) -> None:
+@given(prompts, st.integers(1, 9), st.data())
+def test_no_tail_without_its_head(name: str, table: list[tuple[int, ...]], num_units: int, data: st.DataObject) -> None:
+    """In whatever order requests come and are computed, as far as they get."""
     one = tier(num_units, eviction=POLICIES[name])
     for now, keys in enumerate(table):
-        serve(one, keys, now * NS_PER_S)
+        end = data.draw(st.integers(0, len(keys)))
+        if data.draw(st.booleans()):
+            one.lookup(keys, end, now * NS_PER_S // 2)
+        else:
+            one.insert(keys, end, 1, now * NS_PER_S // 2)
         for other in table:
             there = [key in one for key in other]
             assert there == sorted(there, reverse=True)
