@@ -134,8 +134,12 @@ def test_a_prompt_is_found_as_far_as_it_goes() -> None:
 def test_a_prompt_loses_its_tail_first() -> None:
     one = tier(4)
     serve(one, (1, 2, 3))
-    serve(one, (7, 8))
+    one.insert((7, 8), 2, 1, 0)
     assert held(one, range(9)) == {1, 2, 7, 8}
+    assert one.lookup((1, 2, 3), 0, 0) == 2
+    one.insert((9,), 1, 1, 0)
+    one.insert((10, 11), 2, 1, 0)
+    assert held(one, range(12)) == {1, 9, 10, 11}
 
 
 def test_what_the_device_has_is_used_too() -> None:
