@@ -26,6 +26,7 @@ from mist.perf.retrieval.table import SearchTable
 from mist.request import Step
 from mist.scenario import catalogue
 from mist.scenario.named import SpecOf
+from mist.testing import small_deployment
 
 
 def device(name: str = "epyc-9554") -> Device:
@@ -175,6 +176,7 @@ def test_an_index_that_does_not_fit_is_refused_with_both_figures() -> None:
     assert reason == "the index takes 100.0 GiB and azure-f32s-v2 has 64.0 GiB of memory"
     assert "1 to 0 cores of h100-sxm" in str(ivf().supports(host(1, "h100-sxm")))
     assert "1 to 64 cores" in str(ivf().supports(host(65)))
+    assert "not the steps of a model" in str(ivf().supports(small_deployment()))  # type: ignore[arg-type]
 
 
 # laws that hold for every model
