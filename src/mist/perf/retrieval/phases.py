@@ -134,7 +134,9 @@ class Search:
         return math.ceil(self.index_size())
 
     def supports(self, deployment: HostDeployment) -> str | None:
-        """None, or why not: a device without cores, or an index larger than its memory."""
+        """None, or why not: steps of a model, a device without cores, or an index larger than its memory."""
+        if not isinstance(deployment, HostDeployment):
+            return "it prices searches on a host, not the steps of a model"
         device = deployment.device
         if not 1 <= deployment.num_cores <= device.num_cores:
             return f"a search needs 1 to {device.num_cores} cores of {device.name}, not {deployment.num_cores}"
