@@ -78,7 +78,7 @@ VARIANTS: dict[str, Callable[[], PipelineFactory]] = {
     "question_answering": QuestionAnswering,
     "tokenized": lambda: QuestionAnswering(before=("tokenize",), after=("detokenize",)),
     "guarded_qa": GuardedQA,
-    "beside": lambda: GuardedQA(beside=True, refused=0.4, verdict_tokens=2),
+    "beside": lambda: GuardedQA(beside=True, refused=0.4, verdict_tokens={"guard_input": 2}),
     "two_guards": lambda: GuardedQA(("regex", "llm_guard"), ("llm_guard",), beside=True, hold_answer=True),
     "refusing": lambda: GuardedQA(refused=0.5, output_guards=()),
     "news_search": NewsSearch,
@@ -139,9 +139,9 @@ def test_guards_before_and_after() -> None:
     assert stages_of(GuardedQA(), request(100, 10)) == [
         guard("guard_input", 100, gates=True), *answer, guard("guard_output", 10),
     ]  # fmt: skip
-    several = GuardedQA(("regex", "llm"), ("llm",), hold_answer=True, verdict_tokens=3)
+    several = GuardedQA(("regex", "llm"), ("llm",), hold_answer=True, verdict_tokens={"llm": 3})
     assert stages_of(several, request(100, 10)) == [
-        guard("regex", 100, gates=True, verdict=3), guard("llm", 100, gates=True, verdict=3), *answer,
+        guard("regex", 100, gates=True), guard("llm", 100, gates=True, verdict=3), *answer,
         guard("llm", 10, gates=True, verdict=3),
     ]  # fmt: skip
     assert kinds_of(GuardedQA(), request(100, 0)) == ["guard_input", PREFILL]
@@ -150,7 +150,7 @@ def test_guards_before_and_after() -> None:
 
 def test_guards_beside_the_answer() -> None:
     driver = Driver()
-    driver.follow(GuardedQA(beside=True, verdict_tokens=5)(request(100, 10), np.random.default_rng))
+    driver.follow(GuardedQA(beside=True, verdict_tokens={"guard_input": 5})(request(100, 10), np.random.default_rng))
     assert driver.num_branches == [2]
     assert [stage.kind for stage in driver.stages] == ["guard_input", PREFILL, DECODE, "guard_output"]
     assert [stage.gates for stage in driver.stages] == [True, False, False, False]
@@ -290,7 +290,8 @@ def test_chat_support_searches_then_asks_for_the_conversation() -> None:
         ("question_answering", {"after": [""]}, "after is ''"),
         ("guarded_qa", {"input_guards": ["decode"]}, "input_guards is 'decode'"),
         ("guarded_qa", {"refused": 1.5}, "refused is 1.5"),
-        ("guarded_qa", {"verdict_tokens": -1}, "verdict_tokens is -1"),
+        ("guarded_qa", {"verdict_tokens": {"guard_input": -1}}, "verdict_tokens of 'guard_input' is -1"),
+        ("guarded_qa", {"verdict_tokens": {"guard": 3}}, "verdict_tokens has 'guard'"),
         ("guarded_qa", {"input_guards": [], "beside": True}, "beside needs input_guards"),
         ("guarded_qa", {"input_guards": [], "refused": 0.1}, "refused needs input_guards"),
         ("guarded_qa", {"output_guards": [], "hold_answer": True}, "hold_answer needs output_guards"),

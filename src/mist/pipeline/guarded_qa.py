@@ -6,7 +6,7 @@ serves its stage. It never shows a token of a prompt that the guards have not pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mist.pipeline import RequestRandom
 from mist.pipeline.parts import BYTES_PER_TOKEN, GUARD_INPUT, GUARD_OUTPUT, Answer, answer, require_names
@@ -19,10 +19,10 @@ from mist.request import DECODE, PREFILL, All, Pipeline, Request, Stage, StageRe
 class GuardedQA:
     """Input guards, prefill, decode, output guards; guards of a list follow each other.
 
-    `verdict_tokens`: tokens that each guard writes; 0 for one that only reads. `refused`: share of requests that the
-    input guards refuse; such a request ends with them. `beside`: the input guards run beside prefill and decode, whose
-    tokens are held back until they have passed; the tokens of a refused request are never shown. `hold_answer`:
-    the answer is held back until the output guards have passed, else it is streamed while it is written.
+    `verdict_tokens`: tokens that a guard writes, by its stage; one that isn't named only reads. `refused`: share of
+    requests that the input guards refuse; such a request ends with them. `beside`: the input guards run beside prefill
+    and decode, whose tokens are held back until they have passed; the tokens of a refused request are never shown.
+    `hold_answer`: the answer is held back until the output guards have passed, else it is streamed while it is written.
     """
 
     input_guards: tuple[str, ...] = (GUARD_INPUT,)
@@ -30,7 +30,7 @@ class GuardedQA:
     beside: bool = False
     hold_answer: bool = False
     refused: float = 0.0
-    verdict_tokens: int = 0
+    verdict_tokens: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for parameter in ("input_guards", "output_guards"):
@@ -38,8 +38,11 @@ class GuardedQA:
                 require_names(**{parameter: kind})
         if not 0 <= self.refused <= 1:
             raise ValueError(f"refused is {self.refused:g}: give a share of the requests, from 0 to 1")
-        if self.verdict_tokens < 0:
-            raise ValueError(f"verdict_tokens is {self.verdict_tokens}: give the tokens that a guard writes, or 0")
+        for kind, tokens in self.verdict_tokens.items():
+            if kind not in (*self.input_guards, *self.output_guards):
+                raise ValueError(f"verdict_tokens has {kind!r}: give a stage of input_guards or output_guards")
+            if tokens < 0:
+                raise ValueError(f"verdict_tokens of {kind!r} is {tokens}: give the tokens that it writes, or 0")
         for parameter in ("beside", "refused"):
             if getattr(self, parameter) and not self.input_guards:
                 raise ValueError(f"{parameter} needs input_guards: such as [{GUARD_INPUT}]")
@@ -76,7 +79,7 @@ class GuardedQA:
             result = yield Stage(
                 kind,
                 input_tokens=tokens,
-                oracle_output_tokens=self.verdict_tokens,
+                oracle_output_tokens=self.verdict_tokens.get(kind, 0),
                 visible=False,
                 input_bytes=tokens * BYTES_PER_TOKEN,
                 gates=gates,
