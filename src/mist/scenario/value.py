@@ -221,7 +221,7 @@ class Scenario:
             try:
                 given = self.source.at(("clients", name, key))
             except KeyError:
-                given = Pool.model_fields[key].default
+                given = self.pools[name].engine.name  # the only one of them that may be left out
             plain[key] = catalogue.read(f"{key}s", given, self.folder)[1]
         if "draft_model" in (speculation := plain.get("speculation", {})):
             given = self.source.at(("clients", name, "speculation", "draft_model"))
