@@ -328,7 +328,9 @@ def test_schema_is_json(scenario: Path) -> None:
     assert json.loads(result.stdout)["properties"]["clients"]["description"]
 
 
-@pytest.mark.parametrize("what", ["devices", "models", "engines", "steps", "policies", "workloads", "pipelines"])
+@pytest.mark.parametrize(
+    "what", ["devices", "models", "engines", "steps", "policies", "workloads", "networks", "pipelines"]
+)
 def test_lists(what: str) -> None:
     rows = json.loads(invoke("list", what, "--json").stdout)
     text = invoke("list", what).stdout

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, Protocol
 
+from mist.fabric import Path
 from mist.kernel import Kernel
 from mist.records import Records
+from mist.sharing import Flow, Sharing
 from mist.units import NS_PER_S
 
 #: the sender of what comes from a client's own host memory
@@ -86,3 +88,66 @@ class Channel:
         self._append(
             (transfer.request, self.sender, transfer.receiver, transfer.num_bytes, transfer.queued_ns, start, end)
         )
+
+
+class Paths(Protocol):
+    """Which channels join two clients; a negative index is the host memory of the other."""
+
+    def path(self, sender: int, receiver: int) -> Path: ...
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """Bytes of a request on their way since `start_ns`, and whom to tell."""
+
+    request: int
+    sender: int
+    receiver: int
+    num_bytes: int
+    start_ns: int
+    deliver: Callable[[Any, int], None]
+    argument: Any
+
+
+class Network:
+    """Sends bytes over `paths`, each a flow that shares its channels with all others."""
+
+    def __init__(self, paths: Paths, sharing: Sharing, records: Records) -> None:
+        self.paths = paths
+        self.sharing = sharing
+        self._append = records.transfers.append
+        #: sent and not there yet, oldest first
+        self.in_flight: dict[Transfer, Flow] = {}
+
+    def send(
+        self,
+        request: int,
+        sender: int,
+        receiver: int,
+        num_bytes: int,
+        deliver: Callable[[Any, int], None],
+        argument: Any,
+        now: int,
+    ) -> None:
+        """Send `num_bytes` from a client (or memory: -1 is that of the receiver's host) to another.
+
+        `deliver(argument, time_ns)` is called once all of it is there.
+        """
+        path = self.paths.path(sender, receiver)
+        transfer = Transfer(request, sender, receiver, num_bytes, now, deliver, argument)
+        self.in_flight[transfer] = self.sharing.start(
+            path.channels, num_bytes, self._arrive, transfer, now, latency_ns=path.latency_ns
+        )
+
+    def cut(self, now: int) -> None:
+        """The simulation stops at `now`: what is on its way stays there."""
+        for transfer in self.in_flight:
+            self._record(transfer, transfer.start_ns if transfer.start_ns < now else -1, -1)
+
+    def _arrive(self, transfer: Transfer, now: int) -> None:
+        del self.in_flight[transfer]
+        self._record(transfer, transfer.start_ns, now)
+        transfer.deliver(transfer.argument, now)
+
+    def _record(self, sent: Transfer, start: int, end: int) -> None:
+        self._append((sent.request, sent.sender, sent.receiver, sent.num_bytes, sent.start_ns, start, end))

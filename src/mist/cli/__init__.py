@@ -248,7 +248,8 @@ def schema(plugins: tuple[str, ...]) -> None:
 
 @main.command("list")
 @click.argument(
-    "what", type=click.Choice(["devices", "models", "engines", "steps", "policies", "workloads", "pipelines"])
+    "what",
+    type=click.Choice(["devices", "models", "engines", "steps", "policies", "workloads", "networks", "pipelines"]),
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")

@@ -191,4 +191,5 @@ _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "engines": EngineProfile.from_mapping,
     "steps": StepProfile.from_mapping,
     "workloads": dict,
+    "networks": dict,
 }

@@ -26,10 +26,10 @@ from mist import registry
 from mist.errors import Problem, ScenarioError
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
-from mist.scenario.clients import Count, Fraction, Name, PerfList, Pool
+from mist.scenario.clients import Count, Name, PerfList, Pool
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
+from mist.scenario.network import Network
 from mist.scenario.pricing import PREFERRED
-from mist.units import NS_PER_S, parse_bytes_per_s, parse_time_ns
 from mist.workload.trace import find_trace
 
 Arrivals = Annotated[Spec, SpecOf("arrivals")]
@@ -38,7 +38,6 @@ Routing = Annotated[Spec, SpecOf("routing")]
 
 #: a third of a century, well within the simulator's clock
 MAX_SECONDS = 1e9
-MAX_BYTES_PER_S = 1e18
 
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
@@ -95,26 +94,6 @@ def _routing(value: Any) -> Any:
     return {"": value}
 
 
-def _bandwidth(value: str) -> str:
-    try:
-        rate = parse_bytes_per_s(value)
-    except (ValueError, OverflowError) as error:
-        raise problem(str(error), "such as 50 GB/s") from None
-    if not 1 <= rate <= MAX_BYTES_PER_S:
-        raise problem(f"a bandwidth of {short(value)} is out of range", "such as 50 GB/s")
-    return value
-
-
-def _latency(value: str) -> str:
-    try:
-        time_ns = parse_time_ns(value)
-    except (ValueError, OverflowError) as error:
-        raise problem(str(error), "such as 1 ms") from None
-    if time_ns > MAX_SECONDS * NS_PER_S:
-        raise problem(f"a latency of {short(value)} is out of range", "such as 1 ms")
-    return value
-
-
 def _none_of_zero(value: Any) -> Any:
     return None if value == 0 and not isinstance(value, bool) else value
 
@@ -133,8 +112,6 @@ Window = Annotated[
         }
     ),
 ]
-Bandwidth = Annotated[str, AfterValidator(_bandwidth)]
-Latency = Annotated[str, AfterValidator(_latency)]
 ClientName = Annotated[str, AfterValidator(_client_name)]
 Percentile = Annotated[str, AfterValidator(_percentile)]
 Targets = dict[Percentile, PositiveSeconds]
@@ -261,32 +238,6 @@ class Slo(Section):
     """inter-token latency"""
     e2e_s: Targets = {}  # noqa: RUF012
     """time from arrival to last token"""
-
-
-class KVTransfer(Section):
-    """The link that each prefill client sends KV caches over, one after the other."""
-
-    bandwidth: Bandwidth
-    """bytes that it carries at its best, such as 50 GB/s"""
-    latency: Latency = "0 s"
-    """time that each transfer takes besides, such as 1 ms"""
-    efficiency: Fraction = 1.0
-    """share of the bandwidth that transfers reach"""
-
-    @property
-    def bytes_per_s(self) -> float:
-        return parse_bytes_per_s(self.bandwidth) * self.efficiency
-
-    @property
-    def latency_ns(self) -> int:
-        return parse_time_ns(self.latency)
-
-
-class Network(Section):
-    """What lies between the clients."""
-
-    kv_transfer: KVTransfer | None = None
-    """how KV caches get from prefill to decode clients; left out, they take no time"""
 
 
 class ScenarioFile(Section):
