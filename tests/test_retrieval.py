@@ -70,7 +70,7 @@ def prepared(model: Search, on: HostDeployment | None = None) -> Search:
 
 
 def batch(*queries: int) -> Step:
-    return Step(chunks=[(n, 0) for n in queries], num_prefill_tokens=sum(queries), kinds=["retrieve"] * len(queries))
+    return Step(chunks=[(1, 0)] * sum(queries), num_prefill_tokens=sum(queries), kinds=["retrieve"] * sum(queries))
 
 
 def times(model: Search, sizes: range, num_cores: int = 16) -> list[int]:

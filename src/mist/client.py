@@ -230,7 +230,7 @@ class Client:
         if any(task.stage.num_sequences > 1 for task, _ in chunks):
             step.chunks = [part for task, num_tokens in chunks for part in task.sequences(num_tokens)]
         if self._tells_kinds:
-            step.kinds = [task.stage.kind for task, _ in chunks]
+            step.kinds = [task.stage.kind for task, num_tokens in chunks for _ in task.sequences(num_tokens)]
         for task, num_tokens in chunks:
             if task.admission < 0:
                 story = f"request {task.request.index}"

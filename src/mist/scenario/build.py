@@ -19,17 +19,15 @@ from mist.kernel import FOREVER, Kernel
 from mist.ledger import Ledger
 from mist.metrics import summarise
 from mist.metrics.words import counted
-from mist.network import Network
 from mist.perf import ORIGINS, HostModel, PerfModel
 from mist.records import Records
 from mist.request import DECODE
 from mist.scenario.bands import expected_error
-from mist.scenario.fleet import Fleet, build_fleet, plain_links
+from mist.scenario.fleet import Fleet, build_fleet, network_of
 from mist.scenario.remarks import remarks
 from mist.scenario.result import Result
 from mist.scenario.seeds import random_of, seed_of
 from mist.scenario.value import Scenario
-from mist.sharing import Sharing
 from mist.units import NS_PER_S, seconds_to_ns
 from mist.workload import RequestTable
 from mist.workload.synthetic import draw_table
@@ -53,7 +51,7 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         kernel=kernel,
         records=records,
         clients=fleet.clients,
-        network=Network(plain_links(scenario, fleet), Sharing(kernel), records),
+        network=network_of(scenario, fleet, kernel, records),
         pipeline=scenario.pipeline.build(),
         routers={stage: spec.build() for stage, spec in scenario.routing.items()},
         workload=workload,

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 class Scenario:
     """A validated scenario; made by `load`, `from_mapping`, or from its sections as keywords.
 
-    `stages` are the kinds that the pipeline may yield; `routing` has a policy for each. `window_s` is (start, end).
+    `stages` are the kinds that the pipeline may yield; `routing` has a policy for each. `placement` says where clients
+    are, None where the network has no nodes. `window_s` is (start, end).
     `placement` says where clients are; None where the network has no nodes.
     Two scenarios are equal when their resolved forms are.
     """
