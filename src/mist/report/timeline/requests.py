@@ -130,8 +130,8 @@ class _Lives:
     def _sent(self, segment: list[int]) -> int:
         """When what a segment works on left for its client; at its queueing where no transfer brought it."""
         request, client, queued = segment[0], segment[3], segment[4]
-        brought = [w for w in self._wires.of_request(request) if (w[0], w[2]) == (client, queued)]
-        return brought[-1][1] if brought else queued
+        wires = self._wires.of_request(request)
+        return next((sent for receiver, sent, _, end, _ in wires if (receiver, end) == (client, queued)), queued)
 
     def _arrow(self, number: int, origin: Point, legs: list[_Leg]) -> Iterator[str]:
         """From a request's lane through the transfers to each segment, its first step and its last.
@@ -143,7 +143,7 @@ class _Lives:
             request, client, started, ended = segment[0], segment[3], segment[5], segment[7]
             if started < 0:
                 continue
-            for receiver, start, end, thread in self._wires.of_request(request):
+            for receiver, _, start, end, thread in self._wires.of_request(request):
                 if receiver == client and sent <= start and end <= started:
                     points.append((self._wires.process, thread, start))
             for at in self._finder.steps(client, started, ended):

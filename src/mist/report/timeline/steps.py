@@ -28,16 +28,19 @@ def step_events(records: Records) -> Iterator[str]:
 
 
 def _client_events(records: Records, client: int, rows: dict[str, IntColumn]) -> Iterator[str]:
-    process, tasks = client_process(client), _task_names(records, client, rows["start_ns"])
-    # a counter that never leaves zero, such as the KV blocks of a vector index, isn't shown at all
-    shown = [0, 0, 0]
+    process, kinds = client_process(client), _kinds(records, client)
+    tells_tasks = bool(kinds) and not {PREFILL, DECODE} & set(kinds)
+    tasks = _task_names(records, client, kinds, rows["start_ns"]) if tells_tasks else repeat("", len(rows["client"]))
+    # what only encodes or searches keeps no KV cache
+    num_counters = 2 if tells_tasks and not rows["num_decodes"].any() else 3
+    shown = [0] * num_counters
     end = 0
     for row, named in zip(in_blocks(rows, np.arange(len(rows["client"]))), tasks, strict=True):
         _, start, stop, prefills, tokens, decodes, context, blocks, waiting = row
         if start > end and shown[0]:
             yield _counter(process, end, 0, 0)
             shown[0] = 0
-        for i, value in enumerate((prefills + decodes, waiting, blocks)):
+        for i, value in enumerate((prefills + decodes, waiting, blocks)[:num_counters]):
             if shown[i] != value:
                 yield _counter(process, start, i, value)
                 shown[i] = value
@@ -63,27 +66,23 @@ def _batch_name(tasks: str, prefills: int, tokens: int, decodes: int) -> str:
     return " + ".join(parts) or "step"
 
 
-def _task_names(records: Records, client: int, starts: IntColumn) -> Iterator[str]:
-    """What was computed in each step but decodes: "embed x 2 + retrieve x 1" for tasks begun and not computed before.
-
-    "" where the client serves prefills or decodes, whose tokens say more.
-    """
+def _kinds(records: Records, client: int) -> dict[str, int]:
+    """The stage kinds that a client has served, with their numbers."""
     rows = records.tasks.as_columns()
-    rows = {name: rows[name][rows["client"] == client] for name in ("kind", "started_ns", "joined_ns", "end_ns")}
-    kinds = np.unique(rows["kind"]).tolist()
-    names = [records.stage_kinds[kind] for kind in kinds]
-    if not names or {PREFILL, DECODE} & set(names):
-        return repeat("", len(starts))
+    return {records.stage_kinds[kind]: kind for kind in np.unique(rows["kind"][rows["client"] == client]).tolist()}
+
+
+def _task_names(records: Records, client: int, kinds: dict[str, int], starts: IntColumn) -> Iterator[str]:
+    """What each step computes: "embed x 2 + retrieve x 1" for the tasks that have begun and aren't computed yet."""
+    rows = records.tasks.as_columns()
     computed = np.where(rows["joined_ns"] >= 0, rows["joined_ns"], rows["end_ns"])
     num_tasks = {}
-    for kind, name in zip(kinds, names, strict=True):
-        begun = (rows["kind"] == kind) & (rows["started_ns"] >= 0)
+    for name, kind in kinds.items():
+        begun = (rows["client"] == client) & (rows["kind"] == kind) & (rows["started_ns"] >= 0)
         num_begun = np.searchsorted(np.sort(rows["started_ns"][begun]), starts, side="right")
         num_tasks[name] = num_begun - np.searchsorted(np.sort(computed[begun]), starts, side="right")
-    return (
-        " + ".join(f"{name} x {number}" for name, number in zip(names, numbers, strict=True) if number)
-        for numbers in in_blocks(num_tasks, np.arange(len(starts)))
-    )
+    for numbers in in_blocks(num_tasks, np.arange(len(starts))):
+        yield " + ".join(f"{name} x {number}" for name, number in zip(num_tasks, numbers, strict=True) if number)
 
 
 def _by_client(records: Records) -> Iterator[dict[str, IntColumn]]:

@@ -52,10 +52,10 @@ class Wires:
         return len(self._requests)
 
     def of_request(self, request: int) -> list[list[int]]:
-        """Receiver, start, end and thread of each of a request's transfers, by start."""
+        """Receiver, queueing, start, end and thread of each of a request's transfers, by start."""
         first, stop = np.searchsorted(self._requests, (request, request + 1))
         places = self._by_request[first:stop]
-        columns = [self._rows[name][places] for name in ("receiver", "start_ns", "end_ns")]
+        columns = [self._rows[name][places] for name in ("receiver", "queued_ns", "start_ns", "end_ns")]
         rows: list[list[int]] = np.column_stack([*columns, self._threads[places]]).tolist()
         return rows
 
