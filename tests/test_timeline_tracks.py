@@ -81,8 +81,23 @@ def host_records() -> Records:
     return load(whole).run(check=True).records
 
 
+def news_search() -> Records:
+    """Three requests on a CPU node and three GPU nodes."""
+    whole = scenario(
+        pipeline=["embed", "retrieve", "rerank", "prefill", "decode"],
+        network={"kv_transfer": {"bandwidth": "5 GB/s", "latency": "100 us"}},
+    )
+    whole["workload"] |= {"num_requests": 3}
+    gpu = whole["clients"].pop("gpu")
+    encoder = {"device": "h100-sxm", "model": "bge-large-en-v1.5", "serves": ["embed", "rerank"], "perf": "roofline"}
+    whole["clients"] |= {"encoder": encoder, "prefill": gpu | {"serves": ["prefill"]}}
+    whole["clients"] |= {"decode": gpu | {"serves": ["decode"]}}
+    return load(whole).run(check=True).records
+
+
 RUNS = [pytest.param(branched, (seed,), id=f"branched-{seed}") for seed in range(60)] + [
-    pytest.param(host_records, (), id="host")
+    pytest.param(host_records, (), id="host"),
+    pytest.param(news_search, (), id="news-search"),
 ]
 
 
@@ -286,3 +301,16 @@ def test_what_took_no_time_or_never_left_is_no_slice() -> None:
         "prefill -> (2)": [(210, 310, "KV 3 KiB to host memory")],
         "NVMe ->": [(210, 290, "KV 3 MiB to prefill")],
     }
+
+
+def test_news_search_reads_at_a_glance() -> None:
+    records = news_search()
+    assert {name for *_, name in slices(records, 2)["steps"]} == {"retrieve x 1"}
+    assert {name for *_, name in slices(records, 3)["steps"]} == {"embed x 1", "rerank x 1"}
+    assert {name for *_, name in slices(records, 4)["steps"]} == {"prefill 100"}
+    # 100 tokens of 128 KiB
+    assert [name for *_, name in slices(records, 6)["prefill ->"]] == ["KV 12 MiB to decode"] * 3
+    stages = ["embed", "retrieve", "rerank", "prefill", "hand-over", "decode"]
+    for life, parts in lives(events_of(records)):
+        assert [one["name"] for one in parts if not one["name"].startswith("wait")] == stages
+        assert life["args"]["status"] == "finished"

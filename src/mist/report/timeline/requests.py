@@ -139,11 +139,12 @@ class _Lives:
         Points bind to the slices that enclose them on their threads, which is why each is at a slice's start.
         """
         points = [origin]
+        wires = self._wires.of_request(legs[0][0][0]) if legs else []
         for segment, sent in legs:
-            request, client, started, ended = segment[0], segment[3], segment[5], segment[7]
+            client, started, ended = segment[3], segment[5], segment[7]
             if started < 0:
                 continue
-            for receiver, _, start, end, thread in self._wires.of_request(request):
+            for receiver, _, start, end, thread in wires:
                 if receiver == client and sent <= start and end <= started:
                     points.append((self._wires.process, thread, start))
             for at in self._finder.steps(client, started, ended):

@@ -53,6 +53,8 @@ class Wires:
 
     def of_request(self, request: int) -> list[list[int]]:
         """Receiver, queueing, start, end and thread of each of a request's transfers, by start."""
+        if not len(self):
+            return []
         first, stop = np.searchsorted(self._requests, (request, request + 1))
         places = self._by_request[first:stop]
         columns = [self._rows[name][places] for name in ("receiver", "queued_ns", "start_ns", "end_ns")]
