@@ -274,6 +274,15 @@ def test_steps_without_prefills_are_named_by_their_tasks() -> None:
     assert [name for *_, name in slices(records, 3)["steps"]] == ["prefill 70"]
 
 
+@pytest.mark.parametrize("seed", range(0, 60, 4))
+def test_steps_name_as_many_tasks_as_they_compute(seed: int) -> None:
+    for event in events_of(branched(seed)):
+        if event.get("cat") == "step" and event["pid"] in (2, 3):
+            parts = [part.split(" x ") for part in event["name"].split(" + ") if " x " in part]
+            assert sum(int(number) for _, number in parts) == event["args"]["num_prefills"]
+            assert {kind for kind, _ in parts} <= {"guard", "translate"}
+
+
 def test_a_host_tells_its_searches_and_no_kv_blocks() -> None:
     records = host_records()
     host = records.client_names.index("index")
