@@ -16,20 +16,18 @@ from kit import play, table
 from mist.batching.chunked import Chunked
 from mist.kernel import FOREVER
 from mist.metrics.stages import stage_times
-from mist.network import KVLink
 from mist.pipeline import RequestRandom
 from mist.records import FINISHED, Records
 from mist.report.timeline import trace_events
 from mist.request import DECODE, PREFILL, All, Pipeline, Request, Stage
 from mist.scenario import load
+from test_hand_over import LINK
 from test_hosts import scenario
 from test_timeline import check_format, events_of
 
 Events = list[dict[str, Any]]
 KINDS = ("guard", "translate", PREFILL, DECODE)
 SERVES: list[tuple[str, ...]] = [("guard",), ("translate", "guard"), (PREFILL,), (DECODE,), (DECODE,)]
-#: 10 bytes a token at one byte per ns, and 500 ns
-LINK = KVLink(10, 1e9, 500)
 
 
 @dataclass
@@ -194,6 +192,11 @@ def test_names_of_threads_are_in_the_order_of_their_numbers() -> None:
 # --- by hand ---
 
 
+def transfer(records: Records, **cells: int) -> None:
+    row = {"request": 0, **cells}
+    records.transfers.append([row.get(name, 0) for name in records.transfers.columns])
+
+
 def by_hand() -> Records:
     """A guard beside a prompt whose KV cache moves on, and a search before both."""
     records = Records(
@@ -207,9 +210,9 @@ def by_hand() -> Records:
     records.steps.append((3, 140, 180, 1, 9, 0, 0, 0, 0))
     records.steps.append((1, 150, 200, 1, 8, 0, 0, 1, 0))
     records.steps.append((2, 250, 300, 0, 0, 1, 9, 1, 0))
-    records.transfers.append((0, 0, 3, 20_000, 100, 110, 130))
-    records.transfers.append((0, 0, 1, 20_000, 100, 100, 130))
-    records.transfers.append((0, 1, 2, 5 << 28, 200, 220, 250))
+    transfer(records, sender=0, receiver=3, bytes=20_000, queued_ns=100, start_ns=110, end_ns=130)
+    transfer(records, sender=0, receiver=1, bytes=20_000, queued_ns=100, start_ns=100, end_ns=130)
+    transfer(records, sender=1, receiver=2, bytes=5 << 28, queued_ns=200, start_ns=220, end_ns=250)
     records.requests.append((0, 10, 250, 310, 0, -1, 8, 6, 0, 0))
     return records
 
@@ -298,12 +301,12 @@ def test_what_took_no_time_or_never_left_is_no_slice() -> None:
     records = by_hand()
     records.transfers.cells[:] = records.transfers.cells[:0]
     assert not any(event["pid"] == 6 for event in events_of(records))
-    records.transfers.append((0, 1, 2, 100, 200, 200, 200))
-    records.transfers.append((0, 1, 2, 100, 200, -1, -1))
+    transfer(records, sender=1, receiver=2, bytes=100, queued_ns=200, start_ns=200, end_ns=200)
+    transfer(records, sender=1, receiver=2, bytes=100, queued_ns=200, start_ns=-1, end_ns=-1)
     assert not any(event["pid"] == 6 for event in events_of(records))
-    records.transfers.append((0, 1, 2, 100, 200, 210, -1))
-    records.transfers.append((0, 1, -1, 3 << 10, 200, 210, -1))
-    records.transfers.append((0, -2, 1, 3 << 20, 200, 210, 290))
+    transfer(records, sender=1, receiver=2, bytes=100, queued_ns=200, start_ns=210, end_ns=-1)
+    transfer(records, sender=1, receiver=-1, bytes=3 << 10, queued_ns=200, start_ns=210, end_ns=-1)
+    transfer(records, sender=-2, receiver=1, bytes=3 << 20, queued_ns=200, start_ns=210, end_ns=290)
     records.memory_names.append("NVMe")
     assert slices(records, 6) == {
         "prefill ->": [(210, 310, "100 B to decode")],

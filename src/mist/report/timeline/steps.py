@@ -1,6 +1,6 @@
 """The clients of a timeline: their steps as slices named by what they computed, and counters of what is there.
 
-It reads the steps' rows, and tasks' rows only for the names of steps that are neither prefill nor decode. It never tells
+It reads rows of steps, and of tasks only for the names of steps that are neither prefill nor decode. It never tells
 which request was in a step: that is what the arrows are for.
 """
 

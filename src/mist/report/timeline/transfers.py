@@ -64,7 +64,8 @@ class Wires:
     def events(self, segments: ByRequest) -> Iterator[str]:
         """Slices with their threads' names, and per sender a counter of the bytes in flight."""
         num_named = 0
-        columns = {**self._rows, "thread": self._threads}
+        names = ("request", "sender", "receiver", "bytes", "queued_ns", "start_ns", "end_ns", "arrived")
+        columns = {**{name: self._rows[name] for name in names}, "thread": self._threads}
         for name, first, stop in self._senders:
             before = num_named
             for row in in_blocks(columns, np.arange(first, stop)):
