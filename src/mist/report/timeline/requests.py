@@ -1,0 +1,175 @@
+"""The requests of a timeline: a lane for each while it lives, with what it waited for, and arrows to what served it.
+
+It reads the rows of requests and of their segments. A request's own lane is its critical path, which fills its life;
+what ran beside it and wasn't waited for has lanes of its own below. It never computes a metric.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+
+from mist.records import REJECTED, SEGMENT_ENDS, STATUSES, Records
+from mist.report.timeline.events import (
+    REQUESTS,
+    STEPS_THREAD,
+    Point,
+    arrow,
+    client_process,
+    new_thread,
+    slice_event,
+    us,
+)
+from mist.report.timeline.rows import ByRequest, Lanes, in_blocks, last_event
+from mist.report.timeline.steps import StepFinder
+from mist.report.timeline.transfers import Wires
+
+#: a segment's row, and since when the request was on its way there
+_Leg = tuple[list[int], int]
+
+
+def request_events(records: Records, segments: ByRequest, wires: Wires) -> Iterator[str]:
+    """Each request as a slice in a lane that is free, around the waiting, serving and handing over of its stages."""
+    rows = records.requests.as_columns()
+    ends = np.where(rows["end_ns"] >= 0, rows["end_ns"], last_event(records))
+    order = np.lexsort((rows["request"], rows["arrival_ns"]))
+    # slices that touch could be taken for nested ones where one has no length
+    lanes, lives = Lanes(gap_ns=1), _Lives(records, segments, wires)
+    for row, end in zip(in_blocks(rows, order), ends[order].tolist(), strict=True):
+        request, arrival, status = row[0], row[1], row[4]
+        lived = segments.rows(request)
+        if status == REJECTED and not lived:
+            yield _rejection(records, row, end)
+            continue
+        lane, is_new = lanes.take(arrival, end)
+        thread = lane * lives.threads_per_lane
+        if is_new:
+            yield from new_thread(REQUESTS, thread, f"lane {lane}")
+        yield slice_event(REQUESTS, thread, arrival, end, "request", f"request {request}", _arguments(row))
+        yield from lives.events(request, lane, arrival, end, lived)
+
+
+def _rejection(records: Records, row: list[int], end: int) -> str:
+    request, reason, inputs = row[0], row[5], row[6]
+    why = json.dumps(records.reasons[reason] if reason >= 0 else "")
+    return (
+        f'{{"ph":"i","pid":{REQUESTS},"tid":0,"ts":{us(end)},"s":"p","cat":"request",'
+        f'"name":"request {request} rejected","args":{{"reason":{why},"input_tokens":{inputs}}}}}'
+    )
+
+
+def _arguments(row: list[int]) -> str:
+    _, arrival, first_token, _, status, _, inputs, outputs, cached, preemptions = row
+    first = "null" if first_token < 0 else us(first_token - arrival)
+    return (
+        f'"status":"{STATUSES[status]}","input_tokens":{inputs},"output_tokens":{outputs},'
+        f'"cached_tokens":{cached},"num_preemptions":{preemptions},"ttft_us":{first}'
+    )
+
+
+class _Lives:
+    """Writes what is within requests: nested slices, lanes beside, arrows; stretches without length are left out."""
+
+    def __init__(self, records: Records, segments: ByRequest, wires: Wires) -> None:
+        self._records = records
+        self._wires = wires
+        self._finder = StepFinder(records)
+        self.threads_per_lane = _most_side_by_side(segments)
+        self._named: set[int] = set()
+        self._arrow_numbers = count(1 + int(records.requests.as_columns()["request"].max(initial=-1)))
+
+    def events(self, request: int, lane: int, arrival: int, end: int, segments: list[list[int]]) -> Iterator[str]:
+        thread = lane * self.threads_per_lane
+        path, beside, before = [], [], arrival
+        for segment, is_awaited in zip(segments, _awaited(segments), strict=True):
+            if is_awaited:
+                path.append((segment, before))
+                before = segment[7]
+            else:
+                beside.append((segment, self._sent(segment)))
+        for leg in path:
+            yield from self._slices(thread, leg, "")
+        if path and end > before:
+            yield slice_event(REQUESTS, thread, before, end, "request", "hand-over", "")
+        yield from self._arrow(request, (REQUESTS, thread, arrival), path)
+        if beside:
+            yield from self._beside(request, lane, sorted(beside, key=lambda leg: leg[1]))
+
+    def _beside(self, request: int, lane: int, legs: list[_Leg]) -> Iterator[str]:
+        """What nobody waited for, in as many threads as overlap, and an arrow from each to its steps."""
+        places = Lanes()
+        for segment, sent in legs:
+            if segment[7] == sent:
+                continue
+            place, _ = places.take(sent, segment[7])
+            thread = lane * self.threads_per_lane + place
+            if thread not in self._named:
+                self._named.add(thread)
+                more = f" ({place})" if place > 1 else ""
+                yield from new_thread(REQUESTS, thread, f"lane {lane}, beside{more}")
+            yield from self._slices(thread, (segment, sent), f'"request":{request},')
+            yield from self._arrow(next(self._arrow_numbers), (REQUESTS, thread, sent), [(segment, sent)])
+
+    def _slices(self, thread: int, leg: _Leg, common: str) -> Iterator[str]:
+        """The parts of a segment: on its way, waiting, served."""
+        (_, _, kind, client, queued, started, _, ended, how, computed, cached, *_), sent = leg
+        name, server = self._records.stage_kinds[kind], json.dumps(self._records.client_names[client])
+        admitted = started if started >= 0 else ended
+        served = f'"client":{server},"computed_tokens":{computed},"cached_tokens":{cached},"end":"{SEGMENT_ENDS[how]}"'
+        for start, end, part, args in (
+            (sent, queued, "hand-over", f'"to":{server}'),
+            (queued, admitted, f"wait for {name}", f'"client":{server}'),
+            (admitted, ended, name, served),
+        ):
+            if end > start:
+                yield slice_event(REQUESTS, thread, start, end, "request", part, common + args)
+
+    def _sent(self, segment: list[int]) -> int:
+        """When what a segment works on left for its client; at its queueing where no transfer brought it."""
+        request, client, queued = segment[0], segment[3], segment[4]
+        wires = self._wires.of_request(request)
+        return next((sent for receiver, sent, _, end, _ in wires if (receiver, end) == (client, queued)), queued)
+
+    def _arrow(self, number: int, origin: Point, legs: list[_Leg]) -> Iterator[str]:
+        """From a request's lane through the transfers to each segment, its first step and its last.
+
+        Points bind to the slices that enclose them on their threads, which is why each is at a slice's start.
+        """
+        points = [origin]
+        wires = self._wires.of_request(legs[0][0][0]) if legs else []
+        for segment, sent in legs:
+            client, started, ended = segment[3], segment[5], segment[7]
+            if started < 0:
+                continue
+            for receiver, _, start, end, thread in wires:
+                if receiver == client and sent <= start and end <= started:
+                    points.append((self._wires.process, thread, start))
+            for at in self._finder.steps(client, started, ended):
+                point = (client_process(client), STEPS_THREAD, at)
+                if point != points[-1]:
+                    points.append(point)
+        if len(points) > 1:
+            yield from arrow(number, points)
+
+
+def _awaited(segments: list[list[int]]) -> list[bool]:
+    """Which segments are on a request's critical path: from the last back, always the latest that had ended before."""
+    awaited = [True] * len(segments)
+    begin = segments[-1][7] if segments else 0
+    for place in reversed(range(len(segments))):
+        queued, ended = segments[place][4], segments[place][7]
+        awaited[place] = ended <= begin
+        if awaited[place]:
+            begin = queued
+    return awaited
+
+
+def _most_side_by_side(segments: ByRequest) -> int:
+    """Threads to set aside for a lane: one, unless segments overlap somewhere; then as many as a request has."""
+    request, queued, ended = (segments.columns[name] for name in ("request", "queued_ns", "end_ns"))
+    if not np.any((request[1:] == request[:-1]) & (queued[1:] < ended[:-1])):
+        return 1
+    return int(np.unique(request, return_counts=True)[1].max())

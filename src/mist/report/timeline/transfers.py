@@ -1,0 +1,140 @@
+"""The transfers of a timeline: what each client and memory sent, to whom, and its bytes in flight.
+
+It reads the transfers' rows; the tasks' rows tell whether a KV cache came for a decode. It never shows what took no
+time: over a link without limits nothing is in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+
+from mist.records import IntColumn, Records
+from mist.report.timeline.events import client_process, counter, new_thread, slice_event, us
+from mist.report.timeline.rows import ByRequest, Lanes, in_blocks, last_event
+from mist.request import DECODE
+from mist.units import GB, GIB, KB, KIB, MB, MIB
+
+#: KV caches are told in the units of memory, all else in those of networks
+_KV_UNITS = ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
+_UNITS = ((GB, "GB"), (MB, "MB"), (KB, "kB"))
+
+
+class Wires:
+    """The transfers that took time: by sender, in order of their start, on as many threads as overlap.
+
+    Senders are clients, then the host memory of each client, then other memories.
+    """
+
+    def __init__(self, records: Records) -> None:
+        self.process = client_process(len(records.client_names))
+        self._records = records
+        rows = records.transfers.as_columns()
+        last = last_event(records)
+        rows["arrived"] = (rows["end_ns"] >= 0).astype(np.int64)
+        rows["end_ns"] = np.where(rows["end_ns"] >= 0, rows["end_ns"], last)
+        source = self._sources(rows["sender"], rows["receiver"])
+        shown = np.flatnonzero((rows["start_ns"] >= 0) & (rows["end_ns"] > rows["start_ns"]))
+        order = shown[np.lexsort((rows["start_ns"][shown], source[shown]))]
+        self._rows = {name: column[order] for name, column in rows.items()}
+        #: name, first row, row after the last
+        self._senders: list[tuple[str, int, int]] = []
+        sources, firsts = np.unique(source[order], return_index=True)
+        for number, (first, stop) in zip(sources.tolist(), pairwise([*firsts.tolist(), len(order)]), strict=True):
+            self._senders.append((self._source_name(number), first, stop))
+        self._threads = self._spread()
+        self._by_request = np.lexsort((self._rows["start_ns"], self._rows["request"]))
+        self._requests = self._rows["request"][self._by_request]
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def of_request(self, request: int) -> list[list[int]]:
+        """Receiver, queueing, start, end and thread of each of a request's transfers, by start."""
+        if not len(self):
+            return []
+        first, stop = np.searchsorted(self._requests, (request, request + 1))
+        places = self._by_request[first:stop]
+        columns = [self._rows[name][places] for name in ("receiver", "queued_ns", "start_ns", "end_ns")]
+        rows: list[list[int]] = np.column_stack([*columns, self._threads[places]]).tolist()
+        return rows
+
+    def events(self, segments: ByRequest) -> Iterator[str]:
+        """Slices with their threads' names, and per sender a counter of the bytes in flight."""
+        num_named = 0
+        names = ("request", "sender", "receiver", "bytes", "queued_ns", "start_ns", "end_ns", "arrived")
+        columns = {**{name: self._rows[name] for name in names}, "thread": self._threads}
+        for name, first, stop in self._senders:
+            before = num_named
+            for row in in_blocks(columns, np.arange(first, stop)):
+                *transfer, thread = row
+                if thread > num_named:
+                    num_named = thread
+                    more = f" ({thread - before})" if thread > before + 1 else ""
+                    yield from new_thread(self.process, thread, f"{name} ->{more}")
+                yield self._slice(transfer, thread, segments)
+            yield from self._in_flight(name, first, stop)
+
+    def _slice(self, transfer: list[int], thread: int, segments: ByRequest) -> str:
+        request, sender, receiver, num_bytes, queued, start, end, arrived = transfer
+        to = self._name(receiver)
+        args = (
+            f'"request":{request},"bytes":{num_bytes},"wait_us":{us(start - queued)},'
+            f'"end":"{"arrived" if arrived else "cut"}"'
+        )
+        if sender < 0 or receiver < 0 or (arrived and self._decodes(request, receiver, end, segments)):
+            name = f"KV {_size(num_bytes, _KV_UNITS)} to {to}"
+        else:
+            # what a transfer that the end of the run cut off was for is told nowhere
+            name = f"{'hand-over ' if arrived else ''}{_size(num_bytes, _UNITS)} to {to}"
+        return slice_event(self.process, thread, start, end, "transfer", name, args)
+
+    def _decodes(self, request: int, client: int, at: int, segments: ByRequest) -> bool:
+        """Whether the request began to wait for a decode at `client` at this time."""
+        return any(
+            (segment[3], segment[4]) == (client, at) and self._records.stage_kinds[segment[2]] == DECODE
+            for segment in segments.rows(request)
+        )
+
+    def _in_flight(self, name: str, first: int, stop: int) -> Iterator[str]:
+        num_bytes, start, end = (self._rows[column][first:stop] for column in ("bytes", "start_ns", "end_ns"))
+        times = np.concatenate([start, end])
+        order = np.argsort(times, kind="stable")
+        times, total = times[order], np.cumsum(np.concatenate([num_bytes, -num_bytes])[order])
+        changes = np.flatnonzero(np.append(times[1:] != times[:-1], True))
+        for at, value in in_blocks({"time": times, "total": total}, changes):
+            yield counter(self.process, at, f"{name} -> in flight", "bytes", value)
+
+    def _spread(self) -> IntColumn:
+        """A thread for each transfer, such that those on one don't overlap."""
+        threads: list[int] = []
+        for _, first, stop in self._senders:
+            before, lanes = max(threads, default=0), Lanes()
+            spans = in_blocks({name: self._rows[name] for name in ("start_ns", "end_ns")}, np.arange(first, stop))
+            threads += [before + lanes.take(start, end)[0] for start, end in spans]
+        return np.array(threads, dtype=np.int64)
+
+    def _sources(self, sender: IntColumn, receiver: IntColumn) -> IntColumn:
+        """A number for each sender: the host memory of one client isn't that of another."""
+        num_clients = len(self._records.client_names)
+        memory = np.where((sender == -1) & (receiver >= 0), num_clients + receiver, 2 * num_clients - 1 - sender)
+        return np.where(sender >= 0, sender, memory)
+
+    def _source_name(self, number: int) -> str:
+        num_clients = len(self._records.client_names)
+        if num_clients <= number < 2 * num_clients:
+            return f"{self._records.memory_names[0]} of {self._records.client_names[number - num_clients]}"
+        return self._name(number if number < num_clients else 2 * num_clients - 1 - number)
+
+    def _name(self, end: int) -> str:
+        """What stands at one end of a transfer: a client, or below 0 a memory."""
+        return self._records.client_names[end] if end >= 0 else self._records.memory_names[-1 - end]
+
+
+def _size(num_bytes: int, units: tuple[tuple[int, str], ...]) -> str:
+    """ "1.2 GiB", "20 kB", "7 B"."""
+    factor, unit = next(((f, u) for f, u in units if num_bytes >= f), (1, "B"))
+    value = num_bytes / factor
+    return f"{value:.2g} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
