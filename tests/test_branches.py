@@ -13,7 +13,7 @@ from mist.metrics.stages import stage_times
 from mist.pipeline import RequestRandom
 from mist.records import FINISHED, REJECTED
 from mist.request import DECODE, PREFILL, All, Pipeline, Request, Stage, StageResult
-from mist.testing.cluster import LinearSteps, Run, play, table
+from mist.testing.cluster import KVLink, LinearSteps, Run, play, table
 
 STEPS = LinearSteps(base=100, per_prefill_token=10, per_decode=0, per_context=0, per_prefill=0)
 
@@ -84,6 +84,14 @@ def test_the_critical_path_leaves_out_who_was_not_waited_for() -> None:
     result = run(Guarded(200), [10], [4], [ANSWER, GUARD])
     requests, tasks = result.records.requests.as_columns(), result.records.tasks.as_columns()
     assert stage_times(requests, tasks, 3)[0].tolist() == [[0, 2100, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_a_guard_that_ends_while_the_cache_is_on_its_way_was_not_waited_for() -> None:
+    """Prefill to 200 ns, its cache there at 1,200, decodes to 1,500; the guard ends at 610."""
+    result = run(Guarded(51), [10], [4], [(PREFILL,), (DECODE,), GUARD], nic=KVLink(100, 1e9))
+    requests, tasks = result.records.requests.as_columns(), result.records.tasks.as_columns()
+    times = stage_times(requests, tasks, 3, result.records.transfers.as_columns())
+    assert times[0].tolist() == [[0, 0, 0], [0, 200, 0], [0, 300, 1000]]
 
 
 def test_a_request_rejected_in_one_branch_leaves_when_the_other_is_over() -> None:

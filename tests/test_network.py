@@ -130,14 +130,16 @@ def send(*transfers: tuple[int, int, int, int, int], cut_ns: int | None = None) 
 
     def start(transfer: tuple[int, int, int, int, int], now: int) -> None:
         request, sender, receiver, num_bytes, _ = transfer
-        network.send(request, KV_TRANSFER, sender, receiver, num_bytes, lambda i, at: came.append((i, at)), request, now)
+        network.send(request, 0, sender, receiver, num_bytes, lambda i, at: came.append((i, at)), request, now)
 
     for each in transfers:
         kernel.at(each[-1], start, each)
     kernel.run() if cut_ns is None else kernel.run(cut_ns)
     if cut_ns is not None:
         network.cut(cut_ns)
-    rows = list(zip(*(column.tolist() for column in records.transfers.as_columns().values()), strict=True))
+    columns = records.transfers.as_columns()
+    del columns["kind"]
+    rows = list(zip(*(column.tolist() for column in columns.values()), strict=True))
     assert came == [(row[0], row[-1]) for row in rows if row[-1] >= 0]
     assert len(network.in_flight) == sum(row[-1] < 0 for row in rows)
     return rows

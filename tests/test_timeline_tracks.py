@@ -17,7 +17,7 @@ from mist.batching.chunked import Chunked
 from mist.kernel import FOREVER
 from mist.metrics.stages import stage_times
 from mist.pipeline import RequestRandom
-from mist.records import FINISHED, Records
+from mist.records import FINISHED, HAND_OFF, Records
 from mist.report.timeline import trace_events
 from mist.request import DECODE, PREFILL, All, Pipeline, Request, Stage
 from mist.scenario import load
@@ -128,7 +128,12 @@ def test_spans_on_the_critical_path_sum_to_the_stage_times(make: Any, arguments:
     requests, tasks = records.requests.as_columns(), records.tasks.as_columns()
     order = np.argsort(tasks["request"], kind="stable")
     finished = {name: column[requests["status"] == FINISHED] for name, column in requests.items()}
-    times = stage_times(finished, {name: column[order] for name, column in tasks.items()}, len(records.stage_kinds))
+    times = stage_times(
+        finished,
+        {name: column[order] for name, column in tasks.items()},
+        len(records.stage_kinds),
+        records.transfers.as_columns(),
+    )
     expected = {}
     for request, of_stages in zip(finished["request"].tolist(), times, strict=True):
         parts = {"hand-over": int(of_stages[:, 2].sum())}
@@ -210,8 +215,8 @@ def by_hand() -> Records:
     records.steps.append((3, 140, 180, 1, 9, 0, 0, 0, 0))
     records.steps.append((1, 150, 200, 1, 8, 0, 0, 1, 0))
     records.steps.append((2, 250, 300, 0, 0, 1, 9, 1, 0))
-    transfer(records, sender=0, receiver=3, bytes=20_000, queued_ns=100, start_ns=110, end_ns=130)
-    transfer(records, sender=0, receiver=1, bytes=20_000, queued_ns=100, start_ns=100, end_ns=130)
+    transfer(records, kind=HAND_OFF, sender=0, receiver=3, bytes=20_000, queued_ns=100, start_ns=110, end_ns=130)
+    transfer(records, kind=HAND_OFF, sender=0, receiver=1, bytes=20_000, queued_ns=100, start_ns=100, end_ns=130)
     transfer(records, sender=1, receiver=2, bytes=5 << 28, queued_ns=200, start_ns=220, end_ns=250)
     records.requests.append((0, 10, 250, 310, 0, -1, 8, 6, 0, 0))
     return records
@@ -236,7 +241,13 @@ def test_transfers_are_slices_of_their_sender() -> None:
     }
     events = [event for event in events_of(by_hand()) if event["pid"] == 6]
     waits = [event["args"] for event in events if event["ph"] == "X"]
-    assert waits[2] == {"request": 0, "bytes": 5 << 28, "wait_us": Decimal("0.020"), "end": "arrived"}
+    assert waits[2] == {
+        "request": 0,
+        "kind": "kv_transfer",
+        "bytes": 5 << 28,
+        "wait_us": Decimal("0.020"),
+        "end": "arrived",
+    }
     counters = [(e["ts"], e["name"], e["args"]["bytes"]) for e in events if e["ph"] == "C"]
     assert counters == [
         (100, "index -> in flight", 20_000), (110, "index -> in flight", 40_000), (130, "index -> in flight", 0),
@@ -309,7 +320,7 @@ def test_what_took_no_time_or_never_left_is_no_slice() -> None:
     transfer(records, sender=-2, receiver=1, bytes=3 << 20, queued_ns=200, start_ns=210, end_ns=290)
     records.memory_names.append("NVMe")
     assert slices(records, 6) == {
-        "prefill ->": [(210, 310, "100 B to decode")],
+        "prefill ->": [(210, 310, "KV 100 B to decode")],
         "prefill -> (2)": [(210, 310, "KV 3 KiB to host memory")],
         "NVMe ->": [(210, 290, "KV 3 MiB to prefill")],
     }

@@ -83,7 +83,9 @@ def summarise(
         "duration_s": (span.last_ns - span.first_ns) / NS_PER_S,
         "window": {name: getattr(span, f"{name[:-2]}_ns") / NS_PER_S for name in ("start_s", "end_s", "span_s")},
         "clients": summarise_clients(clients, sums, span),
-        "stages": summarise_stages(stage_times(finished, tasks, len(records.stage_kinds)), records.stage_kinds),
+        "stages": summarise_stages(
+            stage_times(finished, tasks, len(records.stage_kinds), transfers), records.stage_kinds
+        ),
         "slo": summarise_slo(targets, times, figures, requests, chosen, span) if targets else None,
         "open_loop": open_loop,
         **verdict,

@@ -17,14 +17,15 @@ from mist.records import IntColumn
 PARTS = ("wait_s", "serve_s", "transfer_s")
 
 
-def stage_times(requests: Columns, tasks: Columns, num_kinds: int) -> IntColumn:
+def stage_times(requests: Columns, tasks: Columns, num_kinds: int, transfers: Columns | None = None) -> IntColumn:
     """Nanoseconds per request, stage kind and part (`PARTS`), int64[requests, num_kinds, 3].
 
     `requests` are the finished ones to look at; `tasks` has a request's rows together and in order, and may hold
     other requests' rows. Every entry of one request sums to its E2E: a segment's transfer lasts from the end of the
     one before (at first: the arrival) to its queueing, its wait to its start, its service to its end; a way back to
     the user after the last segment is that one's transfer. Of segments side by side only those count that the end
-    was waiting for: from the last one back, always the latest that had ended before.
+    was waiting for: from the last one back, always the latest that had ended when what the next one works on was sent,
+    which `transfers` tell.
     """
     times = np.zeros((len(requests["request"]), num_kinds, len(PARTS)), np.int64)
     row_of = np.full(_largest(requests["request"], tasks["request"]) + 1, -1, np.int64)
@@ -32,7 +33,7 @@ def stage_times(requests: Columns, tasks: Columns, num_kinds: int) -> IntColumn:
     rows = np.flatnonzero(row_of[tasks["request"]] >= 0)
     if not len(rows):
         return times
-    rows = rows[_waited_for(*(tasks[name][rows] for name in ("request", "queued_ns", "end_ns")))]
+    rows = rows[_critical({name: tasks[name][rows] for name in _PLACES}, transfers)]
     request = row_of[tasks["request"][rows]]
     kind, queued, ended = (tasks[name][rows] for name in ("kind", "queued_ns", "end_ns"))
     started = np.where(tasks["started_ns"][rows] >= 0, tasks["started_ns"][rows], ended)
@@ -51,17 +52,38 @@ def summarise_stages(times: IntColumn, kinds: Sequence[str]) -> dict[str, dict[s
     return {kind: {part: distribution(times[:, k, p]) for p, part in enumerate(PARTS)} for k, kind in enumerate(kinds)}
 
 
-def _waited_for(request: IntColumn, queued: IntColumn, ended: IntColumn) -> BoolColumn:
+def awaited(sent: Sequence[int], ended: Sequence[int]) -> list[bool]:
+    """Which of a request's segments, in order of their ends, are on its critical path.
+
+    `sent`: when what each works on left for its client.
+    """
+    kept = [True] * len(ended)
+    begin = ended[-1] if ended else 0
+    for place in reversed(range(len(ended))):
+        kept[place] = ended[place] <= begin
+        if kept[place]:
+            begin = sent[place]
+    return kept
+
+
+_PLACES = ("request", "client", "queued_ns", "end_ns")
+
+
+def _critical(tasks: Columns, transfers: Columns | None) -> BoolColumn:
     """Which rows are on the critical path of their request: all, unless some overlap."""
+    request, client, queued, ended = (tasks[name] for name in _PLACES)
     kept = np.ones(len(request), dtype=bool)
     overlaps = np.append(False, (request[1:] == request[:-1]) & (queued[1:] < ended[:-1]))
+    if not overlaps.any():
+        return kept
+    rows = transfers or {}
+    ways = zip(*(rows[name].tolist() for name in ("request", "receiver", "end_ns")), strict=True) if rows else ()
+    left = dict(zip(ways, rows["queued_ns"].tolist() if rows else (), strict=True))
     for one in np.unique(request[overlaps]).tolist():
         first, end = np.searchsorted(request, [one, one + 1]).tolist()
-        begin = ended[end - 1]
-        for row in range(end - 1, first - 1, -1):
-            kept[row] = ended[row] <= begin
-            if kept[row]:
-                begin = queued[row]
+        places = zip(client[first:end].tolist(), queued[first:end].tolist(), strict=True)
+        sent = [left.get((one, there, at), at) for there, at in places]
+        kept[first:end] = awaited(sent, ended[first:end].tolist())
     return kept
 
 

@@ -212,6 +212,7 @@ def _time_spent(requests: Mapping[str, IntColumn], records: Records) -> Columns:
         {name: column[finished] for name, column in requests.items()},
         {name: column[order] for name, column in tasks.items()},
         len(records.stage_kinds),
+        records.transfers.as_columns(),
     ).sum(axis=1)
     spent = np.full((len(finished), len(PARTS)), np.nan)
     spent[finished] = times / NS_PER_S

@@ -57,7 +57,7 @@ def trace_events(records: Records) -> Iterator[str]:
     yield from _names(records, wires)
     yield from step_events(records)
     yield from request_events(records, segments, wires)
-    yield from wires.events(segments)
+    yield from wires.events()
 
 
 def _write_document(result: Result, out: IO[bytes] | gzip.GzipFile) -> None:

@@ -12,6 +12,7 @@ from itertools import count
 
 import numpy as np
 
+from mist.metrics.stages import awaited
 from mist.records import REJECTED, SEGMENT_ENDS, STATUSES, Records
 from mist.report.timeline.events import (
     REQUESTS,
@@ -84,12 +85,14 @@ class _Lives:
     def events(self, request: int, lane: int, arrival: int, end: int, segments: list[list[int]]) -> Iterator[str]:
         thread = lane * self.threads_per_lane
         path, beside, before = [], [], arrival
-        for segment, is_awaited in zip(segments, _awaited(segments), strict=True):
+        sent = [self._sent(segment) for segment in segments]
+        on_path = awaited(sent, [segment[7] for segment in segments])
+        for segment, left, is_awaited in zip(segments, sent, on_path, strict=True):
             if is_awaited:
                 path.append((segment, before))
                 before = segment[7]
             else:
-                beside.append((segment, self._sent(segment)))
+                beside.append((segment, left))
         for leg in path:
             yield from self._slices(thread, leg, "")
         if path and end > before:
@@ -153,18 +156,6 @@ class _Lives:
                     points.append(point)
         if len(points) > 1:
             yield from arrow(number, points)
-
-
-def _awaited(segments: list[list[int]]) -> list[bool]:
-    """Which segments are on a request's critical path: from the last back, always the latest that had ended before."""
-    awaited = [True] * len(segments)
-    begin = segments[-1][7] if segments else 0
-    for place in reversed(range(len(segments))):
-        queued, ended = segments[place][4], segments[place][7]
-        awaited[place] = ended <= begin
-        if awaited[place]:
-            begin = queued
-    return awaited
 
 
 def _most_side_by_side(segments: ByRequest) -> int:

@@ -1,7 +1,6 @@
 """The transfers of a timeline: what each client and memory sent, to whom, and its bytes in flight.
 
-It reads the transfers' rows; the tasks' rows tell whether a KV cache came for a decode. It never shows what took no
-time: over a link without limits nothing is in flight.
+It reads the transfers' rows. It never shows what took no time: over a link without limits nothing is in flight.
 """
 
 from __future__ import annotations
@@ -11,10 +10,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from mist.records import IntColumn, Records
+from mist.records import HAND_OFF, TRANSFER_KINDS, IntColumn, Records
 from mist.report.timeline.events import client_process, counter, new_thread, slice_event, us
-from mist.report.timeline.rows import ByRequest, Lanes, in_blocks, last_event
-from mist.request import DECODE
+from mist.report.timeline.rows import Lanes, in_blocks, last_event
 from mist.units import GB, GIB, KB, KIB, MB, MIB
 
 #: KV caches are told in the units of memory, all else in those of networks
@@ -61,10 +59,10 @@ class Wires:
         rows: list[list[int]] = np.column_stack([*columns, self._threads[places]]).tolist()
         return rows
 
-    def events(self, segments: ByRequest) -> Iterator[str]:
+    def events(self) -> Iterator[str]:
         """Slices with their threads' names, and per sender a counter of the bytes in flight."""
         num_named = 0
-        names = ("request", "sender", "receiver", "bytes", "queued_ns", "start_ns", "end_ns", "arrived")
+        names = ("request", "kind", "receiver", "bytes", "queued_ns", "start_ns", "end_ns", "arrived")
         columns = {**{name: self._rows[name] for name in names}, "thread": self._threads}
         for name, first, stop in self._senders:
             before = num_named
@@ -74,29 +72,17 @@ class Wires:
                     num_named = thread
                     more = f" ({thread - before})" if thread > before + 1 else ""
                     yield from new_thread(self.process, thread, f"{name} ->{more}")
-                yield self._slice(transfer, thread, segments)
+                yield self._slice(transfer, thread)
             yield from self._in_flight(name, first, stop)
 
-    def _slice(self, transfer: list[int], thread: int, segments: ByRequest) -> str:
-        request, sender, receiver, num_bytes, queued, start, end, arrived = transfer
-        to = self._name(receiver)
+    def _slice(self, transfer: list[int], thread: int) -> str:
+        request, kind, receiver, num_bytes, queued, start, end, arrived = transfer
+        what = f"hand-over {_size(num_bytes, _UNITS)}" if kind == HAND_OFF else f"KV {_size(num_bytes, _KV_UNITS)}"
         args = (
-            f'"request":{request},"bytes":{num_bytes},"wait_us":{us(start - queued)},'
+            f'"request":{request},"kind":"{TRANSFER_KINDS[kind]}","bytes":{num_bytes},"wait_us":{us(start - queued)},'
             f'"end":"{"arrived" if arrived else "cut"}"'
         )
-        if sender < 0 or receiver < 0 or (arrived and self._decodes(request, receiver, end, segments)):
-            name = f"KV {_size(num_bytes, _KV_UNITS)} to {to}"
-        else:
-            # what a transfer that the end of the run cut off was for is told nowhere
-            name = f"{'hand-over ' if arrived else ''}{_size(num_bytes, _UNITS)} to {to}"
-        return slice_event(self.process, thread, start, end, "transfer", name, args)
-
-    def _decodes(self, request: int, client: int, at: int, segments: ByRequest) -> bool:
-        """Whether the request began to wait for a decode at `client` at this time."""
-        return any(
-            (segment[3], segment[4]) == (client, at) and self._records.stage_kinds[segment[2]] == DECODE
-            for segment in segments.rows(request)
-        )
+        return slice_event(self.process, thread, start, end, "transfer", f"{what} to {self._name(receiver)}", args)
 
     def _in_flight(self, name: str, first: int, stop: int) -> Iterator[str]:
         num_bytes, start, end = (self._rows[column][first:stop] for column in ("bytes", "start_ns", "end_ns"))
