@@ -329,7 +329,7 @@ def test_schema_is_json(scenario: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["devices", "models", "engines", "steps", "memories", "policies", "workloads", "pipelines"]
+    "what", ["devices", "models", "engines", "steps", "memories", "policies", "workloads", "networks", "pipelines"]
 )
 def test_lists(what: str) -> None:
     rows = json.loads(invoke("list", what, "--json").stdout)

@@ -18,7 +18,7 @@ from mist.perf.roofline import Roofline
 from mist.request import Step
 from mist.scenario import Scenario, catalogue
 from mist.scenario.build import run
-from mist.scenario.encoders import cut_sequences, default_batching, default_engine
+from mist.scenario.encoders import cut_sequences, default_batching, engine_of
 from mist.scenario.named import SpecOf
 from scenarios import read
 
@@ -128,10 +128,10 @@ def test_a_sequence_beyond_the_limit_of_a_step_runs_alone(tmp_path: Path) -> Non
 
 
 def test_an_encoder_that_names_no_engine_gets_one_that_embeds() -> None:
-    assert default_engine(spec("bge-large"), "vllm-0.10") == "tei-0.6"
-    assert default_engine(spec("llama-3.1-8b"), "vllm-0.10") == "vllm-0.10"
-    assert default_engine(None, "vllm-0.10") == "vllm-0.10"
-    assert engine(default_engine(spec("bge-large"), "")).batching == "continuous"
+    default = engine("vllm-0.10")
+    assert engine_of(spec("bge-large"), default).name == "tei-0.6"
+    assert engine_of(spec("llama-3.1-8b"), default) is default
+    assert engine_of(spec("bge-large"), default).batching == "continuous"
 
 
 @pytest.mark.parametrize("entry", [e.name for e in catalogue.entries("engines")])

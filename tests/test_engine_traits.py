@@ -13,13 +13,13 @@ from mist.batching.chunked import Chunked
 from mist.engine import OPERATOR_CLASSES, EngineProfile
 from mist.errors import ScenarioError
 from mist.hardware import Platform
-from mist.network import KVLink
 from mist.perf import Deployment
 from mist.perf.roofline import Roofline
 from mist.records import PREEMPTED
 from mist.request import Step
 from mist.scenario import catalogue
 from mist.speculation import Speculation
+from mist.testing.cluster import KVLink
 
 ONE = LinearSteps(base=1000, per_prefill_token=0, per_decode=0, per_context=0, per_prefill=0)
 

@@ -13,9 +13,9 @@ from mist.hardware import Device
 from mist.host import Host
 from mist.kernel import Kernel
 from mist.perf import Demand, HostDeployment, OperatorTime
-from mist.pipeline import StageList
+from mist.pipeline.stages import StageList
 from mist.request import Step
-from mist.sharing import Sharing
+from mist.sharing import Channel, Sharing
 from mist.testing.cluster import Run, play, table
 from mist.units import NS_PER_S
 
@@ -61,7 +61,8 @@ def run(models: list[Made], arrivals: list[int], *, shared: bool = True, fetch: 
     kinds = tuple(f"stage{i}" for i in range(len(models)))
 
     def place(kernel: Kernel, clients: list[Client]) -> None:
-        host = Host("host", CPU, Sharing(kernel))
+        cores, dram = Channel("cores", CPU.num_cores * NS_PER_S), Channel("DRAM", CPU.memory_bytes_per_s)
+        host = Host(cores, dram, Sharing(kernel))
         for client, model in zip(clients, models, strict=True):
             client.perf = model
             client.demand_of = model.demand

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mist.metrics import ClientInfo, summarise
-from mist.records import FINISHED, UNFINISHED, Records
+from mist.records import FINISHED, KV_TRANSFER, UNFINISHED, Records
 
 
 def queue_records(arrivals_s: np.ndarray, service_s: np.ndarray, servers: int = 1, cut: bool = False) -> Records:
@@ -188,7 +188,7 @@ def hand_over_records(arrivals_s: np.ndarray, wire_s: float, holding: float = np
         end = sent[-1] + 10**9
         records.tasks.append((i, 0, 0, 0, arrival, start, free, free, 0, 9, 0, -1, -1, 1))
         records.tasks.append((i, 1, 1, 1, sent[-1], sent[-1], sent[-1], end, 0, 0, 0, -1, -1, 9))
-        records.transfers.append((i, 0, 1, 1000, free, began, sent[-1]))
+        records.transfers.append((i, KV_TRANSFER, 0, 1, 1000, free, free, sent[-1]))
         records.requests.append((i, arrival, free, end, FINISHED, -1, 9, 10, 0, 0))
     return records
 
@@ -212,4 +212,4 @@ def test_a_link_that_cannot_carry_the_load_is_saturation():
 def test_a_prefill_held_up_by_its_link_says_so():
     held_up = summarise(hand_over_records(poisson(3, 1000, 4.0)[0], 1.3, holding=20), clients=HAND_OVER)
     assert held_up["saturation_reason"].startswith("the queue of prefill grew")
-    assert "19 KV caches waiting to be sent" in held_up["saturation_reason"]
+    assert "20 KV caches under way" in held_up["saturation_reason"]

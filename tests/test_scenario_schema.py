@@ -273,7 +273,7 @@ CLIENT = "  gpu: {device: h100-sxm, model: llama-3.1-8b}"
         ("seed: 3", "seed: true", (2, 7), "whole number, not true"),
         ("seed: 3", "warmup_s: 10\nwindow_s: 5:20", (3, 11), "ends after the window begins"),
         ("seed: 3", "perf: []", (2, 1), "something in it"),
-        ("seed: 3", "network: {preset: h100}", (2, 11), "no key 'preset'"),
+        ("seed: 3", "network: {preset: h100}", (2, 19), "no network 'h100' in the catalogue"),
         ("seed: 3", "network: {kv_transfer: {}}", (2, 11), "bandwidth' is missing"),
         ("seed: 3", "network: {kv_transfer: {bandwidth: 50}}", (2, 36), "must be text, not 50"),
         ("seed: 3", "network: {kv_transfer: {bandwidth: 50 GB}}", (2, 36), "not a number with a unit"),

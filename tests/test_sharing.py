@@ -297,6 +297,17 @@ def test_the_order_of_an_instant_doesnt_matter(traffic: Traffic, rng: random.Ran
     assert [shuffled[order.index(i)] for i in range(len(order))] == play(traffic)
 
 
+def test_who_ends_at_an_instant_leaves_before_others_join_at_it() -> None:
+    """0.4 ns after 1000 it would be gone, which rounds to 1000: the second joins no sooner than that."""
+    ends = play(Traffic((1e10,), (Sent(0, (0,), 10_004), Sent(1000, (0,), 1000))))
+    assert ends == [1000, 1100]
+
+
+def test_a_flow_of_less_than_half_a_ns_shares_with_those_of_its_instant() -> None:
+    for sent in (Sent(0, (0,), 1), Sent(0, (0,), 1000)), (Sent(0, (0,), 1000), Sent(0, (0,), 1)):
+        assert sorted(play(Traffic((3e9,), sent))) == [1, 334]
+
+
 @given(traffics(limited=False), st.integers(1, 10**15))
 def test_a_shift_in_time_shifts_every_end(traffic: Traffic, shift: int) -> None:
     later = tuple(Sent(s.at + shift, s.channels, s.size, s.cap, s.latency_ns) for s in traffic.sent)

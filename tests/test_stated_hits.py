@@ -13,14 +13,13 @@ import pytest
 from kit import POLICIES, LinearSteps, Run, SmallScenario, engine, play, rows, table
 from mist.batching.chunked import Chunked
 from mist.errors import InvariantError, ScenarioError
-from mist.front_end import FrontEnd
 from mist.metrics import ClientInfo, summarise
-from mist.network import KVLink
 from mist.records import FINISHED, Records, Table
 from mist.residents import Residents
 from mist.scenario import load
 from mist.scenario.build import build_workload
 from mist.testing import random_scenario
+from mist.testing.cluster import KVLink
 from mist.workload.columns import Columns, write_trace
 
 #: 10 bytes a token at one byte per ns, and 500 ns
@@ -83,9 +82,9 @@ def test_a_preempted_task_finds_them_again_and_counts_them_once() -> None:
 def test_a_decode_that_was_handed_over_is_not_fetched() -> None:
     serves = [("prefill",), ("decode",)]
     workload = table([0], [24], [30], cached_tokens=[10])
-    run = play(workload, caching=True, num_clients=2, serves=serves, nic=KVLink(1), host=HOST)
+    run = play(workload, caching=True, num_clients=2, serves=serves, nic=KVLink(10), host=HOST)
     assert column(run.records, "transfers", "sender") == [-1, 0]
-    assert column(run.records, "transfers", "bytes") == [100, 24]
+    assert column(run.records, "transfers", "bytes") == [100, 240]
 
 
 def random_hits(seed: int, **options: Any) -> Run:
@@ -144,25 +143,12 @@ def test_a_fetch_takes_its_time_before_the_first_chunk() -> None:
     assert summary["stages"]["prefill"]["wait_s"]["mean"] == pytest.approx(arrival * 1e-9)
 
 
-def test_fetches_of_one_client_queue_and_others_pass_them() -> None:
+def test_fetches_of_one_client_share_its_link_and_others_pass_them() -> None:
     run = play(table([0, 0, 0], [100, 100, 50], [1, 1, 1], cached_tokens=[60, 60, 0]), caching=True, host=HOST)
-    assert column(run.records, "transfers", "start_ns") == [0, 600]
+    assert column(run.records, "transfers", "start_ns") == [0, 0]
+    assert column(run.records, "transfers", "end_ns") == [1700, 1700]
     assert run.records.tasks.as_columns()["started_ns"].min() == 0
     assert column(run.records, "steps", "num_prefill_tokens")[0] == 50
-
-
-def test_fetches_that_overlap_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = FrontEnd._fetch
-
-    def fetch(self: FrontEnd, task: Any, now: int) -> None:
-        host = self._client.host
-        assert host is not None
-        host._free_at = 0
-        original(self, task, now)
-
-    monkeypatch.setattr(FrontEnd, "_fetch", fetch)
-    with pytest.raises(InvariantError, match="gpu-0: transfers overlap on one link"):
-        play(table([0, 0], [100, 100], [1, 1], cached_tokens=[60, 60]), caching=True, host=HOST)
 
 
 def test_hits_that_are_computed_all_the_same_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,8 +208,13 @@ def test_a_scenario_with_hits_in_either_tier(tmp_path: Path) -> None:
 
 
 def test_each_rank_fetches_its_share(tmp_path: Path) -> None:
-    split = HITS.replace("8b}", "8b, tp: 4, kv_cache: {prefix_tier: cpu}}")
-    assert scenario(tmp_path, split).run().summary()["prefix_fetch"]["mean_bytes"] == 7000 * 131_072 / 4
+    whole, split = (
+        scenario(tmp_path, HITS.replace("8b}", f"8b, tp: {tp}, kv_cache: {{prefix_tier: cpu}}}}")).run().summary()
+        for tp in (1, 4)
+    )
+    assert whole["prefix_fetch"]["mean_bytes"] == split["prefix_fetch"]["mean_bytes"] == 7000 * 131_072
+    alone, shared = (each["prefix_fetch"]["time_s"]["p50"] - 10e-6 for each in (whole, split))
+    assert alone == pytest.approx(4 * shared, rel=0.02)
 
 
 def test_hits_have_a_random_stream_of_their_own(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mist.front_end import FrontEnd
 from mist.host import Host
 from mist.kernel import Kernel
 from mist.memory.kv_cache import KVCache
-from mist.network import HOST, Channel, KVLink
+from mist.network import Network
 from mist.perf import Demand, HostModel, PerfModel
 from mist.records import CUT, DONE, PREEMPTED, Records
 from mist.request import DECODE, PREFILL, Batch, ClientView, StageResult, Step, Task, Wait
@@ -26,7 +26,10 @@ from mist.speculation import Speculation, SpeculativeCohort
 
 
 class Next(Protocol):
-    """What a client tells its coordinator."""
+    """What a client tells its coordinator, and the network that this holds."""
+
+    @property
+    def network(self) -> Network: ...
 
     def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Task | None:
         """`task` is done; the decode that continues with its KV cache, here or elsewhere, or None."""
@@ -60,8 +63,8 @@ class Client:
 
     `emits`: whether the end of a task here can reach another client; set by the coordinator. `serves`: the stage kinds
     that it takes. A step lasts max(host, device) with an overlapped engine, else host + device time. With `speculation`
-    a decode step verifies drafts; `perf` prices them too. KV caches leave over `nic` for clients that decode on; with a
-    link to the `host` stated prefix hits are fetched over it first.
+    a decode step verifies drafts; `perf` prices them too. With `prefixes_on_host` stated prefix hits are fetched from
+    the host's memory first.
     """
 
     def __init__(
@@ -78,8 +81,8 @@ class Client:
         kernel: Kernel,
         records: Records,
         speculation: Speculation | None = None,
-        nic: KVLink | None = None,
-        host: KVLink | None = None,
+        kv_bytes_per_token: int = 0,
+        prefixes_on_host: bool = False,
     ) -> None:
         self.index = index
         self.name = name
@@ -100,8 +103,9 @@ class Client:
         )
         self.num_drafts = speculation.num_draft_tokens if speculation else 0
         self.view = ClientView(index, name, kv_blocks=kv.num_blocks)
-        self.nic = Channel(nic or KVLink(), index, kernel, records)
-        self.host = Channel(host, HOST, kernel, records) if host else None
+        #: of all ranks together
+        self.kv_bytes_per_token = kv_bytes_per_token
+        self.prefixes_on_host = prefixes_on_host
         self.front_end = FrontEnd(self)
         self.now = 0
         self.idle = True
@@ -226,7 +230,7 @@ class Client:
         if any(task.stage.num_sequences > 1 for task, _ in chunks):
             step.chunks = [part for task, num_tokens in chunks for part in task.sequences(num_tokens)]
         if self._tells_kinds:
-            step.kinds = [task.stage.kind for task, _ in chunks]
+            step.kinds = [task.stage.kind for task, num_tokens in chunks for _ in task.sequences(num_tokens)]
         for task, num_tokens in chunks:
             if task.admission < 0:
                 story = f"request {task.request.index}"
@@ -342,9 +346,6 @@ class Client:
     def cut(self, now: int) -> list[Task]:
         """The simulation stops at `now`: close the segments of all tasks here, and return them and those to come."""
         residents = self.residents
-        for channel in (self.nic, self.host):
-            if channel is not None:
-                channel.cut(now)
         tasks = [*residents.running.values(), *residents.waiting, *residents.handed_over]
         for task in tasks:
             self._record_segment(task, now, CUT)

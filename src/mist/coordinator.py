@@ -14,8 +14,9 @@ import numpy as np
 from mist.client import Client
 from mist.errors import InvariantError
 from mist.kernel import Kernel
+from mist.network import Network
 from mist.pipeline import PipelineFactory
-from mist.records import FINISHED, REJECTED, UNFINISHED, Records
+from mist.records import FINISHED, HAND_OFF, KV_TRANSFER, REJECTED, UNFINISHED, Records
 from mist.request import DECODE, All, Branch, ClientView, Join, Pipeline, Request, Stage, StageResult, Task
 from mist.routing import RoutingPolicy
 from mist.workload import RequestTable
@@ -32,6 +33,7 @@ class Coordinator:
         kernel: Kernel,
         records: Records,
         clients: Sequence[Client],
+        network: Network,
         pipeline: PipelineFactory,
         routers: Mapping[str, RoutingPolicy],
         workload: RequestTable,
@@ -40,6 +42,7 @@ class Coordinator:
         self.kernel = kernel
         self.records = records
         self.clients = clients
+        self.network = network
         self.pipeline = pipeline
         self.routers = routers
         self.workload = workload
@@ -140,8 +143,22 @@ class Coordinator:
             if here is None:
                 raise InvariantError(f"request {request.index}: a decode must follow a stage that leaves a KV cache")
             return task
-        self._choose(task, now).front_end.accept(task, now)
+        self._place(task, here, now)
         return None
+
+    def _place(self, task: Task, here: Client | None, now: int) -> None:
+        """Give `task` to a client; what the stage before, on `here`, hands on to it is sent there first."""
+        there, stage, network = self._choose(task, now), task.stage, self.network
+        if here is None or here is there or not network.carries_all or not stage.input_bytes:
+            there.front_end.accept(task, now)
+        elif there.front_end.expect(task, now):
+            network.send(task.request.index, HAND_OFF, here.index, there.index, stage.input_bytes, self._handed_on,
+                         (task, there), now)  # fmt: skip
+
+    def _handed_on(self, transfer: tuple[Task, Client], now: int) -> None:
+        task, there = transfer
+        task.queued_ns = now
+        there.front_end.receive(task, now)
 
     def _start(self, branch: Branch, result: StageResult | None, here: Client | None, now: int) -> None:
         """Go on where no KV cache is at hand: at a pipeline's begin, or after branches have joined."""
@@ -179,7 +196,9 @@ class Coordinator:
         if not there.front_end.expect(following, now):
             return False
         transfer = (task, client, following, there)
-        client.nic.send(task.request.index, there.index, following.target_tokens, self._handed_over, transfer, now)
+        num_bytes = following.target_tokens * client.kv_bytes_per_token
+        self.network.send(task.request.index, KV_TRANSFER, client.index, there.index, num_bytes, self._handed_over,
+                          transfer, now)  # fmt: skip
         return True
 
     def _handed_over(self, transfer: tuple[Task, Client, Task, Client], now: int) -> None:
@@ -231,6 +250,7 @@ class Coordinator:
 
     def cut(self, now: int) -> None:
         """The run stops at `now`: requests still in the system leave as unfinished."""
+        self.network.cut(now)
         for client in self.clients:
             for task in client.cut(now):
                 if task.stage.visible:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mist.network import HOST
+from mist.records import PREFIX_FETCH
 from mist.request import DECODE, Task
 
 if TYPE_CHECKING:
@@ -67,10 +69,11 @@ class FrontEnd:
 
     def _fetch(self, task: Task, now: int) -> None:
         client = self._client
-        if client.host is not None and task.remaining_tokens:
-            num_tokens = client.residents.kv.stated_hit(task)
-            if num_tokens:
-                client.host.send(task.request.index, client.index, num_tokens, self._enqueue, task, now)
+        if client.prefixes_on_host and task.remaining_tokens:
+            num_bytes = client.residents.kv.stated_hit(task) * client.kv_bytes_per_token
+            if num_bytes:
+                network, request = client.coordinator.network, task.request.index
+                network.send(request, PREFIX_FETCH, HOST, client.index, num_bytes, self._enqueue, task, now)
                 return
         self._enqueue(task, now)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mist.hardware import Device
 from mist.perf import Demand
 from mist.sharing import Channel, Sharing
 from mist.units import NS_PER_S
@@ -26,14 +25,12 @@ class _Work:
 
 
 class Host:
-    """`cores` (in ns of core time a second) and `dram` (bytes a second) of a CPU `device`."""
+    """`cores` (in ns of core time a second) and `dram` (bytes a second), which clients and transfers share."""
 
-    def __init__(self, name: str, device: Device, sharing: Sharing) -> None:
-        self.name = name
-        self.device = device
+    def __init__(self, cores: Channel, dram: Channel, sharing: Sharing) -> None:
+        self.cores = cores
+        self.dram = dram
         self.sharing = sharing
-        self.cores = Channel(f"{name}: cores", device.num_cores * NS_PER_S)
-        self.dram = Channel(f"{name}: DRAM", device.memory_bytes_per_s)
 
     def work(self, demand: Demand, alone_ns: int, done: Callable[[Any, int], None], argument: Any, now: int) -> None:
         """Work that takes `alone_ns` where nothing else is here; `done(argument, time_ns)` comes at its end.

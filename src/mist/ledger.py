@@ -16,11 +16,11 @@ from mist.errors import InvariantError
 from mist.kernel import FOREVER, Kernel
 from mist.lanes import Lane
 from mist.metrics.load import littles_identity
-from mist.network import HOST
 from mist.pipeline.stages import StageList
-from mist.records import FINISHED, PREEMPTED, Records
+from mist.records import FINISHED, KV_TRANSFER, PREEMPTED, Records
 from mist.request import DECODE, Step, Task, Wait
 from mist.speculation import PACE_BITS, SpeculativeCohort
+from mist.units import NS_PER_S
 
 #: waiting tasks, or requests, above which they are recounted only every that many steps or instants
 LONG_QUEUE = 256
@@ -61,7 +61,7 @@ class Ledger:
         work: no client sleeps through what came in, unless it is next in a lane whose common step is in flight.
         """
         coordinator = self.coordinator
-        under_way = self._under_way()
+        under_way, leaving = self._under_way()
         self._now = now
         self._equal("arrived", coordinator.num_arrived, coordinator.num_left + len(coordinator.in_system))
         for client in self.clients:
@@ -71,7 +71,7 @@ class Ledger:
             at_front_end = incoming - under_way[client.index]
             possible = at_front_end == 0 or (at_front_end > 0 and client.engine.has_front_end)
             self._true(possible, f"{client.name}: {at_front_end} tasks at the front end")
-            self._equal(f"{client.name}: KV caches being sent", len(residents.sending), len(client.nic.in_flight))
+            self._equal(f"{client.name}: KV caches being sent", len(residents.sending), leaving[client.index])
             may_sleep = self._told_to_wait[client.index] or residents.sending
             asleep = client.idle and not may_sleep and residents.num_waiting > 0
             told = not asleep or _is_next(client)
@@ -187,18 +187,16 @@ class Ledger:
         self._true(bool(np.all(as_wanted)), "computed and found tokens of a request are not those of its prompt")
 
     def _check_transfers(self, tasks: dict[str, np.ndarray]) -> None:
-        """transfers: first come first served on each link; a decode goes on elsewhere only with its KV cache."""
+        """transfers: none beats its path; a decode goes on elsewhere only with its KV cache."""
         rows = self.records.transfers.as_columns()
-        for client in self.clients:
-            for channel, mine in ((client.nic, rows["sender"] == client.index), (client.host, rows["sender"] == HOST)):
-                if channel is None:
-                    continue
-                mine = mine & (rows["start_ns"] >= 0) & ((channel is client.nic) | (rows["receiver"] == client.index))
-                order = np.argsort(rows["start_ns"][mine], kind="stable")
-                queued, start, num_bytes = (rows[name][mine][order] for name in ("queued_ns", "start_ns", "bytes"))
-                free = start + [channel.link.wire_ns(n) for n in num_bytes.tolist()]
-                self._true(bool(np.all(start >= queued)), f"{client.name}: a transfer starts before it is queued")
-                self._true(bool(np.all(start[1:] >= free[:-1])), f"{client.name}: transfers overlap on one link")
+        network = self.coordinator.network
+        for sender, receiver in np.unique(np.stack((rows["sender"], rows["receiver"])), axis=1).T.tolist():
+            mine = (rows["sender"] == sender) & (rows["receiver"] == receiver) & (rows["end_ns"] >= 0)
+            path = network.paths.path(sender, receiver)
+            slowest = min((channel.capacity_per_s for channel in path.channels), default=np.inf)
+            took = (rows["end_ns"] - rows["start_ns"])[mine] - path.latency_ns
+            least = rows["bytes"][mine] / slowest * NS_PER_S - 1
+            self._true(bool(np.all(took >= least)), f"a transfer from {sender} to {receiver} beats its path")
         came = set(zip(*(rows[name].tolist() for name in ("request", "receiver", "end_ns")), strict=True))
         came |= set(
             zip(*(tasks[name].tolist() for name in ("request", "client", "end_ns")), strict=True)
@@ -211,14 +209,15 @@ class Ledger:
 
     # --- recounting ---
 
-    def _under_way(self) -> list[int]:
-        """Transfers that are on their way to each client."""
-        number = [0] * len(self.clients)
-        for client in self.clients:
-            for channel in (client.nic, client.host):
-                for transfer in channel.in_flight if channel is not None else ():
-                    number[transfer.receiver] += 1
-        return number
+    def _under_way(self) -> tuple[list[int], list[int]]:
+        """Transfers that tasks wait for on their way to each client, and KV caches on their way from each."""
+        to, leaving = [0] * len(self.clients), [0] * len(self.clients)
+        for transfer in self.coordinator.network.in_flight:
+            if transfer.receiver >= 0:
+                to[transfer.receiver] += 1
+            if transfer.kind == KV_TRANSFER:
+                leaving[transfer.sender] += 1
+        return to, leaving
 
     def _check_cohort(self, client: Client) -> None:
         cohort, residents = client.residents.cohort, client.residents

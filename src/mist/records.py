@@ -19,6 +19,11 @@ IntColumn = npt.NDArray[np.int64]
 STATUSES = ("finished", "rejected", "cancelled", "timed_out", "unfinished")
 FINISHED, REJECTED, CANCELLED, TIMED_OUT, UNFINISHED = range(5)
 
+#: what a transfer moves, in this order: a KV cache to where it is decoded, a prefix from a memory, what a stage hands
+#: on, a KV cache to a memory that keeps it
+TRANSFER_KINDS = ("kv_transfer", "prefix_fetch", "hand_off", "kv_write")
+KV_TRANSFER, PREFIX_FETCH, HAND_OFF, KV_WRITE = range(4)
+
 #: how a task segment ended, in this order
 SEGMENT_ENDS = ("done", "preempted", "cut")
 DONE, PREEMPTED, CUT = range(3)
@@ -59,9 +64,9 @@ class Records:
       spread over its decode steps. Where another client decodes on, the first token is the prefill's or, by the engine,
       that of the join there.
     steps: one row per step of a client. `kv_blocks` are the blocks referenced while it ran.
-    transfers: one row for all that moved at once, such as a KV cache, written when it is there (or at the end:
-      `end_ns`, and `start_ns` if it still waited for the link, are -1). `sender` and `receiver` are clients, or
-      memories as -1 - their index in `memory_names`: -1 is the host memory of the client at the other end.
+    transfers: one row for all of a kind (`TRANSFER_KINDS`) that moved at once, such as a KV cache, written when it is
+      there (or at the end: `end_ns`, and `start_ns` if it had not begun, are -1). `sender` and `receiver` are clients,
+      or memories as -1 - their index in `memory_names`: -1 is the host memory of the client at the other end.
     """
 
     client_names: list[str] = field(default_factory=list)
@@ -80,4 +85,4 @@ class Records:
         "client", "start_ns", "end_ns", "num_prefills", "num_prefill_tokens", "num_decodes",
         "decode_context", "kv_blocks", "num_waiting",
     )  # fmt: skip
-    transfers: Table = _table("request", "sender", "receiver", "bytes", "queued_ns", "start_ns", "end_ns")
+    transfers: Table = _table("request", "kind", "sender", "receiver", "bytes", "queued_ns", "start_ns", "end_ns")

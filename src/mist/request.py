@@ -18,8 +18,8 @@ DECODE = "decode"
 class Stage:
     """One piece of a request's work.
 
-    `input_tokens`: tokens of context that must be in the KV cache when the stage ends (prefill), the queries of a
-    search, the tokens of a text that a host works on. `oracle_output_tokens`: tokens that it generates, the one sampled
+    `input_tokens`: tokens of context that must be in the KV cache when the stage ends (prefill), or of the text that it
+    works on or searches with. `oracle_output_tokens`: tokens that it generates, the one sampled
     by its prefill included; only the client that generates may read it. A decode has no input of its own: it goes on
     where the stage before left the KV cache. Any other stage with both computes its input and generates on one client.
     `visible`: whether its tokens are streamed to the user (they make the TTFT).

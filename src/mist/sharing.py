@@ -7,8 +7,9 @@ there; in between the rates change only when a flow joins or leaves. It never ch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 from math import inf
+from operator import attrgetter
 from typing import Any
 
 from mist.errors import InvariantError
@@ -110,11 +111,10 @@ class _Bundle:
 
     def proceed(self, rate: float, now: int) -> None:
         """At `rate` from now on."""
-        if not (self.rate <= rate * _ALIKE and rate <= self.rate * _ALIKE):
-            self.served = self.served_at(now)
-            self.anchor_ns = now
-            self.rate = rate
-            self.foresee()
+        self.served = self.served_at(now)
+        self.anchor_ns = now
+        self.rate = rate
+        self.foresee()
 
     def foresee(self) -> None:
         """When the first of its flows ends, at this rate."""
@@ -209,7 +209,8 @@ class Sharing:
         component.bundles, component.shared_ns = bundles, now
         _fill(bundles, binding)
         for bundle in bundles:
-            bundle.proceed(bundle.fair, now)
+            if not (bundle.rate <= bundle.fair * _ALIKE and bundle.fair <= bundle.rate * _ALIKE):
+                bundle.proceed(bundle.fair, now)
         component.end_ns = end = min([bundle.end_ns for bundle in bundles])
         if end < component.posted_ns:
             component.posted_ns = end
@@ -222,8 +223,10 @@ class Sharing:
         found, binding = [seed], []
         for bundle in found:
             for channel in bundle.channels:
-                if channel._visit != visit and channel._binds():
-                    channel._visit = visit
+                if channel._visit == visit:
+                    continue
+                channel._visit = visit
+                if channel._binds():
                     binding.append(channel)
                     for other in channel._bundles:
                         if other._visit != visit:
@@ -294,34 +297,46 @@ class Sharing:
         self.kernel.at(now + flow.latency_ns, flow.deliver, flow.argument)
 
 
-def _fill(bundles: Iterable[_Bundle], binding: Iterable[Channel]) -> None:
+def _fill(bundles: list[_Bundle], binding: list[Channel]) -> None:
     """Set `fair` of every bundle: progressive filling (Bertsekas and Gallager, Data Networks, 2nd ed., 6.5.2).
 
     All rates rise together; the flows of a channel that is full stop there, and those at their bound. A channel's equal
     share of what is left only grows while others stop, so the heap of shares may lag behind and is put right when read.
     """
-    heap: list[tuple[float, int, Channel | None, Iterable[_Bundle]]] = []
+    heap: list[tuple[float, int, Channel]] = []
     for channel in binding:
         channel._left, channel._num_open = channel.capacity_per_s, channel.num_flows
-        heap.append((channel._left / channel._num_open, len(heap), channel, channel._bundles))
+        heap.append((channel._left / channel._num_open, len(heap), channel))
+    heapify(heap)
     for bundle in bundles:
         bundle.fair = 0.0
-        heap.append((bundle.bound, len(heap), None, (bundle,)))
-    heapify(heap)
+    bounded = sorted(bundles, key=_BOUND, reverse=True)
     level = 0.0
-    while heap:
-        share, order, full, stopping = heappop(heap)
-        if full is not None:
-            if not full._num_open:
+    while bounded:
+        if bounded[-1].fair:
+            bounded.pop()
+            continue
+        share = bounded[-1].bound
+        stopping: Iterable[_Bundle] = (bounded[-1],)
+        if heap and heap[0][0] < share:
+            share, order, channel = heap[0]
+            if not channel._num_open:
+                heappop(heap)
                 continue
-            if full._left > share * full._num_open * _ALIKE:
-                heappush(heap, (full._left / full._num_open, order, full, stopping))
+            if channel._left > share * channel._num_open * _ALIKE:
+                heapreplace(heap, (channel._left / channel._num_open, order, channel))
                 continue
+            stopping = channel._bundles
         if share > level * _ALIKE:
             level = share
         for bundle in stopping:
             if not bundle.fair:
                 bundle.fair = level
+                num_flows = len(bundle.flows)
+                taken = level * num_flows
                 for channel in bundle.channels:
-                    channel._left -= level * len(bundle.flows)
-                    channel._num_open -= len(bundle.flows)
+                    channel._left -= taken
+                    channel._num_open -= num_flows
+
+
+_BOUND = attrgetter("bound")

@@ -251,7 +251,9 @@ def schema(plugins: tuple[str, ...]) -> None:
 @main.command("list")
 @click.argument(
     "what",
-    type=click.Choice(["devices", "models", "engines", "steps", "memories", "policies", "workloads", "pipelines"]),
+    type=click.Choice(
+        ["devices", "models", "engines", "steps", "memories", "policies", "workloads", "networks", "pipelines"]
+    ),
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")

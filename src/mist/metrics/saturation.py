@@ -152,13 +152,16 @@ def _queue(tasks: Columns, members: list[int], num_clients: int, edges: FloatCol
 
 
 def _link_queue(transfers: Columns, members: list[int], edges: FloatColumn, last_ns: int) -> Queue | None:
-    """The KV caches that waited for the links of a pool; those that wait at the end of the run do so to `last_ns`."""
+    """What is under way from the clients of a pool: all share the links, so a full one shows in ever more of it.
+
+    What is under way at the end of the run is so to `last_ns`.
+    """
     rows = np.isin(transfers["sender"], members) & (transfers["queued_ns"] <= edges[-1])
-    queued, start, end = (transfers[name][rows] for name in ("queued_ns", "start_ns", "end_ns"))
+    queued, end, num_bytes = (transfers[name][rows] for name in ("queued_ns", "end_ns", "bytes"))
     if not len(queued):
         return None
-    variability = _variability(queued, (end - start)[end >= 0], edges)
-    return _waiting(queued, np.where(start >= 0, start, last_ns), len(queued), variability, edges)
+    variability = _variability(queued, num_bytes, edges)
+    return _waiting(queued, np.where(end >= 0, end, last_ns), len(queued), variability, edges)
 
 
 def _waiting(queued: IntColumn, started: IntColumn, arrivals: int, variability: float, edges: FloatColumn) -> Queue:
@@ -242,9 +245,9 @@ def _queue_sentence(
     if filling:
         facts.append(f"KV cache {share(max(filling))} full at its peak")
     sending = found.get(LINK + pool)
-    if sending is not None and (waiting := round(sending[1][1])):
-        # they keep their blocks until they are sent, so that a slow link holds up the pool before it
-        facts.append(f"{counted(waiting, 'KV cache')} waiting to be sent")
+    if sending is not None and (under_way := round(sending[1][1])):
+        # they keep their blocks until they are there, so that a slow link holds up the pool before it
+        facts.append(f"{counted(under_way, 'KV cache')} under way")
     return (
         f"the queue of {pool} grew from about {growth.at_start:,.0f} to {counted(round(growth.at_end), 'request')} "
         f"waiting while {growth.arrivals:,} came to it: {share(growth.share)} of them piled up"

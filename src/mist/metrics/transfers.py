@@ -1,4 +1,4 @@
-"""How long KV caches were under way: from prefill to decode clients, and from host memory to a device.
+"""How long bytes were under way: KV caches between clients and memories, and what stages hand on.
 
 An expression over the transfer table for `summarise`. Only transfers that ended count, of the requests that are
 measured; it never tells where in a network time went.
@@ -13,30 +13,29 @@ import numpy as np
 
 from mist.metrics.distribution import distribution
 from mist.metrics.window import BoolColumn, Columns
+from mist.records import TRANSFER_KINDS
 
 
 def summarise_transfers(
     transfers: Columns, requests: Columns, chosen: BoolColumn, percentiles: Sequence[float]
 ) -> dict[str, dict[str, Any] | None]:
-    """`kv_transfer` (between clients) and `prefix_fetch` (from host memory): None each where there was none.
+    """Figures of each of `TRANSFER_KINDS`, None where there was none.
 
-    `wait_s` is the time for the link to be free, `time_s` that of the transfer itself, latency included.
+    `time_s` is from the first byte's leaving to the last one's arrival: links are shared, so nothing waits for them.
     """
     counted = (transfers["end_ns"] >= 0) & np.isin(transfers["request"], requests["request"][chosen])
-    from_client = transfers["sender"] >= 0
     return {
-        "kv_transfer": _figures(transfers, counted & from_client, percentiles),
-        "prefix_fetch": _figures(transfers, counted & ~from_client, percentiles),
+        name: _figures(transfers, counted & (transfers["kind"] == kind), percentiles)
+        for kind, name in enumerate(TRANSFER_KINDS)
     }
 
 
 def _figures(transfers: Columns, rows: BoolColumn, percentiles: Sequence[float]) -> dict[str, Any] | None:
     if not rows.any():
         return None
-    num_bytes, queued, start, end = (transfers[name][rows] for name in ("bytes", "queued_ns", "start_ns", "end_ns"))
+    num_bytes, start, end = (transfers[name][rows] for name in ("bytes", "start_ns", "end_ns"))
     return {
         "transfers": int(np.count_nonzero(rows)),
         "mean_bytes": float(num_bytes.mean()),
-        "wait_s": distribution(start - queued, percentiles),
         "time_s": distribution(end - start, percentiles),
     }

@@ -143,8 +143,8 @@ class Demand:
 class HostModel(Protocol):
     """A performance model of work that needs no neural network: a vector index, a tokeniser. Kind `perf`, as others.
 
-    A step is a batch of tasks: a chunk (input tokens, 0) for each, its stage's kind in `Step.kinds`. The input of a
-    search is a number of queries.
+    A step is a batch of tasks: a chunk (input tokens, 0) for each of its sequences, its stage's kind in `Step.kinds`. A
+    sequence is a text to work on, or a query of a search.
     """
 
     @property

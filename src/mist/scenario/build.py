@@ -23,7 +23,7 @@ from mist.perf import ORIGINS, HostModel, PerfModel
 from mist.records import Records
 from mist.request import DECODE
 from mist.scenario.bands import expected_error
-from mist.scenario.fleet import Fleet, build_fleet
+from mist.scenario.fleet import Fleet, build_fleet, network_of
 from mist.scenario.remarks import remarks
 from mist.scenario.result import Result
 from mist.scenario.seeds import random_of, seed_of
@@ -51,6 +51,7 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         kernel=kernel,
         records=records,
         clients=fleet.clients,
+        network=network_of(scenario, fleet, kernel, records),
         pipeline=scenario.pipeline.build(),
         routers={stage: spec.build() for stage, spec in scenario.routing.items()},
         workload=workload,

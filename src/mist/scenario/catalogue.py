@@ -195,4 +195,5 @@ _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "steps": StepProfile.from_mapping,
     "memories": MemoryTier.from_mapping,
     "workloads": dict,
+    "networks": dict,
 }

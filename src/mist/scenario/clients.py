@@ -29,6 +29,7 @@ from mist.perf import Deployment
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.catalogued import Catalogued, left_out
+from mist.scenario.encoders import cut_sequences, default_batching, engine_of
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems
 from mist.scenario.pricing import runs_without_model
 from mist.scenario.speculation_settings import SpeculationSettings
@@ -157,6 +158,8 @@ class Pool(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Pool:
+        if "engine" not in self.model_fields_set:
+            self = self.model_copy(update={"engine": engine_of(self.model, self.engine)})
         weights_dtype = self.model.checkpoint_dtype if self.weights_dtype == "auto" else self.weights_dtype
         if weights_dtype == UNKNOWN:
             raise problem(f"the quantisation of {self.model.name} isn't known", "give weights_dtype", ("model",))
@@ -306,8 +309,9 @@ class Pool(Section):
 
         Fewer tokens than the engine's sequences lower these too, as vLLM does.
         """
-        spec = self.batching or SpecOf("batching", unchecked=True).read(self.engine.batching)
-        if spec.name != self.engine.batching:
+        default = default_batching(self.engine, self.model)
+        spec = self.batching or SpecOf("batching", unchecked=True).read(default)
+        if spec.name != default:
             return spec
         seqs, tokens = self.engine.limits_for(self.device, self.model)
         tokens = spec.params["max_num_batched_tokens"] if "max_num_batched_tokens" in spec.given else tokens
@@ -318,6 +322,7 @@ class Pool(Section):
         """Parts of this client that don't go together."""
         refused = [*self.batching.refused(("batching", self.batching.name)), *self._oversized(), *self._unspeculative()]
         yield from refused
+        yield from cut_sequences(self.model, self.batching)
         if reason := self.model.parallel_problem(self.tp, self.pp, self.ep, self.attn_dp) or self.platform.problem():
             key = next((key for key in ("pp", "ep", "attn_dp") if f"{key} = " in reason), "tp")
             yield (key,), Problem(reason, hint=self._tp_hint() if key == "tp" else f"lower {key}, or leave it out")

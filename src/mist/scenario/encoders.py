@@ -7,10 +7,12 @@ policy that cuts sequences into chunks is refused. It never looks at the pipelin
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from mist.engine import EngineProfile
 from mist.errors import Problem
 from mist.model import ModelSpec
+from mist.scenario import catalogue
 from mist.scenario.named import Located, Spec
 
 #: where a client with an encoder names no engine
@@ -19,9 +21,13 @@ ENCODER_ENGINE = "tei-0.6"
 CUTTING = {"chunked": "continuous"}
 
 
-def default_engine(model: ModelSpec | None, otherwise: str) -> str:
-    """The engine of a client that names none: of an encoder one that embeds, else `otherwise`."""
-    return ENCODER_ENGINE if model is not None and model.is_encoder else otherwise
+def engine_of(model: ModelSpec, default: EngineProfile) -> EngineProfile:
+    """The engine of a client that names none: of an encoder one that embeds, else `default`."""
+    if not model.is_encoder:
+        return default
+    profile, _ = catalogue.read("engines", ENCODER_ENGINE, Path())
+    assert isinstance(profile, EngineProfile)
+    return profile
 
 
 def default_batching(engine: EngineProfile, model: ModelSpec) -> str:

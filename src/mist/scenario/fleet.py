@@ -8,23 +8,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 
 from mist.client import Client
 from mist.errors import ScenarioError
+from mist.fabric import Fabric, PlainLinks
+from mist.hardware import Device
+from mist.host import Host
 from mist.kernel import Kernel
 from mist.lanes import share_stages
 from mist.memory.kv_cache import KVCache
 from mist.metrics import ClientInfo
-from mist.network import KVLink
-from mist.perf import Deployment, HostModel, PerfModel
+from mist.network import Network
+from mist.perf import Demand, Deployment, HostModel, PerfModel
 from mist.perf.drafted import Drafted
 from mist.records import Records
+from mist.request import Step
 from mist.scenario.clients import Pool
 from mist.scenario.hosts import NO_ENGINE, HostPool
 from mist.scenario.pricing import host_beside, price
 from mist.scenario.seeds import random_of
 from mist.scenario.value import Scenario
+from mist.sharing import Sharing
 from mist.speculation import Speculation
+from mist.topology import Link, Place
 from mist.workload import RequestTable
 
 #: blocks of a client that keeps no KV cache: more than any run takes
@@ -61,6 +68,7 @@ def _add_replicas(
 ) -> None:
     perf, fleet.priced_by[pool_name], refusals = _perf_model(scenario, pool_name, pool)
     fleet.remarks += refusals
+    token_bytes = pool.model.kv_bytes_per_token(pool.kv_dtype)
     num_blocks = (pool.kv_cache.num_blocks or pool.kv_capacity().num_blocks) // pool.pp
     for name in _client_names(pool_name, pool):
         client = Client(
@@ -75,11 +83,13 @@ def _add_replicas(
             kernel=kernel,
             records=records,
             speculation=_speculation(scenario, pool),
-            nic=_nic(scenario, pool),
-            host=_host_link(pool),
+            kv_bytes_per_token=token_bytes,
+            prefixes_on_host=pool.kv_cache.prefix_tier == "cpu",
         )
         limit_seqs = client.batching.max_num_seqs
         info = ClientInfo(name, pool_name, num_blocks, pool.kv_cache.block_size, limit_seqs)
+        if pool.device.num_cores:
+            client.demand_of = _HostWork(perf, pool.device, pool.model.weight_bytes(pool.weights_dtype), token_bytes)
         _add(fleet, client, info, records)
     if pool.lanes > 1:
         first = len(fleet.clients) - pool.count * pool.lanes
@@ -134,18 +144,53 @@ def _kv_cache(scenario: Scenario, name: str, pool: Pool, num_blocks: int, hash_b
     )
 
 
-def _nic(scenario: Scenario, pool: Pool) -> KVLink:
-    """The link to decode clients: keys and values of all layers and ranks go over it."""
-    link, token_bytes = scenario.network.kv_transfer, pool.model.kv_bytes_per_token(pool.kv_dtype)
-    return KVLink(token_bytes, link.bytes_per_s, link.latency_ns) if link is not None else KVLink(token_bytes)
+@dataclass(frozen=True, slots=True)
+class _HostWork:
+    """What the steps of a model on a CPU ask of it: all cores, and the weights and KV caches that they read, once."""
+
+    perf: PerfModel
+    device: Device
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+    def __call__(self, step: Step) -> Demand:
+        num_cores = self.device.num_cores
+        num_bytes = self.weight_bytes + step.decode_context * self.kv_bytes_per_token
+        return Demand(self.perf.step_time(step) * num_cores, num_cores, round(num_bytes))
 
 
-def _host_link(pool: Pool) -> KVLink | None:
-    """The link to host memory, if prefixes are there: each device fetches its share over its own."""
-    if pool.kv_cache.prefix_tier != "cpu":
-        return None
-    token_bytes = pool.model.kv_bytes_per_token_per_device(pool.kv_dtype, pool.tp, pool.pp)
-    return KVLink(token_bytes, pool.device.host_link_bytes_per_s, pool.device.host_link_latency_ns)
+def network_of(scenario: Scenario, fleet: Fleet, kernel: Kernel, records: Records) -> Network:
+    """What the clients send over; those on one host share its cores and memory from now on."""
+    sharing = Sharing(kernel)
+    if scenario.placement is None:
+        return Network(_plain_links(scenario, fleet), sharing, records)
+    places: list[Place] = []
+    for name, pool in scenario.clients.items():
+        lanes = pool.lanes if isinstance(pool, Pool) else 1
+        places += [place for place in scenario.placement.places[name] for _ in range(lanes)]
+    fabric = Fabric(scenario.placement.topology, places)
+    for client, place in zip(fleet.clients, places, strict=True):
+        if place.on_host:
+            client.shares = Host(fabric.cores(client.index), fabric.dram(client.index), sharing)
+    return Network(fabric, sharing, records)
+
+
+def _plain_links(scenario: Scenario, fleet: Fleet) -> PlainLinks:
+    """A link for the KV caches that each client sends, by `network.kv_transfer`, and one to its host's memory."""
+    given = scenario.network.kv_transfer
+    link = Link(inf) if given is None else Link(given.bytes_per_s, given.latency_ns)
+    host_links = []
+    for info in fleet.infos:
+        pool = scenario.clients[info.pool]
+        host_links.append(_host_link(pool) if isinstance(pool, Pool) else Link(inf))
+    return PlainLinks([link] * len(fleet.infos), host_links)
+
+
+def _host_link(pool: Pool) -> Link:
+    """The links of all devices together: each fetches its share, and shares with copies add up to more."""
+    device, share = pool.device, pool.model.kv_bytes_per_token_per_device(pool.kv_dtype, pool.tp, pool.pp)
+    whole = pool.model.kv_bytes_per_token(pool.kv_dtype)
+    return Link(device.host_link_bytes_per_s * (whole / share if share else 1), device.host_link_latency_ns)
 
 
 def _perf_model(scenario: Scenario, name: str, pool: Pool) -> tuple[PerfModel, str, list[str]]:

@@ -6,6 +6,7 @@ Behind `mist list`, beside the schema: it reads the catalogues and the registry.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,7 @@ def rows(what: str) -> list[Row]:
         return [row for kind in POLICIES for row in _registered(kind)]
     if what == "pipelines":
         return _registered("pipeline")
-    describe = {"devices": _device, "models": _model, "engines": _engine, "steps": _steps, "memories": _memory,
-                "workloads": _workload}[what]  # fmt: skip
+    describe = _DESCRIBED[what]
     return [
         {
             "name": entry.name,
@@ -116,3 +116,17 @@ def _workload(table: Any) -> Row:
         "mean_output_tokens": table["output_tokens"]["mean"],
         "description": table["description"],
     }
+
+
+def _network(preset: Any) -> Row:
+    return {
+        "devices_per_node": preset["devices_per_node"],
+        "nodes_per_rack": preset["nodes_per_rack"],
+        **{tier: ", ".join(map(str, preset[tier].values())) for tier in ("node", "rack", "pod")},
+    }
+
+
+_DESCRIBED: dict[str, Callable[[Any], Row]] = {
+    "devices": _device, "models": _model, "engines": _engine, "steps": _steps, "workloads": _workload,
+    "networks": _network, "memories": _memory,
+}  # fmt: skip

@@ -33,7 +33,8 @@ def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None, *, s
 def _not_modelled(scenario: Scenario) -> Iterator[str]:
     """What the scenario has, at no cost."""
     pools = scenario.pools.values()
-    if scenario.network.kv_transfer is None and any(pool.hands_over(scenario.stages) for pool in pools):
+    is_free = scenario.network.kv_transfer is None and scenario.placement is None
+    if is_free and any(pool.hands_over(scenario.stages) for pool in pools):
         yield "KV caches go from prefill to decode clients in no time: network.kv_transfer gives them a link."
 
 

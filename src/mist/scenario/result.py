@@ -23,7 +23,7 @@ from rich.console import Console, RenderableType
 from mist.errors import Problem, ScenarioError
 from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
 from mist.metrics.stages import PARTS, stage_times
-from mist.records import FINISHED, SEGMENT_ENDS, STATUSES, IntColumn, Records
+from mist.records import FINISHED, SEGMENT_ENDS, STATUSES, TRANSFER_KINDS, IntColumn, Records
 from mist.scenario.result_table import render
 from mist.scenario.value import to_yaml
 from mist.units import NS_PER_S
@@ -193,10 +193,11 @@ def transfer_columns(records: Records) -> Columns:
     rows = records.transfers.as_columns()
     order = np.lexsort((rows["request"], rows["queued_ns"]))
     rows = {name: column[order] for name, column in rows.items()}
+    ends = [*records.client_names, *reversed(records.memory_names)]
     return {
         "request": rows["request"],
-        "sender": _names(records.client_names, rows["sender"]),
-        "receiver": _names(records.client_names, rows["receiver"]),
+        "kind": _names(TRANSFER_KINDS, rows["kind"]),
+        **{name: np.array(ends, dtype=object)[rows[name]] for name in ("sender", "receiver")},
         "bytes": rows["bytes"],
         **{f"{event}_s": _seconds(rows[f"{event}_ns"]) for event in ("queued", "start", "end")},
     }

@@ -19,7 +19,8 @@ from mist.scenario.fitted import Fitted
 Summary = Mapping[str, Any]
 
 _LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "E2E"}
-_TRANSFERS = {"kv_transfer": "KV transfer", "prefix_fetch": "prefix fetch"}
+_TRANSFERS = {"kv_transfer": "KV transfer", "prefix_fetch": "prefix fetch", "hand_off": "hand-off",
+              "kv_write": "KV write"}  # fmt: skip
 _STATISTICS = {"mean": "mean", "p50": "P50", "p90": "P90", "p99": "P99"}
 _NOTHING = "-"
 

@@ -26,12 +26,12 @@ from mist import registry
 from mist.errors import Problem, ScenarioError
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
-from mist.scenario.clients import Count, Fraction, Name, PerfList
+from mist.scenario.clients import Count, Name, PerfList
 from mist.scenario.hosts import AnyPool
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
+from mist.scenario.network import Network
 from mist.scenario.pricing import PREFERRED
-from mist.scenario.quantities import MAX_SECONDS, Bandwidth, Latency
-from mist.units import parse_bytes_per_s, parse_time_ns
+from mist.scenario.quantities import MAX_SECONDS
 from mist.workload.trace import find_trace
 
 Arrivals = Annotated[Spec, SpecOf("arrivals")]
@@ -246,32 +246,6 @@ class Slo(Section):
     """inter-token latency"""
     e2e_s: Targets = {}  # noqa: RUF012
     """time from arrival to last token"""
-
-
-class KVTransfer(Section):
-    """The link that each prefill client sends KV caches over, one after the other."""
-
-    bandwidth: Bandwidth
-    """bytes that it carries at its best, such as 50 GB/s"""
-    latency: Latency = "0 s"
-    """time that each transfer takes besides, such as 1 ms"""
-    efficiency: Fraction = 1.0
-    """share of the bandwidth that transfers reach"""
-
-    @property
-    def bytes_per_s(self) -> float:
-        return parse_bytes_per_s(self.bandwidth) * self.efficiency
-
-    @property
-    def latency_ns(self) -> int:
-        return parse_time_ns(self.latency)
-
-
-class Network(Section):
-    """What lies between the clients."""
-
-    kv_transfer: KVTransfer | None = None
-    """how KV caches get from prefill to decode clients; left out, they take no time"""
 
 
 class ScenarioFile(Section):

@@ -21,8 +21,10 @@ from mist.scenario import catalogue
 from mist.scenario.clients import Pool
 from mist.scenario.hosts import HostPool
 from mist.scenario.named import Located, Section, Spec
+from mist.scenario.network import Network
 from mist.scenario.nodes import is_text
-from mist.scenario.schema import Network, ScenarioFile, Slo, Workload
+from mist.scenario.placement import Placement, place
+from mist.scenario.schema import ScenarioFile, Slo, Workload
 from mist.scenario.source import KeyPath, Source, key_path, override, read_file, read_mapping
 from mist.workload.trace import find_trace
 
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
 class Scenario:
     """A validated scenario; made by `load`, `from_mapping`, or from its sections as keywords.
 
-    `stages` are the kinds that the pipeline may yield; `routing` has a policy for each. `window_s` is (start, end).
+    `stages` are the kinds that the pipeline may yield; `routing` has a policy for each. `placement` says where clients
+    are, None where the network has no nodes. `window_s` is (start, end).
+    `placement` says where clients are; None where the network has no nodes.
     Two scenarios are equal when their resolved forms are.
     """
 
@@ -46,6 +50,7 @@ class Scenario:
     clients: Mapping[str, Pool | HostPool]
     routing: Mapping[str, Spec]
     network: Network
+    placement: Placement | None
     slo: Slo
     warmup_s: float
     window_s: tuple[float, float] | None
@@ -115,7 +120,7 @@ class Scenario:
                 "pipeline": self.pipeline.plain(),
                 "clients": {name: self._resolved_client(name) for name in self.clients},
                 "routing": {stage: spec.plain() for stage, spec in self.routing.items()},
-                "network": _plain(self.network) or None,
+                "network": self._resolved_network() or None,
                 "slo": {metric: targets for metric, targets in self.slo.model_dump().items() if targets},
                 "warmup_s": self.warmup_s,
                 "window_s": self.window_s and list(self.window_s),
@@ -155,9 +160,14 @@ class Scenario:
             "routing": {stage: named.get(stage, every) for stage in stages},
             "window_s": _window(file),
         }
+        placed = place(file.network, fields["clients"]) if file.network.has_nodes else None
+        fields["placement"] = placed if isinstance(placed, Placement) else None
+        if isinstance(placed, Placement):
+            fields["network"] = placed.network
         for key, value in fields.items():
             object.__setattr__(self, key, value)
-        found = [_placed(source, loc, p.message, p.hint) for loc, p in self._conflicts(file)]
+        misplaced = placed if isinstance(placed, list) else []
+        found = [_placed(source, loc, p.message, p.hint) for loc, p in [*self._conflicts(file), *misplaced]]
         if found:
             raise ScenarioError(found)
 
@@ -215,13 +225,25 @@ class Scenario:
             plain["trace"] = str((self.folder / trace).resolve())
         return plain
 
+    def _resolved_network(self) -> dict[str, Any]:
+        """With the nodes that there are and who is on them; a host's device is written as the user did."""
+        plain: dict[str, Any] = _plain(self.network)
+        pools = {each.device.name: name for name, each in self.clients.items()}
+        for group, node in plain.get("nodes", {}).items():
+            if host := node.get("host"):
+                path: KeyPath = ("network", "nodes", group, "host")
+                made = self.source.data().get("network", {}).get("nodes") is None
+                path = ("clients", pools[host.name], "device") if made else path
+                node["host"] = catalogue.read("devices", self.source.at(path), self.folder)[1]
+        return plain
+
     def _resolved_client(self, name: str) -> dict[str, Any]:
         plain: dict[str, Any] = _plain(self.clients[name])
         for key in plain.keys() & {"device", "model", "engine"}:
             try:
                 given = self.source.at(("clients", name, key))
             except KeyError:
-                given = Pool.model_fields[key].default
+                given = self.pools[name].engine.name  # the only one of them that may be left out
             plain[key] = catalogue.read(f"{key}s", given, self.folder)[1]
         if "draft_model" in (speculation := plain.get("speculation", {})):
             given = self.source.at(("clients", name, "speculation", "draft_model"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from mist.batching.chunked import Chunked
 from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.engine import EngineProfile
+from mist.fabric import PlainLinks
 from mist.kernel import FOREVER, Kernel
 from mist.ledger import Ledger
 from mist.memory.kv_cache import KVCache
-from mist.network import KVLink
+from mist.network import Network, Paths
 from mist.perf import Deployment, OperatorTime, PerfModel
 from mist.pipeline import PipelineFactory
 from mist.pipeline.stages import StageList
@@ -28,7 +30,9 @@ from mist.records import Records
 from mist.request import Step
 from mist.routing import RoutingPolicy
 from mist.routing.round_robin import RoundRobin
+from mist.sharing import Sharing, duration_ns
 from mist.speculation import Speculation
+from mist.topology import Link
 from mist.workload import RequestTable
 
 
@@ -97,6 +101,23 @@ def table(
     return RequestTable(arrivals, inputs, outputs, block_keys=keys, concurrency=concurrency, cached_tokens=cached)
 
 
+@dataclass(frozen=True)
+class KVLink:
+    """A link that carries `bytes_per_token` of KV cache at `bytes_per_s`, there `latency_ns` after they left."""
+
+    bytes_per_token: int = 0
+    bytes_per_s: float = inf
+    latency_ns: int = 0
+
+    @property
+    def link(self) -> Link:
+        return Link(self.bytes_per_s, self.latency_ns)
+
+    def wire_ns(self, num_bytes: int) -> int:
+        """How long `num_bytes` take alone, latency aside."""
+        return duration_ns(num_bytes, self.bytes_per_s)
+
+
 @dataclass
 class Run:
     """A run that is over (at `end_ns`, where it was cut), with everything that took part."""
@@ -128,13 +149,14 @@ def play(
     serves: Sequence[tuple[str, ...]] | None = None,
     nic: KVLink | None = None,
     host: KVLink | None = None,
+    paths: Paths | None = None,
     prepare: Callable[[Kernel, list[Client]], None] | None = None,
     speculation: Speculation | None = None,
 ) -> Run:
     """Run `workload` to the end (or `until_ns`) on equal clients and check every law on the way.
 
-    `serves`: stage kinds per client. `nic`, `host`: each one's links. `prepare` is called with the built parts before
-    the first event.
+    `serves`: stage kinds per client. `nic`, `host`: each one's links, unless `paths` are given. `prepare` is called
+    with the built parts before the first event.
     Raises InvariantError where a law breaks.
     """
     pipeline = pipeline or StageList()
@@ -159,16 +181,19 @@ def play(
             kernel=kernel,
             records=records,
             speculation=speculation,
-            nic=nic,
-            host=host,
+            kv_bytes_per_token=(nic or host or KVLink()).bytes_per_token,
+            prefixes_on_host=host is not None,
         )
         for i in range(num_clients)
     ]
     records.client_names = [c.name for c in clients]
+    links = PlainLinks([(nic or KVLink()).link] * num_clients, [(host or KVLink()).link] * num_clients)
+    network = Network(paths or links, Sharing(kernel), records)
     coordinator = Coordinator(
         kernel=kernel,
         records=records,
         clients=clients,
+        network=network,
         pipeline=pipeline,
         routers=dict.fromkeys(pipeline.kinds, router or RoundRobin()),
         workload=workload,

@@ -107,7 +107,7 @@ class Phase:
 class Search:
     """The host-side part of every search: a model of a search adds its parameters, `phases` and `index_size`.
 
-    Serves any stage kind. The chunks of a step are numbers of queries; those of one step are one batch.
+    Serves any stage kind. Each sequence of a task is a query, however long its text; those of a step are one batch.
     """
 
     _host: HostDeployment = field(init=False, repr=False, compare=False)
@@ -134,7 +134,9 @@ class Search:
         return math.ceil(self.index_size())
 
     def supports(self, deployment: HostDeployment) -> str | None:
-        """None, or why not: a device without cores, or an index larger than its memory."""
+        """None, or why not: steps of a model, a device without cores, or an index larger than its memory."""
+        if not isinstance(deployment, HostDeployment):
+            return "it prices searches on a host, not the steps of a model"
         device = deployment.device
         if not 1 <= deployment.num_cores <= device.num_cores:
             return f"a search needs 1 to {device.num_cores} cores of {device.name}, not {deployment.num_cores}"
@@ -153,22 +155,22 @@ class Search:
 
     def step_time(self, step: Step) -> int:
         """Time of `step`'s batch where nothing else uses the host, ns, rounded up."""
-        n = num_queries(step)
+        n = len(step.chunks)
         return self._times[n] if n < len(self._times) else self._time(n)
 
     def floor_time(self, step: Step) -> int:
         """max(FLOP / peak, bytes that some query needs / bandwidth) of each phase, summed, ns, rounded down."""
-        n = num_queries(step)
+        n = len(step.chunks)
         return self._floors[n] if n < len(self._floors) else self._floor(n)
 
     def demand(self, step: Step) -> Demand:
         """The busy time of `step`'s cores, how many of them, and the DRAM traffic of all phases."""
-        n = num_queries(step)
+        n = len(step.chunks)
         return self._demands[n] if n < len(self._demands) else self._demand(n)
 
     def explain(self, step: Step) -> list[OperatorTime]:
         """The phases of `step`; `count` is the number of queries."""
-        n = num_queries(step)
+        n = len(step.chunks)
         return [phase.time(n, self._host) for phase in self._phases] if n else []
 
     def provenance(self) -> dict[str, float]:
@@ -189,14 +191,6 @@ class Search:
             num_cores=max(p.num_cores(n, self._host) for p in self._phases),
             dram_bytes=int(sum(p.dram_bytes(n) for p in self._phases)),
         )
-
-
-def num_queries(step: Step) -> int:
-    """The batch of `step`: the queries of all its tasks."""
-    n = 0
-    for queries, _ in step.chunks:
-        n += queries
-    return n
 
 
 def core_flop_per_s(host: HostDeployment) -> float:
