@@ -19,7 +19,7 @@ from mist.fabric import Path as Route
 from mist.hardware import Device
 from mist.kernel import Kernel
 from mist.network import HOST, Network
-from mist.records import Records
+from mist.records import HAND_OFF, Records
 from mist.scenario import catalogue
 from mist.scenario.network import Preset
 from mist.sharing import Sharing, duration_ns
@@ -130,14 +130,18 @@ def send(*transfers: tuple[int, int, int, int, int], cut_ns: int | None = None) 
 
     def start(transfer: tuple[int, int, int, int, int], now: int) -> None:
         request, sender, receiver, num_bytes, _ = transfer
-        network.send(request, sender, receiver, num_bytes, lambda i, at: came.append((i, at)), request, now)
+        network.send(
+            request, HAND_OFF, sender, receiver, num_bytes, lambda i, at: came.append((i, at)), request, now
+        )
 
     for each in transfers:
         kernel.at(each[-1], start, each)
     kernel.run() if cut_ns is None else kernel.run(cut_ns)
     if cut_ns is not None:
         network.cut(cut_ns)
-    rows = list(zip(*(column.tolist() for column in records.transfers.as_columns().values()), strict=True))
+    columns = records.transfers.as_columns()
+    assert set(columns.pop("kind").tolist()) == {HAND_OFF}
+    rows = list(zip(*(column.tolist() for column in columns.values()), strict=True))
     assert came == [(row[0], row[-1]) for row in rows if row[-1] >= 0]
     assert len(network.in_flight) == sum(row[-1] < 0 for row in rows)
     return rows
