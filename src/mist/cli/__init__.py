@@ -175,6 +175,9 @@ def check(resolved: bool, **options: Any) -> None:
         blocks = client.kv_cache.num_blocks
         given = f"{blocks:,} blocks of {client.kv_cache.block_size} as given" if blocks else client.kv_capacity()
         click.echo(f"    KV in {client.kv_dtype}: {given}")
+    if scenario.placement is not None:
+        for index, line in enumerate(scenario.placement.lines()):
+            click.echo(f"  {'' if index else 'network: '}{line}")
     for remark in remarks(scenario):
         click.echo(f"  {remark}")
 

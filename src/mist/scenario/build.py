@@ -24,6 +24,7 @@ from mist.records import Records
 from mist.request import DECODE
 from mist.scenario.bands import expected_error
 from mist.scenario.fleet import Fleet, build_fleet, network_of
+from mist.scenario.links import shared
 from mist.scenario.remarks import remarks
 from mist.scenario.result import Result
 from mist.scenario.seeds import random_of, seed_of
@@ -69,6 +70,8 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         provenance=_provenance(records, fleet.models),
         oracle_output_tokens=workload.output_tokens if DECODE in scenario.stages else None,
     )
+    ends = records.requests.as_columns()
+    metrics |= shared(coordinator.network, int(ends["arrival_ns"].min()), int(ends["end_ns"].max()))
     metrics["notes"] += [*cut, *_rejections(records), *workload.notes, *_verified(scenario, fleet, records)]
     metrics["notes"] += [*fleet.remarks, *remarks(scenario, fleet.priced_by, saturated=metrics["saturated"])]
     metrics["expected_error"] = {

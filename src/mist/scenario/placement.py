@@ -11,14 +11,19 @@ from dataclasses import dataclass, field
 
 from mist.errors import Problem, nearest
 from mist.hardware import Device
+from mist.metrics.words import counted
 from mist.scenario.clients import Pool
+from mist.scenario.host_memory import overfull
 from mist.scenario.hosts import HostPool
 from mist.scenario.named import Located
 from mist.scenario.network import Network, NodeGroup, numbered
 from mist.topology import Node, Place, Topology
+from mist.units import GB
 
 #: nodes that an error names before it says how many more there are
 MAX_NAMED = 4
+#: nodes that are listed one by one
+MAX_LISTED = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,27 @@ class Placement:
     topology: Topology
     places: Mapping[str, tuple[Place, ...]]
     network: Network
+
+    def lines(self) -> Iterator[str]:
+        """What it comes to, to read: the tiers as transfers reach them, then who is on each node."""
+        nodes = self.topology.nodes
+        num_racks = nodes[-1].rack + 1
+        tiers = {"node": self.topology.node, "rack": self.topology.rack, "pod": self.topology.pod}
+        each = ", ".join(f"{name} {_gb(tier.reached_bytes_per_s)} {tier.latency_ns / 1e3:g} us"
+                         for name, tier in tiers.items())  # fmt: skip
+        uplinks = f", uplinks {_gb(self.topology.uplink_bytes_per_s)}" if num_racks > 1 else ""
+        yield f"{counted(len(nodes), 'node')} in {counted(num_racks, 'rack')}{uplinks}; links of a device: {each}"
+        here: list[list[str]] = [[] for _ in nodes]
+        for replicas in self.places.values():
+            for place in replicas:
+                what = "host" if place.on_host else f"{place.num_devices} {place.device.name}"
+                for index in place.nodes:
+                    here[index].append(f"{place.name} ({what})")
+        for node, clients in list(zip(nodes, here, strict=True))[:MAX_LISTED]:
+            nics = f"rack {node.rack}, NICs {_gb(node.nic_bytes_per_s)}"
+            yield f"  {node.name} ({nics}): {', '.join(clients) or 'nobody'}"
+        if len(nodes) > MAX_LISTED:
+            yield f"  and {counted(len(nodes) - MAX_LISTED, 'more node')}"
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +105,10 @@ def place(network: Network, pools: Mapping[str, Pool | HostPool]) -> Placement |
             path = ("network", "placement", name) if name in given else ("network", "nodes")
             hint = "place it elsewhere, or leave its placement out" if name in given else "give more nodes"
             found.append((path, Problem(str(error), hint=hint)))
-    return found or packing.placement({name: taken[name] for name in pools}, pools)
+    if found:
+        return found
+    placement = packing.placement({name: taken[name] for name in pools}, pools)
+    return list(overfull(placement.topology.nodes, placement.places, pools)) or placement
 
 
 class _Packing:
@@ -186,6 +215,10 @@ def _until(wanted: int, nodes: Iterable[_Slots]) -> Iterator[_Slots]:
             return
         wanted -= node.num_devices
         yield node
+
+
+def _gb(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / GB:,.4g} GB/s"
 
 
 def _host(node: _Slots) -> str:

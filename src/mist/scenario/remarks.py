@@ -21,8 +21,9 @@ def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None, *, s
     found = [remark for name, pool in scenario.pools.items() for remark in _memory(name, pool)]
     found += [remark for name, pool in scenario.pools.items() for remark in _speculation(name, pool)]
     found += _not_modelled(scenario)
+    computing = {pool.device.name for pool in scenario.pools.values()}
     devices = {pool.device.name: pool.device for pool in scenario.clients.values()}
-    found += [remark for device in devices.values() for remark in _figures(device)]
+    found += [remark for name, device in devices.items() for remark in _figures(device, name in computing)]
     priced_by = priced_by or {}
     expected = [
         expected_error(pool, priced_by.get(name, ""), saturated=saturated) for name, pool in scenario.pools.items()
@@ -62,12 +63,21 @@ def _speculation(name: str, pool: Pool) -> Iterator[str]:
         yield f"{name}: drafts are priced as passes of one decoder layer and the classifier: unverified."
 
 
-def _figures(device: Device) -> Iterator[str]:
+#: how the keys of a device begin that only the steps of a model use
+_OF_MODELS = ("peak_tflops", "efficiency", "link_", "kernel_launch_ns", "scale_up_domain")
+
+
+def _figures(device: Device, runs_a_model: bool) -> Iterator[str]:
+    if runs_a_model:
+        yield from _efficiencies(device)
+    unverified = sorted(key for key, source in device.sources.items() if source.startswith("unverified"))
+    if told := [key for key in unverified if runs_a_model or not key.startswith(_OF_MODELS)]:
+        yield f"{device.name}: unverified are {', '.join(told)}."
+
+
+def _efficiencies(device: Device) -> Iterator[str]:
     generic = [c for c in GENERIC_EFFICIENCY if not any(k == c or k.startswith(f"{c}_") for k in device.efficiency)]
     if len(generic) == len(GENERIC_EFFICIENCY):
         yield f"{device.name}: generic efficiencies, nothing is measured on this device."
     elif generic:
         yield f"{device.name}: generic efficiencies for {', '.join(generic)}."
-    unverified = sorted(key for key, source in device.sources.items() if source.startswith("unverified"))
-    if unverified:
-        yield f"{device.name}: unverified are {', '.join(unverified)}."

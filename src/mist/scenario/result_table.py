@@ -15,6 +15,7 @@ from rich.text import Text
 
 from mist.metrics.words import counted, share
 from mist.scenario.fitted import Fitted
+from mist.units import GB
 
 Summary = Mapping[str, Any]
 
@@ -23,6 +24,8 @@ _TRANSFERS = {"kv_transfer": "KV transfer", "prefix_fetch": "prefix fetch", "han
               "kv_write": "KV write"}  # fmt: skip
 _STATISTICS = {"mean": "mean", "p50": "P50", "p90": "P90", "p99": "P99"}
 _NOTHING = "-"
+#: links and cores that were busy for more of the run than this are shown, so many of them at most
+BUSY, NUM_BUSIEST = 0.3, 8
 
 
 def render(name: str, summary: Summary) -> RenderableType:
@@ -32,6 +35,7 @@ def render(name: str, summary: Summary) -> RenderableType:
         _latencies(summary),
         _clients(summary),
         _stages(summary),
+        *([busiest] if (busiest := _busiest(summary)) else []),
         *([_objectives(summary)] if summary["slo"] else []),
         _remarks(summary),
     ]
@@ -110,6 +114,21 @@ def _stages(summary: Summary) -> RenderableType:
     for i, (kind, means) in enumerate(rows.items()):
         table.add_row(kind, *cells[3 * i : 3 * i + 3], unit, _percent(sum(means) / total if total else None))
     return table
+
+
+def _busiest(summary: Summary) -> RenderableType | None:
+    """What is shared and was busy for a good part of the run, busiest first; None where nothing was."""
+    shared = [(each, "GB/s", each["capacity_bytes_per_s"] / GB) for each in summary.get("links", ())]
+    shared += [(each, "cores", each["num_cores"]) for each in summary.get("cores", ())]
+    busy = [each for each in shared if (each[0]["utilisation"] or 0) > BUSY]
+    if not busy:
+        return None
+    table = Fitted("Busiest links", ["busy", "of", ""])
+    for each, unit, capacity in sorted(busy, key=lambda e: (-e[0]["utilisation"], e[0]["name"]))[:NUM_BUSIEST]:
+        table.add_row(each["name"], _percent(each["utilisation"]), _rate(capacity), unit)
+    if len(busy) <= NUM_BUSIEST:
+        return table
+    return Group(table, Text(f"{len(busy) - NUM_BUSIEST} more were busy for over {BUSY:.0%} of the run."))
 
 
 def _objectives(summary: Summary) -> RenderableType:
