@@ -205,3 +205,15 @@ def test_a_chunk_ends_within_a_candidate_and_the_next_goes_on_there() -> None:
     play(table([0], [1], [0]), pipeline=Reranked(3, 7), perf=seen, serves=[("rerank",)], num_clients=1,
          policy=lambda: Chunked(max_num_batched_tokens=10, max_num_seqs=4))  # fmt: skip
     assert seen.chunks == [[(7, 0), (3, 0)], [(4, 3), (6, 0)], [(1, 6)]]
+
+
+def test_only_prefill_and_decode_find_the_prompts_prefix() -> None:
+    """A guard's text is another one, though it comes from the same request."""
+    workload = table([0, 10**9], [64, 64], [4, 4], keys=[(1, 2), (1, 2)], cached_tokens=[0, 0])
+    workload.hash_block_size = 32
+    result = play(workload, pipeline=Guarded(64), perf=STEPS, caching=True, unit_tokens=32,
+                  serves=[("guard", PREFILL, DECODE)])  # fmt: skip
+    tasks = result.records.tasks.as_columns()
+    guards = tasks["kind"] == 0
+    assert tasks["cached_tokens"][guards].tolist() == [0, 0]
+    assert tasks["cached_tokens"][tasks["kind"] == 1].tolist() == [0, 32]

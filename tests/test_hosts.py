@@ -85,3 +85,16 @@ def test_what_is_refused_is_told_at_its_place(index: dict[str, Any], message: st
 def test_every_host_model_is_known_without_being_listed() -> None:
     assert "ivf_pq" in host_models()
     assert "roofline" not in host_models()
+
+
+def test_a_stage_that_generates_finds_no_model_on_a_host() -> None:
+    text = {
+        "device": "epyc-9554",
+        "serves": ["guard_input", "guard_output"],
+        "perf": {"cpu_text": {"stages": {kind: {"ns_per_token": 10} for kind in ("guard_input", "guard_output")}}},
+    }
+    guarded = {"guarded_qa": {"verdict_tokens": {"guard_input": 3}}}
+    mapping = scenario(text, pipeline=guarded)
+    result = load(mapping).run(check=True)
+    assert result.metrics["requests"]["rejected"] == 50
+    assert "index runs no model, and the stage guard_input generates tokens" in str(result)

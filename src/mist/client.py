@@ -114,7 +114,7 @@ class Client:
         self._step_row = (0, 0)
         self._append_step = records.steps.append
         self._append_task = records.tasks.append
-        self._tells_kinds = hasattr(perf, "demand")
+        self.runs_model = not hasattr(perf, "demand")
         #: the host whose cores and memory its steps share with others, and what they ask of it
         self.shares: Host | None = None
         self.demand_of: Callable[[Step], Demand] = getattr(perf, "demand", no_demand)
@@ -229,7 +229,7 @@ class Client:
         step.chunks = [(num_tokens, task.computed_tokens) for task, num_tokens in chunks]
         if any(task.stage.num_sequences > 1 for task, _ in chunks):
             step.chunks = [part for task, num_tokens in chunks for part in task.sequences(num_tokens)]
-        if self._tells_kinds:
+        if not self.runs_model:
             step.kinds = [task.stage.kind for task, num_tokens in chunks for _ in task.sequences(num_tokens)]
         for task, num_tokens in chunks:
             if task.admission < 0:

@@ -95,6 +95,8 @@ class FrontEnd:
         client = self._client
         # The client generates, so it may compare the true length with its memory, as an engine does with max_tokens.
         stage = task.stage
+        if stage.oracle_output_tokens and not client.runs_model:
+            return f"{client.name} runs no model, and the stage {stage.kind} generates tokens"
         decodes = DECODE in client.stage_kinds and DECODE in client.serves
         output = stage.oracle_output_tokens or (task.request.oracle_output_tokens if decodes else 0)
         if -(-task.target_tokens // stage.num_sequences) + output > client.max_model_len:

@@ -176,6 +176,16 @@ class Task:
         return parts
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether its context begins with the request's prompt, of which the workload tells content and hits."""
+        return self.stage.kind in (PREFILL, DECODE)
+
+    @property
+    def prompt_keys(self) -> tuple[int, ...]:
+        """The prefix hashes of its context."""
+        return self.request.block_keys if self.stage.kind in (PREFILL, DECODE) else ()
+
+    @property
     def generates(self) -> bool:
         """Whether it generates tokens once its target is computed."""
         return self.stage.oracle_output_tokens > 0

@@ -111,7 +111,7 @@ class KVCache:
         units = unreferenced = run_blocks = 0
         if self.unit_blocks:
             refs, evictable = self._refs, self._evictable
-            for key in task.request.block_keys[: min(most, task.request.input_tokens) // self.hash_block_size]:
+            for key in task.prompt_keys[: min(most, task.request.input_tokens) // self.hash_block_size]:
                 if key not in refs:
                     if key not in evictable:
                         break
@@ -125,7 +125,9 @@ class KVCache:
 
     def stated_hit(self, task: Task) -> int:
         """Tokens of `task`'s target that the workload says are cached; at least one token is left to compute."""
-        return min(task.request.hit_tokens, task.target_tokens - 1) if self.prefix_caching else 0
+        if not self.prefix_caching or not task.reads_prompt:
+            return 0
+        return min(task.request.hit_tokens, task.target_tokens - 1)
 
     def refer(self, task: Task, hit: Hit) -> None:
         """Let `task` refer to what `match` just found."""
@@ -143,7 +145,7 @@ class KVCache:
         """The first `num_tokens` of `task` are scheduled: index the hashed units that they fill."""
         if not self.unit_blocks:
             return
-        keys = task.request.block_keys
+        keys = task.prompt_keys
         full = min(len(keys), min(num_tokens, task.request.input_tokens) // self.hash_block_size)
         for key in keys[task.num_indexed : full]:
             if key in self._refs or key in self._evictable:
