@@ -130,9 +130,7 @@ def send(*transfers: tuple[int, int, int, int, int], cut_ns: int | None = None) 
 
     def start(transfer: tuple[int, int, int, int, int], now: int) -> None:
         request, sender, receiver, num_bytes, _ = transfer
-        network.send(
-            request, HAND_OFF, sender, receiver, num_bytes, lambda i, at: came.append((i, at)), request, now
-        )
+        network.send(request, HAND_OFF, sender, receiver, num_bytes, lambda i, at: came.append((i, at)), request, now)
 
     for each in transfers:
         kernel.at(each[-1], start, each)

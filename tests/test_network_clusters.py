@@ -8,12 +8,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kit import POLICIES, LinearSteps, Run, engine, play, rows
+from kit import LinearSteps, Run, engine, play, rows
+from mist.batching import BatchingPolicy
+from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
 from mist.client import Client
 from mist.fabric import Fabric
@@ -25,6 +28,7 @@ from mist.perf import Demand
 from mist.pipeline import RequestRandom
 from mist.records import FINISHED, HAND_OFF, KV_TRANSFER, PREFIX_FETCH, REJECTED, UNFINISHED
 from mist.request import DECODE, PREFILL, All, Pipeline, Request, Stage, Step
+from mist.routing import RoutingPolicy
 from mist.routing.join_shortest_queue import JoinShortestQueue
 from mist.routing.least_outstanding import LeastOutstanding
 from mist.routing.round_robin import RoundRobin
@@ -71,7 +75,8 @@ def topology(rng: random.Random) -> Topology:
         Node(f"node-{i}", i // in_rack, 8, rng.choice([1e8, 2e9]), CPU if rng.random() < 0.7 or not i else None)
         for i in range(rng.randint(1, 5))
     )
-    return Topology(*tiers, nodes, rng.choice([1e8, 1e10]))
+    node, rack, pod = tiers
+    return Topology(node, rack, pod, nodes, rng.choice([1e8, 1e10]))
 
 
 def random_cluster(seed: int) -> Callable[[], Run]:
@@ -87,8 +92,11 @@ def random_cluster(seed: int) -> Callable[[], Run]:
         Place(f"gpu-{i}", (rng.choice(hosts) if here else rng.randrange(len(made.nodes)),), CPU if here else CARD)
         for i, here in enumerate(on_host)
     ]
-    scenario, policy = random_scenario(seed), rng.choice(POLICIES[:2])
-    router = rng.choice([RoundRobin, LeastOutstanding, JoinShortestQueue])
+    scenario = random_scenario(seed)
+    policies: list[Callable[[int, int], BatchingPolicy]] = [Chunked, Continuous]
+    policy = rng.choice(policies)
+    routers: list[Callable[[], RoutingPolicy]] = [RoundRobin, LeastOutstanding, JoinShortestQueue]
+    router = rng.choice(routers)
     options: dict[str, Any] = {"until_ns": rng.randint(1, 90_000)} if rng.random() < 0.25 else {}
     options["nic"] = link = KVLink(rng.randint(1, 900))
     options["num_blocks"] = 1 + rng.randint(30, 90) // scenario.block_size
@@ -110,7 +118,7 @@ def random_cluster(seed: int) -> Callable[[], Run]:
                     client.batching = Continuous(max_num_seqs=3)
                     client.prefixes_on_host = False
                     client.shares = Host(fabric.cores(client.index), fabric.dram(client.index), sharing)
-                    client.demand_of = lambda step, n=cores, b=per_ns: demand(step, n, b)
+                    client.demand_of = partial(demand, cores=cores, bytes_per_ns=per_ns)
 
         return play(
             workload, policy=lambda: policy(*limits), num_clients=len(serves), serves=serves, pipeline=Searching(),
@@ -163,7 +171,9 @@ def test_random_clusters_drain_under_the_ledger(part: int) -> None:
         kinds = [int((transfers["kind"] == kind).sum()) for kind in (KV_TRANSFER, HAND_OFF, PREFIX_FETCH)]
         seen += (len(finished["status"]), cut, *kinds, requests["num_preemptions"].sum(),
                  (requests["status"] == REJECTED).sum(), slowed(run))  # fmt: skip
-    assert seen.min() > 0, f"finished, cut, caches, hand-offs, prefixes, preemptions, rejected, slowed: {seen}: proves little"
+    assert seen.min() > 0, (
+        f"finished, cut, caches, hand-offs, prefixes, preemptions, rejected, slowed: {seen}: proves little"
+    )
 
 
 def slowed(run: Run) -> int:

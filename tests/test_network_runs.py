@@ -77,7 +77,7 @@ def moved(result: Result | Run, kind: int) -> dict[str, np.ndarray]:
 
 def took_ns(result: Result | Run, kind: int = KV_TRANSFER) -> list[int]:
     transfers = moved(result, kind)
-    return (transfers["end_ns"] - transfers["start_ns"]).tolist()
+    return list((transfers["end_ns"] - transfers["start_ns"]).tolist())
 
 
 # --- true bytes ---
@@ -112,7 +112,7 @@ def test_stages_hand_on_the_bytes_that_the_pipeline_says() -> None:
 # --- what changes nothing ---
 
 MAX = {"bandwidth": "1000000000 GB/s"}
-INFINITE = {"node": MAX, "rack": MAX, "pod": MAX, "uplink": MAX}
+INFINITE: dict[str, Any] = {"node": MAX, "rack": MAX, "pod": MAX, "uplink": MAX}
 
 
 @pytest.mark.parametrize("nodes_per_rack", [1, 8])
@@ -149,7 +149,9 @@ def test_infinite_links_are_no_network_with_branches_and_a_host() -> None:
 def test_nodes_may_be_called_otherwise() -> None:
     given = pools(nodes={"a": {"count": 2, "devices": 1}, "b": {"count": 2, "devices": 1}}, preset="h100-nvl8",
                   placement={"prefill": "a", "decode": "b"}, nodes_per_rack=4)  # fmt: skip
-    renamed = given | {"network": given["network"] | {"placement": {"prefill": ["b-1", "a-0"], "decode": ["a-1", "b-0"]}}}
+    renamed = given | {
+        "network": given["network"] | {"placement": {"prefill": ["b-1", "a-0"], "decode": ["a-1", "b-0"]}}
+    }
     assert record_bytes(load(given).run().records) == record_bytes(load(renamed).run().records)
 
 
@@ -192,7 +194,9 @@ def test_transfers_pay_the_tiers_that_they_cross(layout: dict[str, Any], gb_per_
 
 
 def test_what_is_handed_on_pays_its_path_too() -> None:
-    result = load(NEWS | {"workload": NEWS["workload"] | {"arrivals": {"constant": {"rate_per_s": 0.1}}}}).run(check=True)
+    result = load(NEWS | {"workload": NEWS["workload"] | {"arrivals": {"constant": {"rate_per_s": 0.1}}}}).run(
+        check=True
+    )
     hand_offs = moved(result, HAND_OFF)
     for sender, receiver, gb_per_s, latency_ns in ((0, 1, None, 0), (1, 2, 45, 30_000), (2, 4, 45, 30_000)):
         mine = (hand_offs["sender"] == sender) & (hand_offs["receiver"] == receiver)
@@ -268,7 +272,9 @@ def test_the_link_of_a_prefill_client_is_processor_sharing(sizes: str) -> None:
 
 
 def test_a_plain_list_of_stages_hands_nothing_on() -> None:
-    run = play(table([0], [40], [0]), num_clients=2, serves=[("a",), ("b",)], paths=apart(1), pipeline=StageList(("a", "b")))
+    run = play(
+        table([0], [40], [0]), num_clients=2, serves=[("a",), ("b",)], paths=apart(1), pipeline=StageList(("a", "b"))
+    )
     assert not len(run.records.transfers)
 
 
