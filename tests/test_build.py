@@ -84,6 +84,14 @@ def test_generic_figures_are_told() -> None:
     assert not any("generic" in note for note in notes())
 
 
+def test_a_cpu_that_runs_no_model_needs_no_efficiencies() -> None:
+    text = {"device": "epyc-9554", "serves": ["tokenize"], "perf": "cpu_text"}
+    clients = {"gpu": {"device": "h100-sxm", "model": "llama-3.1-8b"}, "text": text}
+    made = scenario() | {"pipeline": ["tokenize", "prefill", "decode"], "clients": clients}
+    (told,) = [note for note in mist.run(made).summary()["notes"] if note.startswith("epyc-9554")]
+    assert told == "epyc-9554: unverified are memory_bytes, tdp_w."
+
+
 def test_every_result_says_what_error_to_expect() -> None:
     assert notes()[-1].startswith("Expected error")
     unchecked = {

@@ -36,7 +36,7 @@ def clients(**pools: Any) -> Clients:
 
 
 def embedder(count: int = 1) -> Any:
-    return (count, 1, {"device": "epyc-9554", "serves": ["prefill"]})
+    return (count, 1, {"device": "epyc-9554", "serves": ["prefill"], "kv_cache": {"capacity_tokens": 10_000}})
 
 
 def scenario(pools: Clients, **network: Any) -> Scenario:
@@ -198,6 +198,23 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
     assert made.placement is not None
     assert len(made.placement.topology.nodes) == 1
     assert load(made.resolved()) == made, "it reads back without the file"
+
+
+def test_the_placement_reads_back_in_words() -> None:
+    pools = clients(embed=embedder(), prefill=(2, 2), large=(1, 8, {"pp": 2}))
+    made = scenario(pools, nodes=CLUSTER, placement={"prefill": "gpu-0"}, nodes_per_rack=2)
+    assert made.placement is not None
+    assert list(made.placement.lines()) == [
+        "4 nodes in 2 racks, uplinks 120 GB/s; links of a device: node 292.5 GB/s 10 us, rack 45 GB/s 20 us,"
+        " pod 7.5 GB/s 200 us",
+        "  cpu (rack 0, NICs 45 GB/s): embed (host)",
+        "  gpu-0 (rack 0, NICs 360 GB/s): prefill-0 (2 h100-sxm), prefill-1 (2 h100-sxm)",
+        "  gpu-1 (rack 1, NICs 360 GB/s): large (16 h100-sxm)",
+        "  gpu-2 (rack 1, NICs 360 GB/s): large (16 h100-sxm)",
+    ]
+    many = scenario(clients(gpu=(50, 8))).placement
+    assert many is not None
+    assert list(many.lines())[-1] == "  and 10 more nodes"
 
 
 # --- what is refused ---

@@ -18,6 +18,7 @@ from mist.errors import InvariantError, ScenarioError
 from mist.kernel import FOREVER, Kernel
 from mist.ledger import Ledger
 from mist.metrics import summarise
+from mist.metrics.window import Window
 from mist.metrics.words import counted
 from mist.perf import ORIGINS, HostModel, PerfModel
 from mist.records import Records
@@ -70,8 +71,8 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         provenance=_provenance(records, fleet.models),
         oracle_output_tokens=workload.output_tokens if DECODE in scenario.stages else None,
     )
-    ends = records.requests.as_columns()
-    metrics |= shared(coordinator.network, int(ends["arrival_ns"].min()), int(ends["end_ns"].max()))
+    whole = Window.of(records)
+    metrics |= shared(coordinator.network, whole.first_ns, whole.last_ns)
     metrics["notes"] += [*cut, *_rejections(records), *workload.notes, *_verified(scenario, fleet, records)]
     metrics["notes"] += [*fleet.remarks, *remarks(scenario, fleet.priced_by, saturated=metrics["saturated"])]
     metrics["expected_error"] = {
