@@ -51,7 +51,7 @@ class KVCache:
 
     __slots__ = (
         "_evictable", "_next_run", "_refs", "_runs", "block_size", "cached", "free", "hash_block_size",
-        "num_blocks", "on_evict", "prefix_caching", "unit_blocks", "watermark_blocks",
+        "holds_stated_hits", "num_blocks", "on_evict", "prefix_caching", "unit_blocks", "watermark_blocks",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +73,8 @@ class KVCache:
         self.unit_blocks = self.hash_block_size // block_size
         self.free = num_blocks
         self.cached = 0
+        #: whether hits that the workload states are here, not in a memory behind
+        self.holds_stated_hits = True
         #: told the key of every hashed unit that is evicted, a prompt's tail before its head; runs are nobody else's
         self.on_evict: Callable[[int], object] | None = None
         #: unreferenced entries -> blocks, least recently used first; hashed units by key (>= 0), runs by negative ids
@@ -125,7 +127,9 @@ class KVCache:
 
     def stated_hit(self, task: Task) -> int:
         """Tokens of `task`'s target that the workload says are cached; at least one token is left to compute."""
-        return min(task.request.hit_tokens, task.target_tokens - 1) if self.prefix_caching else 0
+        if not (self.prefix_caching and self.holds_stated_hits):
+            return 0
+        return min(task.request.hit_tokens, task.target_tokens - 1)
 
     def refer(self, task: Task, hit: Hit) -> None:
         """Let `task` refer to what `match` just found."""
