@@ -257,7 +257,8 @@ def test_it_is_fetched_where_that_is_sooner() -> None:
 
     assert seen.worth_fetching(found, recompute) == found[:1]
     assert seen.worth_fetching(found, lambda n: 20 * recompute(n)) == found
-    assert seen.worth_fetching(found, recompute, num_readers=lambda one: 1) == []
+    shared = seen.worth_fetching(found, recompute, lambda one, size: (one.spec.access_ns, round(2 * size)))
+    assert shared == []
     assert seen.worth_fetching(found, lambda n: 0) == []
     assert seen.worth_fetching(found, lambda n: (6 * UNIT - n) * 160 // UNIT) == found[:1]  # as soon, and less work
     assert seen.worth_fetching([], recompute) == []

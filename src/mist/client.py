@@ -7,7 +7,7 @@ It never chooses another client and never reads a workload.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from mist.batching import BatchingPolicy
@@ -16,8 +16,10 @@ from mist.errors import InvariantError
 from mist.front_end import FrontEnd
 from mist.host import Host
 from mist.kernel import Kernel
+from mist.memory.hierarchy import Found
 from mist.memory.kv_cache import KVCache
 from mist.network import Network
+from mist.offload import KVStore, Offload
 from mist.perf import Demand, HostModel, PerfModel
 from mist.records import CUT, DONE, PREEMPTED, Records
 from mist.request import DECODE, PREFILL, Batch, ClientView, StageResult, Step, Task, Wait
@@ -49,6 +51,8 @@ class Watcher(Protocol):
 
     def step_finished(self, client: Client, now: int) -> None: ...
 
+    def fetches(self, client: Client, task: Task, first_token: int, found: Sequence[Found], now: int) -> None: ...
+
     def idles(self, client: Client, wait: Wait, now: int) -> None: ...
 
 
@@ -63,8 +67,7 @@ class Client:
 
     `emits`: whether the end of a task here can reach another client; set by the coordinator. `serves`: the stage kinds
     that it takes. A step lasts max(host, device) with an overlapped engine, else host + device time. With `speculation`
-    a decode step verifies drafts; `perf` prices them too. With `prefixes_on_host` stated prefix hits are fetched from
-    the host's memory first.
+    a decode step verifies drafts; `perf` prices them too.
     """
 
     def __init__(
@@ -82,7 +85,6 @@ class Client:
         records: Records,
         speculation: Speculation | None = None,
         kv_bytes_per_token: int = 0,
-        prefixes_on_host: bool = False,
     ) -> None:
         self.index = index
         self.name = name
@@ -105,7 +107,10 @@ class Client:
         self.view = ClientView(index, name, kv_blocks=kv.num_blocks)
         #: of all ranks together
         self.kv_bytes_per_token = kv_bytes_per_token
-        self.prefixes_on_host = prefixes_on_host
+        #: memories outside the device that it fetches prefixes from and writes to
+        self.offload: Offload | None = None
+        #: where it is a KV store, what it has
+        self.store: KVStore | None = None
         self.front_end = FrontEnd(self)
         self.now = 0
         self.idle = True
@@ -169,6 +174,8 @@ class Client:
         if residents.handed_over:
             self._take_over(now)
         batch = self.batching.next_batch(residents, cohort, residents, now)
+        if self.offload is not None and residents.running:
+            self.offload.write_back(next(reversed(residents.running.values())).request, now)
         if self.front_end.unseen:
             self.front_end.see()
             if isinstance(batch, Wait):
@@ -191,9 +198,7 @@ class Client:
     def price_step(self) -> int:
         """What the step that has begun lasts alone, in ns; asked once, when all that shares its devices is known."""
         step = self.step
-        host = self._step_ns + self._token_ns * step.num_sampled
-        if step.chunks:
-            host += self._prefill_ns
+        host = self._host_ns(step)
         if self.num_drafts:  # they cost the host next to nothing
             step.num_sampled += step.num_decodes * self.num_drafts
             step.decode_context += step.num_decodes * self.num_drafts
@@ -201,6 +206,27 @@ class Client:
         if self.watcher is not None:
             self.watcher.step_started(self, step, device, self.now)
         return max(1, host, device) if self.engine.overlapped else max(1, host + device)
+
+    def _host_ns(self, step: Step) -> int:
+        return self._step_ns + self._token_ns * step.num_sampled + (self._prefill_ns if step.chunks else 0)
+
+    def prefill_ns(self, context: int, target: int) -> int:
+        """An estimate of how long it takes alone to compute the tokens from `context` to `target` of a prompt, ns.
+
+        Of several full chunks only the first and the last are priced; the others are taken to lie between them.
+        """
+        size = max(1, self.batching.max_num_batched_tokens)
+        full, rest = divmod(max(0, target - context), size)
+        ends = [self._chunk_ns(size, context)] if full else []
+        if full > 1:
+            ends.append(self._chunk_ns(size, context + (full - 1) * size))
+        total = full * sum(ends) // len(ends) if ends else 0
+        return total + (self._chunk_ns(rest, target - rest) if rest else 0)
+
+    def _chunk_ns(self, num_tokens: int, context: int) -> int:
+        step = Step(0, 0, [(num_tokens, context)], num_tokens, 1, 1 + self.num_drafts)
+        host, device = self._host_ns(step), self.perf.step_time(step)
+        return max(host, device) if self.engine.overlapped else host + device
 
     def finish_step(self, now: int) -> None:
         """The step in flight ends at `now`: its tokens exist, tasks move on."""
@@ -266,10 +292,12 @@ class Client:
 
     def _target_reached(self, task: Task, now: int) -> None:
         """All of a task's target is computed: one that generates has sampled a token and goes on, others are done."""
+        if self.offload is not None and task.stage.input_tokens:
+            self.offload.computed(task, now)
         if task.generates:
             self._join(task, now)
             return
-        result = StageResult(task.started_ns, now)
+        result = StageResult(task.started_ns, now, found_tokens=self.store.find(task, now) if self.store else 0)
         following = self.coordinator.stage_done(task, result, self, now)
         if following is not None and DECODE in self.serves:
             self._record_segment(task, now, DONE)

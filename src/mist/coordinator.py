@@ -64,7 +64,8 @@ class Coordinator:
         self._hit_tokens: list[int] | None = None if workload.cached_tokens is None else workload.cached_tokens.tolist()
         for client in clients:
             client.coordinator = self
-            client.emits = workload.concurrency is not None or self._hands_over(client)
+            # what a client fetches or writes shares channels with others
+            client.emits = workload.concurrency is not None or client.offload is not None or self._hands_over(client)
 
     # --- arrivals ---
 

@@ -75,6 +75,17 @@ class Fabric:
         node = self.topology.nodes[self.places[client].nodes[0]]
         return self._channel(f"{node.name}.dram", node.host.memory_bytes_per_s if node.host else inf)
 
+    def beyond_node(self, client: int, way: str, is_far: bool) -> Path:
+        """Between a client and what is in its rack, or beyond that if `is_far`, on no node; `way` is "in" or "out"."""
+        topology, place = self.topology, self.places[client]
+        channels = [self._nic(place, way), self._end(client, way)]
+        latency = topology.node.latency_ns + topology.rack.latency_ns
+        if is_far:
+            latency += topology.pod.latency_ns
+            port = f"rack-{topology.nodes[place.nodes[0]].rack}.{'down' if way == 'in' else 'up'}"
+            channels.insert(0, self._channel(port, topology.uplink_bytes_per_s))
+        return Path(tuple(channels if way == "in" else reversed(channels)), latency)
+
     def _path(self, sender: int, receiver: int) -> Path:
         if sender < 0 or receiver < 0:
             return self._host_link(receiver if sender < 0 else sender, sender < 0)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mist.network import HOST
-from mist.records import PREFIX_FETCH
 from mist.request import DECODE, Task
 
 if TYPE_CHECKING:
@@ -68,14 +66,9 @@ class FrontEnd:
         self.unseen.clear()
 
     def _fetch(self, task: Task, now: int) -> None:
-        client = self._client
-        if client.prefixes_on_host and task.remaining_tokens:
-            num_bytes = client.residents.kv.stated_hit(task) * client.kv_bytes_per_token
-            if num_bytes:
-                network, request = client.coordinator.network, task.request.index
-                network.send(request, PREFIX_FETCH, HOST, client.index, num_bytes, self._enqueue, task, now)
-                return
-        self._enqueue(task, now)
+        offload = self._client.offload
+        if offload is None or not task.remaining_tokens or not offload.fetch(task, self._enqueue, now):
+            self._enqueue(task, now)
 
     def _enqueue(self, task: Task, now: int) -> None:
         client = self._client

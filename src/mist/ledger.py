@@ -15,9 +15,11 @@ from mist.coordinator import Coordinator
 from mist.errors import InvariantError
 from mist.kernel import FOREVER, Kernel
 from mist.lanes import Lane
+from mist.memory.hierarchy import Found
 from mist.metrics.load import littles_identity
+from mist.offload import Memory
 from mist.pipeline.stages import StageList
-from mist.records import FINISHED, KV_TRANSFER, PREEMPTED, Records
+from mist.records import FINISHED, KV_TRANSFER, KV_WRITE, PREEMPTED, PREFIX_FETCH, Records
 from mist.request import DECODE, Step, Task, Wait
 from mist.speculation import PACE_BITS, SpeculativeCohort
 from mist.units import NS_PER_S
@@ -41,6 +43,10 @@ class Ledger:
         self._busy_until = [0] * len(clients)
         self._device_until = [0] * len(clients)
         self._told_to_wait = [False] * len(clients)
+        #: stored bytes that were to be fetched, by request, memory and client
+        self._fetched_bytes: dict[tuple[int, int, int], int] = {}
+        memories = {memory for client in clients if client.offload for memory in client.offload.memories}
+        self._memories = sorted(memories, key=lambda memory: -memory.index)
         kernel.on_instant = self.check_instant
         for client in clients:
             client.watcher = self
@@ -53,6 +59,8 @@ class Ledger:
         self.check_requests(now)
         placed = sum(client.view.num_outstanding for client in self.clients)
         self._equal("tasks in exactly one place", placed, self.coordinator.num_tasks)
+        for memory in self._memories:
+            self._check_memory(memory, recount=not self._num_instants % LONG_QUEUE)
         in_system = self.coordinator.in_system.values()
         if len(in_system) > LONG_QUEUE and self._num_instants % LONG_QUEUE:  # a multiple of SPARSE
             return
@@ -117,6 +125,27 @@ class Ledger:
         self._true(not idle_for_good, f"{client.name} idles with {tasks}, {residents.kv.available} free blocks")
         self._check_blocks(client)
 
+    def fetches(self, client: Client, task: Task, first_token: int, found: Sequence[Found], now: int) -> None:
+        """memories: a fetch is of what the memory has, right behind what is there already."""
+        self._now = now
+        assert client.offload is not None
+        hierarchy, request, token = client.offload.hierarchy, task.request, first_token
+        for tier, num_tokens in found:
+            story = f"{client.name}: {num_tokens} tokens of request {request.index} from {tier.spec.name}"
+            memory = next(memory for memory in client.offload.memories if memory.tier is tier)
+            self._true(0 < num_tokens < task.target_tokens - token, f"{story} leave nothing to compute")
+            if tier.spec.hit_rate is not None or (request.store == memory.index and request.hit_tokens):
+                self._true(token + num_tokens <= request.hit_tokens, f"{story} are more than it is said to have")
+            else:
+                keys, unit = hierarchy.keys(task, token + num_tokens), hierarchy.unit_tokens
+                units = range(token // unit, (token + num_tokens) // unit)
+                size = tier.entry_units
+                entries = {keys[min(i // size * size + size, len(keys)) - 1] for i in units}
+                self._true(all(key in tier for key in entries), f"{story} aren't there")
+            to, num_bytes = (request.index, memory.index, client.index), num_tokens * hierarchy.token_bytes
+            self._fetched_bytes[to] = self._fetched_bytes.get(to, 0) + tier.spec.stored_bytes(num_bytes)
+            token += num_tokens
+
     # --- once the run is over ---
 
     def close(self, now: int) -> None:
@@ -158,6 +187,7 @@ class Ledger:
         if type(self.coordinator.pipeline) is StageList:
             self._check_prompts(tasks, requests)
         self._check_transfers(tasks)
+        self._check_memories()
         if not self.coordinator.in_system:
             integral, sojourns = littles_identity(requests, int(requests["end_ns"].max(initial=0)))
             self._equal("Little's integral", integral, sojourns)
@@ -199,7 +229,7 @@ class Ledger:
         network = self.coordinator.network
         for sender, receiver in np.unique(np.stack((rows["sender"], rows["receiver"])), axis=1).T.tolist():
             mine = (rows["sender"] == sender) & (rows["receiver"] == receiver) & (rows["end_ns"] >= 0)
-            path = network.paths.path(sender, receiver)
+            path = network.path(sender, receiver)
             slowest = min((channel.capacity_per_s for channel in path.channels), default=np.inf)
             took = (rows["end_ns"] - rows["start_ns"])[mine] - path.latency_ns
             least = rows["bytes"][mine] / slowest * NS_PER_S - 1
@@ -214,13 +244,40 @@ class Ledger:
         went = set(zip(*(tasks[name][on].tolist() for name in ("request", "client", "queued_ns")), strict=True))
         self._true(went <= came, f"decodes went on without their KV cache: {sorted(went - came)[:3]}")
 
+    def _check_memories(self) -> None:
+        """memories: all that was to be fetched was sent, or will be, and all that a tier got was written to it."""
+        rows = self.records.transfers.as_columns()
+        for memory in self._memories:
+            self._check_memory(memory, recount=True)
+            written = (rows["kind"] == KV_WRITE) & (rows["receiver"] == memory.index)
+            name, inserted = memory.tier.spec.name, memory.tier.inserted_bytes
+            self._equal(f"{name}: bytes written", _sum(rows["bytes"], written), inserted)
+        sent: dict[tuple[int, int, int], int] = {}
+        fetched = rows["kind"] == PREFIX_FETCH
+        columns = (rows[name][fetched].tolist() for name in ("request", "sender", "receiver", "bytes"))
+        for request, sender, receiver, num_bytes in zip(*columns, strict=True):
+            sent[request, sender, receiver] = sent.get((request, sender, receiver), 0) + num_bytes
+        self._equal("fetches recorded", sent.keys(), self._fetched_bytes.keys())
+        cut = set(rows["request"][fetched & (rows["end_ns"] < 0)].tolist())  # the rest of a layer-wise fetch isn't sent
+        whole = {to: n for to, n in self._fetched_bytes.items() if to[0] not in cut}
+        self._equal("bytes fetched", {to: n for to, n in sent.items() if to[0] not in cut}, whole)
+
     # --- recounting ---
+
+    def _check_memory(self, memory: Memory, *, recount: bool) -> None:
+        """memories: held = inserted - evicted <= capacity."""
+        tier = memory.tier
+        name, held = tier.spec.name, tier.held_bytes
+        self._equal(f"{name}: bytes held", held, tier.inserted_bytes - tier.evicted_bytes)
+        self._true(0 <= held <= tier.spec.capacity_bytes, f"{name}: {held} bytes in {tier.spec.capacity_bytes}")
+        if recount:
+            self._equal(f"{name}: bytes held", held, tier.count_held_bytes())
 
     def _under_way(self) -> tuple[list[int], list[int]]:
         """Transfers that tasks wait for on their way to each client, and KV caches on their way from each."""
-        to, leaving = [0] * len(self.clients), [0] * len(self.clients)
+        to, leaving = [len(c.offload.fetching) if c.offload else 0 for c in self.clients], [0] * len(self.clients)
         for transfer in self.coordinator.network.in_flight:
-            if transfer.receiver >= 0:
+            if transfer.receiver >= 0 and transfer.kind != PREFIX_FETCH:
                 to[transfer.receiver] += 1
             if transfer.kind == KV_TRANSFER:
                 leaving[transfer.sender] += 1

@@ -51,6 +51,8 @@ class Network:
         self.sharing = sharing
         self.carries_all = paths.carries_all
         self._append = records.transfers.append
+        #: paths from and to memories outside the nodes' own, by (sender, receiver)
+        self.memory_paths: dict[tuple[int, int], Path] = {}
         #: sent and not there yet, oldest first
         self.in_flight: dict[Transfer, Flow] = {}
 
@@ -64,17 +66,20 @@ class Network:
         deliver: Callable[[Any, int], None],
         argument: Any,
         now: int,
-        path: Path | None = None,
     ) -> None:
         """Send `num_bytes` from a client (or memory: -1 is that of the receiver's host) to another.
 
-        `deliver(argument, time_ns)` is called once all of it is there. `path`: another than the shortest.
+        `deliver(argument, time_ns)` is called once all of it is there.
         """
-        path = path or self.paths.path(sender, receiver)
+        path = self.path(sender, receiver)
         transfer = Transfer(request, kind, sender, receiver, num_bytes, now, deliver, argument)
         self.in_flight[transfer] = self.sharing.start(
             path.channels, num_bytes, self._arrive, transfer, now, latency_ns=path.latency_ns
         )
+
+    def path(self, sender: int, receiver: int) -> Path:
+        """The channels between two clients, or a client and a memory, or two memories."""
+        return self.memory_paths.get((sender, receiver)) or self.paths.path(sender, receiver)
 
     def cut(self, now: int) -> None:
         """The simulation stops at `now`: what is on its way stays there."""

@@ -120,6 +120,8 @@ class Request:
     num_tasks: int = 0
     #: when its last gate so far opened: nothing is shown before
     gate_ns: int = -1
+    #: the KV store that it asked for its prefix, as transfers name it; 0: none
+    store: int = 0
     #: why it can't be served; it leaves when its other tasks are over
     rejected_for: str = ""
 
@@ -153,8 +155,10 @@ class Task:
     finish_step: int = -1
     #: tokens per step where its client speculates, in 2^-32; 0 until drawn
     pace: int = 0
-    #: tokens at the front of the target whose KV cache came from elsewhere and isn't in the prefix cache
+    #: tokens at the front of the target whose KV cache came from elsewhere, but for the first `found_from` of them,
+    #: which the prefix cache must still have
     found_tokens: int = 0
+    found_from: int = 0
     #: hashed units at the front of its prompt that it refers to in the prefix cache
     num_indexed: int = 0
 

@@ -116,7 +116,8 @@ class Residents:
             return 0
         kv = self.kv
         hit = kv.match(task)
-        found = max(hit.num_tokens, kv.stated_hit(task), min(task.found_tokens, task.target_tokens - 1))
+        fetched = min(task.found_tokens, task.target_tokens - 1) if hit.num_tokens >= task.found_from else 0
+        found = max(hit.num_tokens, kv.stated_hit(task), fetched)
         remaining = task.target_tokens - found
         chunk = min(remaining, max_tokens)
         if chunk <= 0 or (whole and chunk < remaining):

@@ -167,6 +167,10 @@ def check(resolved: bool, **options: Any) -> None:
     click.echo(f"  pipeline {' -> '.join(scenario.stages)}, seed {scenario.seed}")
     for name, host in scenario.hosts.items():
         click.echo(f"  {name}: {host}")
+    for name, store in scenario.stores.items():
+        click.echo(f"  {name}: {store}")
+    for name, memory in scenario.memories.items():
+        click.echo(f"  memory {name}: {memory.describe(name)}")
     for name, client in scenario.pools.items():
         devices = f"{client.count} x {client.platform.num_devices} {client.device.name}"
         click.echo(f"  {name}: {devices}, {client.model.name} in {client.weights_dtype}, {client.engine.name}")
@@ -175,6 +179,9 @@ def check(resolved: bool, **options: Any) -> None:
         blocks = client.kv_cache.num_blocks
         given = f"{blocks:,} blocks of {client.kv_cache.block_size} as given" if blocks else client.kv_capacity()
         click.echo(f"    KV in {client.kv_dtype}: {given}")
+        if client.kv_cache.tiers:
+            by_layer = ", layer by layer" if client.kv_cache.layerwise else ""
+            click.echo(f"    tiers {', '.join(client.kv_cache.tiers)}; fetch: {client.kv_cache.fetch}{by_layer}")
     if scenario.placement is not None:
         for index, line in enumerate(scenario.placement.lines()):
             click.echo(f"  {'' if index else 'network: '}{line}")

@@ -88,7 +88,7 @@ class Hierarchy:
             return self._draw(task, min(task.request.hit_tokens, most) - num_device_tokens)
         if not self.unit_tokens:
             return []
-        keys = self._keys(task, most)
+        keys = self.keys(task, most)
         unit, tokens = num_device_tokens // self.unit_tokens, num_device_tokens
         found = []
         for tier in self.tiers:
@@ -102,20 +102,23 @@ class Hierarchy:
         self,
         found: Sequence[Found],
         recompute_ns: Callable[[int], int],
-        num_readers: Callable[[Tier], int] = lambda tier: 0,
+        fetch_ns: Callable[[Tier, int], tuple[int, int]] | None = None,
         num_layers: int = 1,
     ) -> list[Found]:
         """The stretches at the front of `found` to fetch so that the prefill is estimated to end soonest.
 
-        `recompute_ns(n)`: time of the prefill if n of the tokens found are fetched; `num_readers`: transfers that a
-        tier is busy with; `num_layers`: of the model, where its layers are fetched one by one. Fetching wins ties.
+        `recompute_ns(n)`: time of the prefill if n of the tokens found are fetched; `fetch_ns(tier, bytes)`: latency of
+        a fetch, and what the rest of it takes, left out that of the tier alone; `num_layers`: of the model, where its
+        layers are fetched one by one. Fetching wins ties.
         """
+        fetch_ns = fetch_ns or _alone
         latency = transfer = num_tokens = best = 0
         soonest = recompute_ns(0)
         for count, (tier, tokens) in enumerate(found, 1):
             num_tokens += tokens
-            latency += tier.spec.access_ns
-            transfer += tier.spec.fetch_ns(tokens * self.token_bytes, num_readers(tier)) - tier.spec.access_ns
+            first, rest = fetch_ns(tier, tokens * self.token_bytes)
+            latency += first
+            transfer += rest
             compute = recompute_ns(num_tokens)
             end = compute + exposed_ns(transfer, compute, num_layers, latency)
             if end <= soonest:
@@ -124,7 +127,9 @@ class Hierarchy:
 
     def write_through(self, task: Task, num_tokens: int, now: int) -> list[tuple[Tier, int]]:
         """The first `num_tokens` of `task` are computed: what each write-through tier stores of it, in bytes."""
-        keys = self._keys(task, num_tokens)
+        if self.tiers and self.tiers[0].spec.hit_rate is not None:
+            return []
+        keys = self.keys(task, num_tokens)
         writes = [
             (tier, tier.insert(keys, len(keys), self.token_bytes, now))
             for tier in self.tiers
@@ -134,11 +139,16 @@ class Hierarchy:
 
     def write_back(self, key: int, now: int) -> int:
         """The device gives up the unit of `key` (`KVCache.on_evict`): bytes that the nearest tier stores of it."""
-        if not self.tiers or self.tiers[0].spec.write != BACK:
+        if not self.takes_evicted:
             return 0
         return self.tiers[0].write_back(key + self._first_key, self.unit_tokens * self.token_bytes, now)
 
-    def _keys(self, task: Task, num_tokens: int) -> Sequence[int]:
+    @property
+    def takes_evicted(self) -> bool:
+        """Whether the nearest tier gets what the device evicts."""
+        return bool(self.tiers) and self.tiers[0].spec.write == BACK
+
+    def keys(self, task: Task, num_tokens: int) -> Sequence[int]:
         """Keys of the whole units in the first `num_tokens` of the prompt."""
         if not self.unit_tokens:
             return ()
@@ -170,3 +180,7 @@ class Hierarchy:
                 if above.on_evict not in (None, tier.write_back):
                     raise ValueError(f"{above.spec.name} is written back to two memories")
                 above.on_evict = tier.write_back
+
+
+def _alone(tier: Tier, num_bytes: int) -> tuple[int, int]:
+    return tier.spec.access_ns, tier.spec.fetch_ns(num_bytes) - tier.spec.access_ns

@@ -51,7 +51,7 @@ class KVCache:
 
     __slots__ = (
         "_evictable", "_next_run", "_refs", "_runs", "block_size", "cached", "free", "hash_block_size",
-        "num_blocks", "on_evict", "prefix_caching", "unit_blocks", "watermark_blocks",
+        "holds_stated_hits", "num_blocks", "on_evict", "prefix_caching", "unit_blocks", "watermark_blocks",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +73,8 @@ class KVCache:
         self.unit_blocks = self.hash_block_size // block_size
         self.free = num_blocks
         self.cached = 0
+        #: whether hits that the workload states are here, not in a memory behind
+        self.holds_stated_hits = True
         #: told the key of every hashed unit that is evicted, a prompt's tail before its head; runs are nobody else's
         self.on_evict: Callable[[int], object] | None = None
         #: unreferenced entries -> blocks, least recently used first; hashed units by key (>= 0), runs by negative ids
@@ -125,7 +127,7 @@ class KVCache:
 
     def stated_hit(self, task: Task) -> int:
         """Tokens of `task`'s target that the workload says are cached; at least one token is left to compute."""
-        if not self.prefix_caching or not task.reads_prompt:
+        if not (self.prefix_caching and self.holds_stated_hits and task.reads_prompt):
             return 0
         return min(task.request.hit_tokens, task.target_tokens - 1)
 

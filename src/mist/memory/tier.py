@@ -143,16 +143,21 @@ class Tier:
         """
         self._expire(now)
         size = self.entry_units
-        first = end = start // size
-        while (end + 1) * size <= len(keys) and keys[(end + 1) * size - 1] in self._entries:
-            end += 1
-        for key in reversed(keys[size - 1 : end * size : size]):
+        found = self.count_units(keys, start)
+        for key in reversed(keys[size - 1 : (start + found) // size * size : size]):
             if key in self._entries:
                 self._policy.touch(key, now)
-        found = end * size - start if end > first else 0
         self.hits += found
         self.misses += max(0, len(keys) - start - found)
         return found
+
+    def count_units(self, keys: Sequence[int], start: int) -> int:
+        """What `lookup` gives, but nothing counts as used or asked for."""
+        size = self.entry_units
+        first = end = start // size
+        while (end + 1) * size <= len(keys) and keys[(end + 1) * size - 1] in self._entries:
+            end += 1
+        return end * size - start if end > first else 0
 
     def insert(self, keys: Sequence[int], num_units: int, token_bytes: int, now: int) -> int:
         """Write the whole entries among the first `num_units` units of a prompt that aren't here; the stored bytes.

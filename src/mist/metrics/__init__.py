@@ -14,6 +14,7 @@ import numpy as np
 from mist.metrics.clients import ClientInfo, activity, ratio, summarise_clients
 from mist.metrics.distribution import PERCENTILES, Distribution, FloatColumn, distribution, weighted_distribution
 from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
+from mist.metrics.memories import MemoryInfo, summarise_memories
 from mist.metrics.offered import offered_load
 from mist.metrics.saturation import judge, unjudged
 from mist.metrics.slo import Targets, percentiles_of, summarise_slo
@@ -25,7 +26,7 @@ from mist.metrics.words import counted
 from mist.records import FINISHED, STATUSES, UNFINISHED, IntColumn, Records
 from mist.units import NS_PER_S
 
-__all__ = ["SCHEMA_VERSION", "SLO_METRICS", "ClientInfo", "Targets", "summarise"]
+__all__ = ["SCHEMA_VERSION", "SLO_METRICS", "ClientInfo", "MemoryInfo", "Targets", "summarise"]
 
 SCHEMA_VERSION = 1
 SLO_METRICS = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
@@ -38,6 +39,7 @@ def summarise(
     window: tuple[int | None, int | None] = (None, None),
     open_loop: bool = True,
     slo: Targets | None = None,
+    memories: Sequence[MemoryInfo] = (),
     provenance: Mapping[str, Any] | None = None,
     oracle_output_tokens: IntColumn | None = None,
 ) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def summarise(
         "duration_s": (span.last_ns - span.first_ns) / NS_PER_S,
         "window": {name: getattr(span, f"{name[:-2]}_ns") / NS_PER_S for name in ("start_s", "end_s", "span_s")},
         "clients": summarise_clients(clients, sums, span),
+        "memories": summarise_memories(memories, transfers),
         "stages": summarise_stages(
             stage_times(finished, tasks, len(records.stage_kinds), transfers), records.stage_kinds
         ),

@@ -22,10 +22,11 @@ from mist.metrics.window import Window
 from mist.metrics.words import counted
 from mist.perf import ORIGINS, HostModel, PerfModel
 from mist.records import Records
-from mist.request import DECODE
+from mist.request import DECODE, PREFILL
 from mist.scenario.bands import expected_error
 from mist.scenario.fleet import Fleet, build_fleet, network_of
 from mist.scenario.links import shared
+from mist.scenario.memories import add_memories, memory_infos, nothing_to_find
 from mist.scenario.remarks import remarks
 from mist.scenario.result import Result
 from mist.scenario.seeds import random_of, seed_of
@@ -49,11 +50,13 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
     kernel, records = Kernel(), Records(stage_kinds=list(scenario.stages))
     window = _window_ns(scenario, workload)
     fleet = build_fleet(scenario, workload, kernel, records)
+    network = network_of(scenario, fleet, kernel, records)
+    add_memories(scenario, fleet, workload, network, records)
     coordinator = Coordinator(
         kernel=kernel,
         records=records,
         clients=fleet.clients,
-        network=network_of(scenario, fleet, kernel, records),
+        network=network,
         pipeline=scenario.pipeline.build(),
         routers={stage: spec.build() for stage, spec in scenario.routing.items()},
         workload=workload,
@@ -68,13 +71,18 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         window=window,
         open_loop=_is_open_loop(scenario),
         slo={metric: targets for metric, targets in scenario.slo.model_dump().items() if targets},
+        memories=memory_infos(fleet),
         provenance=_provenance(records, fleet.models),
         oracle_output_tokens=workload.output_tokens if DECODE in scenario.stages else None,
     )
     whole = Window.of(records)
     metrics |= shared(coordinator.network, whole.first_ns, whole.last_ns)
     metrics["notes"] += [*cut, *_rejections(records), *workload.notes, *_verified(scenario, fleet, records)]
-    metrics["notes"] += [*fleet.remarks, *remarks(scenario, fleet.priced_by, saturated=metrics["saturated"])]
+    metrics["notes"] += [
+        *nothing_to_find(scenario, workload),
+        *fleet.remarks,
+        *remarks(scenario, fleet.priced_by, saturated=metrics["saturated"]),
+    ]
     metrics["expected_error"] = {
         name: expected_error(pool, fleet.priced_by[name], saturated=metrics["saturated"])
         for name, pool in scenario.pools.items()
@@ -107,7 +115,12 @@ def build_workload(scenario: Scenario) -> RequestTable:
         table.cached_tokens = workload.cached_tokens.build().sample(len(table), random_of(scenario.seed, "cached"))
     if table.cached_tokens is not None:
         table.cached_tokens = np.minimum(table.cached_tokens, table.input_tokens - 1)
-        finds_nothing = [name for name, pool in scenario.pools.items() if not pool.kv_cache.enable_prefix_caching]
+        elsewhere = [*scenario.store_users, *(name for name, pool in scenario.pools.items() if pool.kv_cache.tiers)]
+        finds_nothing = [
+            name
+            for name, pool in scenario.pools.items()
+            if PREFILL in pool.serves and not pool.kv_cache.enable_prefix_caching and name not in elsewhere
+        ]
         note = "{}: prefix caching is off, so the workload's cached_tokens are computed here."
         table.notes += tuple(note.format(name) for name in finds_nothing)
     return rate_scale(table, workload.rate_scale) if workload.rate_scale != 1 else table
@@ -180,7 +193,7 @@ def _play(
             "--check says which"
         )
     told = _cut_note(scenario, coordinator)
-    if coordinator.in_system:
+    if coordinator.in_system or coordinator.network.in_flight:
         coordinator.cut(until)
     if ledger is not None:
         ledger.close(until if told else kernel.now)

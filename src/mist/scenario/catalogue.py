@@ -53,6 +53,11 @@ def names(kind: str) -> list[str]:
     return [entry.name for entry in _catalogue(kind)]
 
 
+def aliases(kind: str) -> frozenset[str]:
+    """The names and aliases of a catalogue's entries, in lower case."""
+    return frozenset(_index(kind))
+
+
 def read(kind: str, given: str | Mapping[str, Any], folder: Path) -> tuple[Any, str | dict[str, Any]]:
     """What `given` means: its value, and the form in which it can be written anywhere (a catalogue name or a mapping).
 

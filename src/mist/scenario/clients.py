@@ -30,6 +30,7 @@ from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.catalogued import Catalogued, left_out
 from mist.scenario.encoders import cut_sequences, default_batching, engine_of
+from mist.scenario.memory import TierSettings
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems
 from mist.scenario.pricing import runs_without_model
 from mist.scenario.speculation_settings import SpeculationSettings
@@ -84,7 +85,7 @@ def _dtype(value: Any) -> Any:
 Dtype = Annotated[str, BeforeValidator(_dtype), WithJsonSchema({"enum": ["auto", *sorted(DTYPE_BYTES)]})]
 
 
-class KVSettings(Section):
+class KVSettings(TierSettings):
     """The KV cache of each replica; what is left out is the engine's."""
 
     num_blocks: Count | None = None
@@ -106,6 +107,9 @@ class KVSettings(Section):
     def _one_size(self) -> KVSettings:
         if self.num_blocks is not None and self.capacity_tokens is not None:
             raise problem("num_blocks and capacity_tokens are both given", "keep one of them", ("capacity_tokens",))
+        if self.prefix_tier == "cpu" and self.tiers:
+            message = "prefix_tier is short for a tier of the host, and tiers are given"
+            raise problem(message, "keep one of them", ("prefix_tier",))
         return self
 
     def completed(self, engine: EngineProfile) -> KVSettings:
@@ -185,6 +189,11 @@ class Pool(Section):
     def lanes(self) -> int:
         """Schedulers of one replica: one for each pipeline stage of each attention group."""
         return self.pp * self.attn_dp
+
+    @property
+    def kv_layout(self) -> tuple[Any, ...]:
+        """What KV caches must have in common to be exchanged: whose they are, and in which dtype."""
+        return self.model.name, self.model.layers, self.kv_dtype
 
     def kv_capacity(self) -> KVCapacity:
         """The KV cache that fits into a device's memory, by the engine's rule; overrides aside."""

@@ -6,10 +6,13 @@ nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
 
+from mist.batching import BatchingPolicy
+from mist.batching.continuous import Continuous
 from mist.client import Client
 from mist.errors import ScenarioError
 from mist.fabric import Fabric, PlainLinks
@@ -20,14 +23,18 @@ from mist.lanes import share_stages
 from mist.memory.kv_cache import KVCache
 from mist.metrics import ClientInfo
 from mist.network import Network
+from mist.offload import Memory
 from mist.perf import Demand, Deployment, HostModel, PerfModel
 from mist.perf.drafted import Drafted
+from mist.perf.lookup import Lookup
 from mist.records import Records
 from mist.request import Step
 from mist.scenario.clients import Pool
-from mist.scenario.hosts import NO_ENGINE, HostPool
+from mist.scenario.hosts import ANY_TOKENS, DEFAULT_BATCH, NO_ENGINE, HostPool
+from mist.scenario.network import numbered
 from mist.scenario.pricing import host_beside, price
 from mist.scenario.seeds import random_of
+from mist.scenario.stores import StorePool
 from mist.scenario.value import Scenario
 from mist.sharing import Sharing
 from mist.speculation import Speculation
@@ -42,7 +49,8 @@ _UNLIMITED = 2**60
 class Fleet:
     """The clients of a run, with what summaries need to know of each, its performance model, and remarks on these.
 
-    `priced_by`: the name of the performance model of each pool.
+    `priced_by`: the name of the performance model of each pool; `memories`: what is outside the devices, by the
+    scenario's names.
     """
 
     clients: list[Client] = field(default_factory=list)
@@ -50,13 +58,16 @@ class Fleet:
     models: list[PerfModel | HostModel] = field(default_factory=list)
     priced_by: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    memories: list[tuple[str, Memory]] = field(default_factory=list)
 
 
 def build_fleet(scenario: Scenario, workload: RequestTable, kernel: Kernel, records: Records) -> Fleet:
     """A client for every attention group of every lane of every replica of every pool."""
     fleet = Fleet()
     for name, pool in scenario.clients.items():
-        if isinstance(pool, HostPool):
+        if isinstance(pool, StorePool):
+            _add_stores(fleet, name, pool, kernel, records)
+        elif isinstance(pool, HostPool):
             _add_hosts(fleet, name, pool, kernel, records)
         else:
             _add_replicas(fleet, scenario, name, pool, workload.hash_block_size, kernel, records)
@@ -84,7 +95,6 @@ def _add_replicas(
             records=records,
             speculation=_speculation(scenario, pool),
             kv_bytes_per_token=token_bytes,
-            prefixes_on_host=pool.kv_cache.prefix_tier == "cpu",
         )
         limit_seqs = client.batching.max_num_seqs
         info = ClientInfo(name, pool_name, num_blocks, pool.kv_cache.block_size, limit_seqs)
@@ -99,20 +109,41 @@ def _add_replicas(
 
 def _add_hosts(fleet: Fleet, pool_name: str, pool: HostPool, kernel: Kernel, records: Records) -> None:
     perf, fleet.priced_by[pool_name] = pool.prepared(), pool.perf.name
-    for i in range(pool.count):
-        client = Client(
-            len(fleet.clients),
-            f"{pool_name}-{i}" if pool.count > 1 else pool_name,
-            serves=tuple(pool.serves),
-            batching=pool.batching.build(),
-            perf=perf,
-            kv=KVCache(_UNLIMITED, 1),
-            engine=NO_ENGINE,
-            max_model_len=_UNLIMITED,
-            kernel=kernel,
-            records=records,
-        )
-        _add(fleet, client, ClientInfo(client.name, pool_name, 0, 0, client.batching.max_num_seqs), records)
+    for name in numbered(pool_name, pool.count):
+        batching = pool.batching.build()
+        _add_without_engine(fleet, pool_name, name, pool.serves, batching, perf, kernel, records)
+
+
+def _add_stores(fleet: Fleet, pool_name: str, pool: StorePool, kernel: Kernel, records: Records) -> None:
+    fleet.priced_by[pool_name] = "lookup"
+    for name in numbered(pool_name, pool.count):
+        batching = Continuous(max_num_seqs=DEFAULT_BATCH, max_num_batched_tokens=ANY_TOKENS)
+        _add_without_engine(fleet, pool_name, name, pool.serves, batching, Lookup(pool.lookup_ns), kernel, records)
+
+
+def _add_without_engine(
+    fleet: Fleet,
+    pool_name: str,
+    name: str,
+    serves: Sequence[str],
+    batching: BatchingPolicy,
+    perf: HostModel,
+    kernel: Kernel,
+    records: Records,
+) -> None:
+    client = Client(
+        len(fleet.clients),
+        name,
+        serves=tuple(serves),
+        batching=batching,
+        perf=perf,
+        kv=KVCache(_UNLIMITED, 1),
+        engine=NO_ENGINE,
+        max_model_len=_UNLIMITED,
+        kernel=kernel,
+        records=records,
+    )
+    _add(fleet, client, ClientInfo(client.name, pool_name, 0, 0, client.batching.max_num_seqs), records)
 
 
 def _add(fleet: Fleet, client: Client, info: ClientInfo, records: Records) -> None:

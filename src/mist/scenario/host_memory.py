@@ -12,10 +12,12 @@ from mist.errors import Problem
 from mist.scenario.clients import Pool
 from mist.scenario.hosts import HostPool
 from mist.scenario.named import Located
+from mist.scenario.pools import AnyClient
+from mist.scenario.stores import StorePool
 from mist.topology import Node, Place
 from mist.units import GIB
 
-Pools = Mapping[str, Pool | HostPool]
+Pools = Mapping[str, AnyClient]
 
 
 def overfull(nodes: Sequence[Node], places: Mapping[str, Sequence[Place]], pools: Pools) -> Iterator[Located]:
@@ -38,12 +40,14 @@ def overfull(nodes: Sequence[Node], places: Mapping[str, Sequence[Place]], pools
         yield ("network", "placement", clients[-1][0]), Problem(f"{told} {total / GIB:,.1f}: {each}", hint=hint)
 
 
-def kept_bytes(pool: Pool | HostPool) -> int:
+def kept_bytes(pool: AnyClient) -> int:
     """What one client keeps in its host's memory all the time.
 
     Of a model its weights, the activations of its largest step, the engine's overhead and all of the KV cache; an
-    encoder has none.
+    encoder has none. What a KV store keeps is in its memory, which has a capacity of its own.
     """
+    if isinstance(pool, StorePool):
+        return 0
     if isinstance(pool, HostPool):
         return pool.prepared().memory_bytes()
     fits = pool.kv_capacity()

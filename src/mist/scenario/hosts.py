@@ -7,18 +7,16 @@ validated `HostPool` is complete. It never looks at other sections.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
-from pydantic_core import CoreSchema, core_schema
+from pydantic import Field, model_validator
 
-from mist import registry
 from mist.engine import EngineProfile
 from mist.errors import Problem
 from mist.hardware import Device
 from mist.perf import HostDeployment, HostModel
 from mist.scenario.catalogued import Catalogued, left_out
-from mist.scenario.clients import Count, Pool, Stages
+from mist.scenario.clients import Count, Stages
 from mist.scenario.named import Located, Section, Spec, SpecOf, problems
 from mist.scenario.pricing import host_models, runs_without_model
 from mist.units import GIB
@@ -90,32 +88,3 @@ class HostPool(Section):
             if model.kinds is not None and stage not in model.kinds:
                 message = f"{self.perf.name} doesn't serve the stage {stage!r}"
                 yield ("serves", index), Problem(message, hint=f"it serves {', '.join(model.kinds)}")
-
-
-class _ByContent:
-    """Marks the union of pools: without a model, and with a performance model that needs none, it is a `HostPool`."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        choices = {tag: handler.generate_schema(kind) for tag, kind in _KINDS.items()}
-        return core_schema.tagged_union_schema(choices, _kind_of)
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return handler(core_schema.union_schema(list(schema["choices"].values())))
-
-
-#: parts of a location that stand for no key begin with [
-_KINDS: dict[str, type[Section]] = {"[model]": Pool, "[host]": HostPool}
-
-
-def _kind_of(value: Any) -> str:
-    if isinstance(value, HostPool):
-        return "[host]"
-    if not isinstance(value, dict) or "model" in value:
-        return "[model]"
-    perf = value.get("perf")
-    name = next(iter(perf), "") if isinstance(perf, dict) else perf
-    known = isinstance(name, str) and name in registry.names("perf")
-    return "[host]" if known and runs_without_model(str(name)) else "[model]"
-
-
-AnyPool = Annotated[Pool | HostPool, _ByContent()]

@@ -18,7 +18,7 @@ from mist.memory.tier import BACK, THROUGH, MemoryTier
 from mist.scenario.catalogued import Catalogued
 from mist.scenario.named import Located, Section, Spec, SpecOf, problem
 from mist.scenario.quantities import Bandwidth, Latency, Size
-from mist.units import parse_bytes, parse_bytes_per_s, parse_time_ns
+from mist.units import GB, GIB, parse_bytes, parse_bytes_per_s, parse_time_ns
 
 Count = Annotated[int, Field(ge=1, le=2**40)]
 
@@ -67,6 +67,15 @@ class Memory(Section):
             message = f"hit_rate says what is found, so {key} is of no use"
             yield (key,), Problem(message, hint=f"remove hit_rate or {key}")
 
+    def describe(self, name: str) -> str:
+        """In words: `1.0 TiB at 307.2 GB/s, lru, one per node`."""
+        tier = self.tier(name)
+        each = f"one for {tier.shared_by} clients" if tier.shared_by > 1 else "one per client"
+        finds = self.eviction.name if self.hit_rate is None else f"hit rate {self.hit_rate:g}"
+        packed = f", {self.compression:g} times compressed" if self.compression > 1 else ""
+        size, rate = tier.capacity_bytes / GIB, tier.bytes_per_s / GB
+        return f"{size:,.4g} GiB at {rate:,.4g} GB/s{packed}, {finds}, {f'one per {self.per}' if self.per else each}"
+
     def tier(self, name: str) -> MemoryTier:
         """The memory called `name`, with all that the user says of it."""
         base = self.memory or MemoryTier(name, 0, inf)
@@ -102,7 +111,7 @@ class TierSettings(Section):
 
     @model_validator(mode="after")
     def _has_tiers(self) -> TierSettings:
-        unused = sorted({"fetch", "layerwise"} & self.model_fields_set)
+        unused = [key for key in ("fetch", "layerwise") if getattr(self, key) != type(self).model_fields[key].default]
         if unused and not self.tiers:
             raise problem(f"{unused[0]} is for tiers, and there are none", "such as tiers: [host]", (unused[0],))
         return self

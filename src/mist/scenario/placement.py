@@ -14,9 +14,9 @@ from mist.hardware import Device
 from mist.metrics.words import counted
 from mist.scenario.clients import Pool
 from mist.scenario.host_memory import overfull
-from mist.scenario.hosts import HostPool
 from mist.scenario.named import Located
 from mist.scenario.network import Network, NodeGroup, numbered
+from mist.scenario.pools import AnyClient
 from mist.topology import Node, Place, Topology
 from mist.units import GB
 
@@ -84,7 +84,7 @@ class _Unplaced(Exception):
     """A replica that fits nowhere: what and why."""
 
 
-def place(network: Network, pools: Mapping[str, Pool | HostPool]) -> Placement | list[Located]:
+def place(network: Network, pools: Mapping[str, AnyClient]) -> Placement | list[Located]:
     """The clients on the nodes of `network`, or what keeps them from it, located below the scenario.
 
     What the user placed comes first. A client takes the first node that has room for all of its devices, or fills as
@@ -121,7 +121,7 @@ class _Packing:
         for group, each in (network.nodes or {}).items():
             self.nodes += [_Slots(group, each.devices, each.host, name) for name in numbered(group, each.count)]
 
-    def replicas(self, name: str, pool: Pool | HostPool, given: Sequence[str] | None) -> Iterator[list[_Slots]]:
+    def replicas(self, name: str, pool: AnyClient, given: Sequence[str] | None) -> Iterator[list[_Slots]]:
         """The nodes of each replica, taken; `given` are the names of nodes or groups that the user chose."""
         choices = [[node for node in self.nodes if each in (node.name, node.group)] for each in given or ()]
         together = [node for nodes in choices for node in nodes]
@@ -133,12 +133,13 @@ class _Packing:
                 candidates = together
             else:
                 candidates = choices[index * len(choices) // pool.count]
-            if pool.device.num_cores:
-                yield [self._on_host(replica, name, pool.device, candidates, given is not None)]
+            device = _device(pool)
+            if device.num_cores:
+                yield [self._on_host(replica, name, device, candidates, given is not None)]
             else:
-                yield self._on_devices(replica, pool.device, _num_devices(pool), candidates)
+                yield self._on_devices(replica, device, _num_devices(pool), candidates)
 
-    def placement(self, taken: Mapping[str, list[list[_Slots]]], pools: Mapping[str, Pool | HostPool]) -> Placement:
+    def placement(self, taken: Mapping[str, list[list[_Slots]]], pools: Mapping[str, AnyClient]) -> Placement:
         """What the packing came to, as values."""
         groups: dict[str, list[_Slots]] = {}
         for slots in self.nodes:
@@ -158,7 +159,7 @@ class _Packing:
         names = {pool: [slots.name for replica in taken[pool] for slots in replica] for pool in pools}
         places = {
             pool: tuple(
-                Place(replica, tuple(index[s.name] for s in nodes), each.device, _num_devices(each))
+                Place(replica, tuple(index[s.name] for s in nodes), _device(each), _num_devices(each))
                 for replica, nodes in zip(numbered(pool, each.count), taken[pool], strict=True)
             )
             for pool, each in pools.items()
@@ -203,7 +204,12 @@ class _Packing:
         return whole
 
 
-def _num_devices(pool: Pool | HostPool) -> int:
+def _device(pool: AnyClient) -> Device:
+    assert pool.device is not None
+    return pool.device
+
+
+def _num_devices(pool: AnyClient) -> int:
     """Accelerators of a replica, or sockets."""
     return pool.platform.num_devices if isinstance(pool, Pool) else 1
 

@@ -34,6 +34,7 @@ def render(name: str, summary: Summary) -> RenderableType:
         _headline(name, summary),
         _latencies(summary),
         _clients(summary),
+        *([_memories(summary)] if summary["memories"] else []),
         _stages(summary),
         *([busiest] if (busiest := _busiest(summary)) else []),
         *([_objectives(summary)] if summary["slo"] else []),
@@ -99,6 +100,19 @@ def _clients(summary: Summary) -> RenderableType:
         label = f"{replicas} x {name}" if replicas > 1 else name
         table.add_row(label, *cells, f"{pool['preemptions']:,}")
     return table
+
+
+def _memories(summary: Summary) -> RenderableType:
+    table = Fitted("Memories", ["hits", "misses", "hit rate", "held", "fetched", "written", "evicted"])
+    for name, memory in summary["memories"].items():
+        label = f"{memory['instances']} x {name}" if memory["instances"] > 1 else name
+        sizes = [_gb(memory[f"{what}_bytes"]) for what in ("held", "fetched", "written", "evicted")]
+        table.add_row(label, f"{memory['hits']:,}", f"{memory['misses']:,}", _percent(memory["hit_rate"]), *sizes)
+    return table
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / GB:,.4g} GB" if num_bytes else _NOTHING
 
 
 def _stages(summary: Summary) -> RenderableType:

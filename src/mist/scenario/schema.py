@@ -27,9 +27,10 @@ from mist.errors import Problem, ScenarioError
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.clients import Count, Name, PerfList
-from mist.scenario.hosts import AnyPool
+from mist.scenario.memory import Memory
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
 from mist.scenario.network import Network
+from mist.scenario.pools import AnyPool
 from mist.scenario.pricing import PREFERRED
 from mist.scenario.quantities import MAX_SECONDS
 from mist.workload.trace import find_trace
@@ -79,6 +80,12 @@ def _client_name(value: str) -> str:
     return value
 
 
+def _memory_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", value):
+        raise problem(f"{short(value)} can't name a memory", "use letters, digits, - and _")
+    return value
+
+
 def _size_name(value: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
         raise problem(f"{short(value)} can't name a size", "use small letters, digits and _, such as query_tokens")
@@ -117,6 +124,7 @@ Window = Annotated[
         }
     ),
 ]
+MemoryName = Annotated[str, AfterValidator(_memory_name)]
 ClientName = Annotated[str, AfterValidator(_client_name)]
 SizeName = Annotated[str, AfterValidator(_size_name)]
 Percentile = Annotated[str, AfterValidator(_percentile)]
@@ -263,6 +271,8 @@ class ScenarioFile(Section):
     """the stages of a request: a list of stages, or a pipeline by name"""
     clients: Annotated[dict[ClientName, AnyPool], Field(min_length=1)]
     """who serves the stages, by name"""
+    memories: dict[MemoryName, Memory] = {}  # noqa: RUF012
+    """memories outside the devices, by name, for `tiers` of clients and for KV stores"""
     routing: Routings = Field(default="least_outstanding", validate_default=True)
     """which replica takes a task: a policy for all stages, or {stage: policy}"""
     network: Network = Network()

@@ -16,16 +16,20 @@ import yaml
 from pydantic import ValidationError
 
 from mist.errors import Problem, ScenarioError, nearest
+from mist.memory.tier import BACK
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.clients import Pool
 from mist.scenario.hosts import HostPool
+from mist.scenario.memory import Memory, misfits
 from mist.scenario.named import Located, Section, Spec
 from mist.scenario.network import Network
 from mist.scenario.nodes import is_text
 from mist.scenario.placement import Placement, place
+from mist.scenario.pools import AnyClient
 from mist.scenario.schema import ScenarioFile, Slo, Workload
 from mist.scenario.source import KeyPath, Source, key_path, override, read_file, read_mapping
+from mist.scenario.stores import StorePool
 from mist.workload.trace import find_trace
 
 if TYPE_CHECKING:
@@ -47,7 +51,8 @@ class Scenario:
     workload: Workload
     pipeline: Spec
     stages: tuple[str, ...]
-    clients: Mapping[str, Pool | HostPool]
+    clients: Mapping[str, AnyClient]
+    memories: Mapping[str, Memory]
     routing: Mapping[str, Spec]
     network: Network
     placement: Placement | None
@@ -81,6 +86,20 @@ class Scenario:
     def hosts(self) -> dict[str, HostPool]:
         """Those that don't."""
         return {name: pool for name, pool in self.clients.items() if isinstance(pool, HostPool)}
+
+    @property
+    def stores(self) -> dict[str, StorePool]:
+        """Those that are KV stores."""
+        return {name: pool for name, pool in self.clients.items() if isinstance(pool, StorePool)}
+
+    @property
+    def store_users(self) -> dict[str, Pool]:
+        """Those that fetch from KV stores and write to them: all that compute prompts, where there is a store."""
+        return {name: pool for name, pool in self.pools.items() if PREFILL in pool.serves} if self.stores else {}
+
+    def memory_of(self, store: StorePool) -> Memory:
+        """What a KV store keeps KV caches in."""
+        return self.memories.get(store.memory) or Memory.model_validate({"memory": store.memory})
 
     @property
     def folder(self) -> Path:
@@ -119,6 +138,7 @@ class Scenario:
                 "workload": self._resolved_workload(),
                 "pipeline": self.pipeline.plain(),
                 "clients": {name: self._resolved_client(name) for name in self.clients},
+                "memories": {name: self._resolved_memory(name) for name in self.memories} or None,
                 "routing": {stage: spec.plain() for stage, spec in self.routing.items()},
                 "network": self._resolved_network() or None,
                 "slo": {metric: targets for metric, targets in self.slo.model_dump().items() if targets},
@@ -160,7 +180,7 @@ class Scenario:
             "routing": {stage: named.get(stage, every) for stage in stages},
             "window_s": _window(file),
         }
-        placed = place(file.network, fields["clients"]) if file.network.has_nodes else None
+        placed = self._place(file.network, fields["clients"]) if file.network.has_nodes else None
         fields["placement"] = placed if isinstance(placed, Placement) else None
         if isinstance(placed, Placement):
             fields["network"] = placed.network
@@ -170,6 +190,16 @@ class Scenario:
         found = [_placed(source, loc, p.message, p.hint) for loc, p in [*self._conflicts(file), *misplaced]]
         if found:
             raise ScenarioError(found)
+
+    @staticmethod
+    def _place(network: Network, clients: Mapping[str, AnyClient]) -> Placement | list[Located]:
+        hint = "give it the CPU whose host it is on, such as device: epyc-9554"
+        nowhere: list[Located] = [
+            (("clients", name), Problem("a KV store in a network with nodes is on one of them", hint=hint))
+            for name, client in clients.items()
+            if client.device is None
+        ]
+        return nowhere or place(network, clients)
 
     def _conflicts(self, file: ScenarioFile) -> Iterator[Located]:
         """What doesn't go together between sections."""
@@ -188,6 +218,9 @@ class Scenario:
             yield from self._unknown_stages(name, serves)
         for name, client in self.pools.items():
             yield from self._client_conflicts(name, client)
+            for at, found in misfits(client.kv_cache.tiers, self.memories):
+                yield ("clients", name, "kv_cache", "tiers", *at), found
+        yield from self._memory_conflicts()
         if self.window_s is not None and self.warmup_s > self.window_s[0]:
             message = f"the warm-up of {self.warmup_s:g} s ends after the window begins"
             yield ("window_s",), Problem(message, hint="let the window begin later, or leave warmup_s out")
@@ -205,6 +238,28 @@ class Scenario:
             yield ("clients", name, "model"), Problem(message, hint="take a decoder, or pipeline: [prefill]")
         if client.hands_over(self.stages):
             yield from self._hand_over_conflicts(name, client)
+
+    def _memory_conflicts(self) -> Iterator[Located]:
+        """Memories that nobody has a place for, and KV stores of what can't be exchanged."""
+        for name, memory in self.memories.items():
+            if memory.per in ("node", "rack") and not self.network.has_nodes:
+                message = f"per: {memory.per}, and the network has no {memory.per}s"
+                hint = "give network a preset or nodes, or take per: client, per: cluster or shared_by: N"
+                yield ("memories", name, "per"), Problem(message, hint=hint)
+        for name, store in self.stores.items():
+            if store.memory not in self.memories and store.memory.lower() not in catalogue.aliases("memories"):
+                known = [*self.memories, *catalogue.names("memories")]
+                message = f"there is no memory {store.memory!r}"
+                yield ("clients", name, "memory"), Problem(message, hint=nearest(store.memory, known))
+            elif self.memory_of(store).write == BACK:
+                message = f"{store.memory} is written back, and a KV store is told what was computed"
+                yield ("clients", name, "memory"), Problem(message, hint="let it be write: through")
+        layouts: dict[tuple[Any, ...], str] = {}
+        for name, pool in self.store_users.items():
+            if layouts.setdefault(pool.kv_layout, name) != next(iter(layouts.values())):
+                first = next(iter(layouts.values()))
+                message = f"a KV store is of one model and kv_dtype, and {name} has others than {first}"
+                yield ("clients", name, "model"), Problem(message, hint="give both the same, or use tiers")
 
     def _hand_over_conflicts(self, name: str, client: Pool) -> Iterator[Located]:
         """What keeps the KV caches of this client from being decoded elsewhere."""
@@ -228,13 +283,21 @@ class Scenario:
     def _resolved_network(self) -> dict[str, Any]:
         """With the nodes that there are and who is on them; a host's device is written as the user did."""
         plain: dict[str, Any] = _plain(self.network)
-        pools = {each.device.name: name for name, each in self.clients.items()}
+        pools = {each.device.name: name for name, each in self.clients.items() if each.device}
         for group, node in plain.get("nodes", {}).items():
             if host := node.get("host"):
                 path: KeyPath = ("network", "nodes", group, "host")
                 made = self.source.data().get("network", {}).get("nodes") is None
                 path = ("clients", pools[host.name], "device") if made else path
                 node["host"] = catalogue.read("devices", self.source.at(path), self.folder)[1]
+        return plain
+
+    def _resolved_memory(self, name: str) -> dict[str, Any]:
+        plain: dict[str, Any] = _plain(self.memories[name])
+        if "memory" in plain:
+            plain["memory"] = catalogue.read("memories", self.source.at(("memories", name, "memory")), self.folder)[1]
+        if "hit_rate" in plain:  # which nothing that is written goes with
+            plain = {key: value for key, value in plain.items() if key not in ("eviction", "write")}
         return plain
 
     def _resolved_client(self, name: str) -> dict[str, Any]:
@@ -313,8 +376,8 @@ def _placed(source: Source, loc: KeyPath, message: str, hint: str, *, key: bool 
     return placed if where in ("", option) else replace(placed, message=f"{where}: {message}")
 
 
-def _with_perf(client: Pool | HostPool, perf: list[Spec]) -> Pool | HostPool:
-    return client if client.perf else client.model_copy(update={"perf": perf})
+def _with_perf(client: AnyClient, perf: list[Spec]) -> AnyClient:
+    return client if isinstance(client, StorePool) or client.perf else client.model_copy(update={"perf": perf})
 
 
 def _window(file: ScenarioFile) -> tuple[float, float] | None:

@@ -21,8 +21,11 @@ from mist.engine import EngineProfile
 from mist.fabric import PlainLinks
 from mist.kernel import FOREVER, Kernel
 from mist.ledger import Ledger
+from mist.memory.hierarchy import Hierarchy
 from mist.memory.kv_cache import KVCache
-from mist.network import Network, Paths
+from mist.memory.tier import MemoryTier, Tier
+from mist.network import HOST, Network, Paths
+from mist.offload import Memory, Offload
 from mist.perf import Deployment, OperatorTime, PerfModel
 from mist.pipeline import PipelineFactory
 from mist.pipeline.stages import StageList
@@ -151,12 +154,13 @@ def play(
     host: KVLink | None = None,
     paths: Paths | None = None,
     prepare: Callable[[Kernel, list[Client]], None] | None = None,
+    connect: Callable[[Network, list[Client]], None] | None = None,
     speculation: Speculation | None = None,
 ) -> Run:
     """Run `workload` to the end (or `until_ns`) on equal clients and check every law on the way.
 
-    `serves`: stage kinds per client. `nic`, `host`: each one's links, unless `paths` are given. `prepare` is called
-    with the built parts before the first event.
+    `serves`: stage kinds per client. `nic`, `host`: each one's links, unless `paths` are given; with `host` stated hits
+    are in the host's memory. `connect` may give clients memories; `prepare` is called before the first event.
     Raises InvariantError where a law breaks.
     """
     pipeline = pipeline or StageList()
@@ -182,13 +186,16 @@ def play(
             records=records,
             speculation=speculation,
             kv_bytes_per_token=(nic or host or KVLink()).bytes_per_token,
-            prefixes_on_host=host is not None,
         )
         for i in range(num_clients)
     ]
     records.client_names = [c.name for c in clients]
     links = PlainLinks([(nic or KVLink()).link] * num_clients, [(host or KVLink()).link] * num_clients)
     network = Network(paths or links, Sharing(kernel), records)
+    for client in clients if host is not None else ():
+        client.offload = _on_host(client, network)
+    if connect is not None:
+        connect(network, clients)
     coordinator = Coordinator(
         kernel=kernel,
         records=records,
@@ -210,6 +217,15 @@ def play(
     if watch is not None:
         watch.close(end)
     return Run(records, clients, coordinator, kernel, end)
+
+
+def _on_host(client: Client, network: Network) -> Offload | None:
+    """Stated hits are fetched from the host's memory, which has them all."""
+    if not client.residents.kv.prefix_caching:
+        return None
+    memory = Memory(HOST, Tier(MemoryTier("host memory", 1 << 62, inf, hit_rate=1.0)))
+    hierarchy = Hierarchy([memory.tier], token_bytes=client.kv_bytes_per_token, rng_of=np.random.default_rng)
+    return Offload(client, network, hierarchy, [memory], always=True)
 
 
 # --- small scenarios ---

@@ -1,0 +1,274 @@
+"""KV caches outside device memory at work: prefixes are fetched before a client computes, and written once it has.
+
+Between a client's front end, which waits for what is fetched, and the network that carries it. It chooses whether to
+fetch, never what a memory holds or who goes, and nothing waits for what it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from math import ceil, inf
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mist.memory.hierarchy import Found, Hierarchy, exposed_ns
+from mist.memory.tier import Tier
+from mist.network import Network
+from mist.records import KV_WRITE, PREFIX_FETCH
+from mist.request import Request, Task
+from mist.sharing import duration_ns
+from mist.units import NS_PER_S
+
+if TYPE_CHECKING:
+    from mist.client import Client
+
+
+@dataclass(slots=True, eq=False)
+class Memory:
+    """One instance of a memory in a run: `index` is its number in transfers (`Records.memory_names`), below 0.
+
+    `always`: what a KV store finds is fetched whatever that is estimated to take.
+    """
+
+    index: int
+    tier: Tier
+    always: bool = False
+    #: stored bytes that a memory above gave up to it, sent already
+    sent_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    """What `task` waits for before it may be computed: stretches under way or being decoded, and whom to tell."""
+
+    task: Task
+    first_token: int
+    num_tokens: int
+    num_open: int
+    deliver: Callable[[Task, int], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Stretch:
+    """A piece of a fetch: tokens of KV cache from one memory; `later_bytes` follow while the task is computed."""
+
+    fetch: _Fetch
+    memory: Memory
+    decode_ns: int
+    later_bytes: int
+
+
+class KVStore:
+    """The memory of a client that is a KV store: it says how much of a prompt's front it has.
+
+    By content, or where the workload states hits by draws of the request's own generator: `hit_rate` of the memory, and
+    every time without one.
+    """
+
+    def __init__(self, memory: Memory, unit_tokens: int, rng_of: Callable[[int], np.random.Generator]) -> None:
+        self.memory = memory
+        self._unit_tokens = unit_tokens
+        self._rng_of = rng_of
+
+    def find(self, task: Task, now: int) -> int:
+        """Tokens at the front of the prompt that are here, of those that the task asks for; its request knows where."""
+        request, tier = task.request, self.memory.tier
+        request.store = self.memory.index
+        wanted = task.stage.input_tokens
+        if _is_stated(request, tier):
+            rate = tier.spec.hit_rate
+            found = min(wanted, request.hit_tokens)
+            if rate is not None and self._rng_of(request.index).random() >= rate:
+                found = 0
+            tier.hits += found > 0
+            tier.misses += found == 0
+            return found
+        if not self._unit_tokens:
+            return 0
+        keys = request.block_keys[: min(wanted, request.input_tokens) // self._unit_tokens]
+        return tier.lookup(keys, 0, now) * self._unit_tokens
+
+
+class Offload:
+    """The memories that one client reaches: its own tiers, nearest first, and the KV stores of the run by index.
+
+    `always`: fetch what the tiers have; else where the prefill is estimated to end sooner. `num_layers` above 1: a task
+    may be computed once so much is there that the other layers arrive while the layers before them are computed.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        network: Network,
+        hierarchy: Hierarchy,
+        memories: Sequence[Memory],
+        *,
+        stores: Mapping[int, Memory] | None = None,
+        always: bool = False,
+        num_layers: int = 1,
+    ) -> None:
+        self.hierarchy = hierarchy
+        #: tasks whose prefix is under way or being decoded
+        self.fetching: dict[Task, _Fetch] = {}
+        self._client = client
+        self._network = network
+        self._memories = tuple(memories)
+        self._stores = stores or {}
+        self._of_tier = {memory.tier: memory for memory in (*memories, *self._stores.values())}
+        self._always = always
+        self._num_layers = num_layers
+        self._evicted: list[int] = []
+        kv = client.residents.kv
+        kv.holds_stated_hits = False
+        if hierarchy.takes_evicted:
+            kv.on_evict = self._evicted.append
+
+    @property
+    def memories(self) -> list[Memory]:
+        """All that it may fetch from and write to."""
+        return list(self._of_tier.values())
+
+    # --- fetching ---
+
+    def fetch(self, task: Task, deliver: Callable[[Task, int], None], now: int) -> bool:
+        """Fetch what is worth it of the front of `task`'s prompt; False if nothing is, else `deliver` comes at its end.
+
+        What the device has itself isn't fetched; a task counts what came as found where the device still has that.
+        """
+        device = self._client.residents.kv.match(task).num_tokens
+        found = self._found(task, device, now)
+        if not found:
+            return False
+        num_tokens = sum(tokens for _, tokens in found)
+        fetch = self.fetching[task] = _Fetch(task, device, num_tokens, len(found), deliver)
+        if self._client.watcher is not None:
+            self._client.watcher.fetches(self._client, task, device, found, now)
+        share = self._exposed(task, device, found)
+        for tier, tokens in found:
+            self._send(fetch, self._of_tier[tier], tokens * self.hierarchy.token_bytes, share, now)
+        return True
+
+    def _found(self, task: Task, num_device_tokens: int, now: int) -> list[Found]:
+        """The stretches to fetch behind what the device has, in order."""
+        found = self.hierarchy.find(task, num_device_tokens, now)
+        tokens = num_device_tokens + sum(found_tokens for _, found_tokens in found)
+        store = self._stores.get(task.request.store)
+        always = self._always
+        if store is not None:
+            in_store = min(self._in_store(task, store), task.target_tokens - 1)
+            always = store.always and (always or not found)
+            if in_store > tokens:
+                found.append(Found(store.tier, in_store - tokens))
+        if always or not found:
+            return found
+
+        def recompute_ns(num_fetched: int) -> int:
+            return self._client.prefill_ns(num_device_tokens + num_fetched, task.target_tokens)
+
+        return self.hierarchy.worth_fetching(found, recompute_ns, self._fetch_ns, self._num_layers)
+
+    def _in_store(self, task: Task, store: Memory) -> int:
+        """Tokens that the store found of the prompt and still has."""
+        found = task.stage.found_tokens
+        if _is_stated(task.request, store.tier):
+            return found
+        unit = self.hierarchy.unit_tokens
+        return min(found, store.tier.count_units(self.hierarchy.keys(task, found), 0) * unit) if unit else 0
+
+    def _fetch_ns(self, tier: Tier, num_bytes: int) -> tuple[int, int]:
+        """Latency, and an estimate of the rest of a fetch of `num_bytes` of KV cache beside those under way."""
+        path = self._network.path(self._of_tier[tier].index, self._client.index)
+        rate = min((channel.capacity_per_s / (channel.num_flows + 1) for channel in path.channels), default=inf)
+        wire = duration_ns(tier.spec.stored_bytes(num_bytes), rate) if rate < inf else 0
+        return path.latency_ns, wire + _decode_ns(tier, num_bytes)
+
+    def _exposed(self, task: Task, num_device_tokens: int, found: Sequence[Found]) -> Fraction:
+        """The share of the fetch that the task waits for: all, or what can't arrive while layers are computed."""
+        if self._num_layers == 1:
+            return Fraction(1)
+        token_bytes = self.hierarchy.token_bytes
+        transfer = sum(self._fetch_ns(tier, tokens * token_bytes)[1] for tier, tokens in found)
+        first = num_device_tokens + sum(tokens for _, tokens in found)
+        compute = self._client.prefill_ns(first, task.target_tokens)
+        return Fraction(exposed_ns(transfer, compute, self._num_layers), transfer) if transfer else Fraction(1)
+
+    def _send(self, fetch: _Fetch, memory: Memory, num_bytes: int, share: Fraction, now: int) -> None:
+        stored = memory.tier.spec.stored_bytes(num_bytes)
+        first = min(stored, ceil(stored * share))
+        stretch = _Stretch(fetch, memory, ceil(_decode_ns(memory.tier, num_bytes) * share), stored - first)
+        request = fetch.task.request.index
+        self._network.send(request, PREFIX_FETCH, memory.index, self._client.index, first, self._came, stretch, now)
+
+    def _came(self, stretch: _Stretch, now: int) -> None:
+        if stretch.later_bytes:
+            request = stretch.fetch.task.request.index
+            self._network.send(request, PREFIX_FETCH, stretch.memory.index, self._client.index, stretch.later_bytes,
+                               _nobody_waits, None, now)  # fmt: skip
+        if stretch.decode_ns:
+            self._client.kernel.at(now + stretch.decode_ns, self._is_there, stretch.fetch)
+        else:
+            self._is_there(stretch.fetch, now)
+
+    def _is_there(self, fetch: _Fetch, now: int) -> None:
+        fetch.num_open -= 1
+        if not fetch.num_open:
+            task = fetch.task
+            del self.fetching[task]
+            task.found_from = fetch.first_token
+            task.found_tokens = fetch.first_token + fetch.num_tokens
+            fetch.deliver(task, now)
+
+    # --- writing ---
+
+    def computed(self, task: Task, now: int) -> None:
+        """The prompt of `task` is computed: tiers that are written through get it, and the store that it asked."""
+        request = task.request
+        for tier, num_bytes in self.hierarchy.write_through(task, task.target_tokens, now):
+            self._write(request.index, self._of_tier[tier], num_bytes, now)
+        store = self._stores.get(request.store)
+        if store is not None and not _is_stated(request, store.tier):
+            keys = self.hierarchy.keys(task, task.target_tokens)
+            num_bytes = store.tier.insert(keys, len(keys), self.hierarchy.token_bytes, now)
+            self._write(request.index, store, num_bytes, now)
+        self._spill(request.index, now)
+
+    def write_back(self, request: Request, now: int) -> None:
+        """Send what the device evicted, if anything, to make room for `request`."""
+        if not self._evicted:
+            return
+        nearest = self._memories[0]
+        num_bytes = sum(self.hierarchy.write_back(key, now) for key in self._evicted)
+        self._evicted.clear()
+        nearest.sent_bytes += num_bytes
+        self._write(request.index, nearest, num_bytes, now)
+        self._spill(request.index, now)
+
+    def _spill(self, request: int, now: int) -> None:
+        """Send what tiers gave up to those below them."""
+        for above, below in pairwise(self._memories):
+            num_bytes = below.tier.written_back_bytes - below.sent_bytes
+            if num_bytes:
+                below.sent_bytes += num_bytes
+                self._network.send(request, KV_WRITE, above.index, below.index, num_bytes, _nobody_waits, None, now)
+
+    def _write(self, request: int, memory: Memory, num_bytes: int, now: int) -> None:
+        if num_bytes:
+            self._network.send(request, KV_WRITE, self._client.index, memory.index, num_bytes, _nobody_waits, None, now)
+
+
+def _is_stated(request: Request, store: Tier) -> bool:
+    """Whether what a KV store has of the request's prompt is the workload's word, not its content."""
+    return store.spec.hit_rate is not None or request.hit_tokens > 0
+
+
+def _decode_ns(tier: Tier, num_bytes: int) -> int:
+    """What it takes to decode `num_bytes` of KV cache."""
+    return round(num_bytes / tier.spec.decode_bytes_per_s * NS_PER_S)
+
+
+def _nobody_waits(_: Any, now: int) -> None:
+    """What goes on in the background ends."""
