@@ -74,6 +74,11 @@ def test_fewer_cores_take_longer() -> None:
         ({"perf": {"ivf_pq": INDEX | {"n_probe": 0}}}, "clients.index.perf.ivf_pq.n_probe", ""),
         ({"batching": "continous"}, "clients.index.batching", "continuous"),
         ({"tp": 2}, "clients.index.tp", ""),
+        (
+            {"serves": ["retrieve", "prefill"]},
+            "clients.index.serves.1: prefill runs a model, and there is none",
+            "share",
+        ),
     ],
 )
 def test_what_is_refused_is_told_at_its_place(index: dict[str, Any], message: str, hint: str) -> None:

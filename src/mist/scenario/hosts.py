@@ -15,6 +15,8 @@ from mist.engine import EngineProfile
 from mist.errors import Problem
 from mist.hardware import Device
 from mist.perf import HostDeployment, HostModel
+from mist.pipeline.parts import EMBED, RERANK
+from mist.request import DECODE, PREFILL
 from mist.scenario.catalogued import Catalogued, left_out
 from mist.scenario.clients import Count, Stages
 from mist.scenario.named import Located, Section, Spec, SpecOf, problems
@@ -24,6 +26,8 @@ from mist.units import GIB
 #: of clients that run no engine: no host time beside what their models say
 NO_ENGINE = EngineProfile("none")
 DEFAULT_BATCH = 64
+#: stages that are a model's, whoever names them
+OF_A_MODEL = (PREFILL, DECODE, EMBED, RERANK)
 #: of stages whose input isn't in tokens
 ANY_TOKENS = 2**40
 
@@ -85,6 +89,9 @@ class HostPool(Section):
         if reason := model.supports(self.deployment()):
             yield ("perf", self.perf.name), Problem(reason, hint="change its parameters, or take another device")
         for index, stage in enumerate(self.serves):
+            if stage in OF_A_MODEL:
+                hint = "let a client with a model serve it; placed on one node, the two share the host"
+                yield ("serves", index), Problem(f"{stage} runs a model, and there is none", hint=hint)
             if model.kinds is not None and stage not in model.kinds:
                 message = f"{self.perf.name} doesn't serve the stage {stage!r}"
                 yield ("serves", index), Problem(message, hint=f"it serves {', '.join(model.kinds)}")
