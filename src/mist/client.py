@@ -253,10 +253,7 @@ class Client:
     def _fill_chunks(self, chunks: list[tuple[Task, int]], now: int) -> None:
         step = self.step
         step.chunks = [(num_tokens, task.computed_tokens) for task, num_tokens in chunks]
-        if any(task.stage.num_sequences > 1 for task, _ in chunks):
-            step.chunks = [part for task, num_tokens in chunks for part in task.sequences(num_tokens)]
-        if not self.runs_model:
-            step.kinds = [task.stage.kind for task, num_tokens in chunks for _ in task.sequences(num_tokens)]
+        has_several = False
         for task, num_tokens in chunks:
             if task.admission < 0:
                 story = f"request {task.request.index}"
@@ -264,8 +261,15 @@ class Client:
             step.num_prefill_tokens += num_tokens
             if task.started_ns < 0:
                 task.started_ns = now
+            num_sequences = task.stage.num_sequences
+            if num_sequences > 1:
+                has_several = True
             if task.computed_tokens + num_tokens == task.target_tokens:
-                step.num_sampled += task.stage.num_sequences
+                step.num_sampled += num_sequences
+        if has_several:
+            step.chunks = [part for task, num_tokens in chunks for part in task.sequences(num_tokens)]
+        if not self.runs_model:
+            step.kinds = [task.stage.kind for task, num_tokens in chunks for _ in task.sequences(num_tokens)]
 
     def _ends_a_task(self) -> bool:
         cohort = self.residents.cohort
