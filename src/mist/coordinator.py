@@ -17,7 +17,7 @@ from mist.kernel import Kernel
 from mist.network import Network
 from mist.pipeline import PipelineFactory
 from mist.records import FINISHED, HAND_OFF, KV_TRANSFER, REJECTED, UNFINISHED, Records
-from mist.request import DECODE, All, Branch, ClientView, Join, Pipeline, Request, Stage, StageResult, Task
+from mist.request import DECODE, Branch, ClientView, FirstOf, Fork, Join, Pipeline, Request, Stage, StageResult, Task
 from mist.routing import RoutingPolicy
 from mist.workload import RequestTable
 
@@ -54,6 +54,8 @@ class Coordinator:
         self.num_left = 0
         #: tasks that are placed and not over
         self.num_tasks = 0
+        #: tasks that nobody waits for, until their clients have let them go
+        self.num_cancelled = 0
         self._num_posted = 0
         self._reasons: dict[str, int] = {}
         self._serving = {kind: [c for c in clients if kind in c.serves] for kind in pipeline.kinds}
@@ -110,6 +112,9 @@ class Coordinator:
         """`task` ended on `client`; the decode that is to go on with its KV cache, or None."""
         request, stage, branch = task.request, task.stage, task.branch
         assert branch is not None
+        if branch.is_cancelled:
+            self.dropped(task, now)
+            return None
         if stage.visible:
             request.output_tokens += result.output_tokens
         if stage.gates:
@@ -121,28 +126,31 @@ class Coordinator:
     def advance(self, branch: Branch, result: StageResult | None, here: Client | None, now: int) -> Task | None:
         """Ask for the next stage and place it; a decode is returned, to go on where its prefill left the KV cache."""
         request, pipeline = branch.request, branch.pipeline
+        branch.task = branch.fork = None
         if request.rejected_for:
             self._leave_rejected(request, now)
             return None
         branch.last = result
         try:
             stage = next(pipeline) if result is None else pipeline.send(result)
-            while not isinstance(stage, All) and not stage.has_work:
+            while isinstance(stage, Stage) and not stage.has_work:
                 branch.last = StageResult(now, now)
                 stage = pipeline.send(branch.last)  # no work is no stage
         except StopIteration as end:
             self._ended(branch, end.value or branch.last or StageResult(now, now), here, now)
             return None
-        if isinstance(stage, All):
+        if not isinstance(stage, Stage):
             self._fork(branch, stage, here, now)
             return None
         task = Task(request, stage, request.num_stages, stage.input_tokens, now, branch)
+        branch.task = task
         request.num_stages += 1
         request.num_tasks += 1
         self.num_tasks += 1
         if stage.kind == DECODE and not stage.input_tokens:
             if here is None:
                 raise InvariantError(f"request {request.index}: a decode must follow a stage that leaves a KV cache")
+            branch.client = here.index
             return task
         self._place(task, here, now)
         return None
@@ -150,6 +158,8 @@ class Coordinator:
     def _place(self, task: Task, here: Client | None, now: int) -> None:
         """Give `task` to a client; what the stage before, on `here`, hands on to it is sent there first."""
         there, stage, network = self._choose(task, now), task.stage, self.network
+        assert task.branch is not None
+        task.branch.client = there.index
         if here is None or here is there or not network.carries_all or not stage.input_bytes:
             there.front_end.accept(task, now)
         elif there.front_end.expect(task, now):
@@ -167,33 +177,69 @@ class Coordinator:
             story = f"request {branch.request.index}"
             raise InvariantError(f"{story}: a decode must directly follow the stage that leaves its KV cache")
 
-    def _fork(self, branch: Branch, fork: All, here: Client | None, now: int) -> None:
-        join = Join(branch, [None] * len(fork.branches), len(fork.branches))
-        if not fork.branches:
+    def _fork(self, branch: Branch, fork: Fork, here: Client | None, now: int) -> None:
+        """Start the branches of `fork`; one that is over at once, or rejected, may end it before all have begun."""
+        num_branches = len(fork.branches)
+        num_needed = min(fork.k, num_branches) if isinstance(fork, FirstOf) else num_branches
+        join = Join(branch, num_needed, isinstance(fork, FirstOf) and fork.cancel_rest)
+        if not num_needed:
             self._start(branch, StageResult(now, now), here, now)
-        for place, part in enumerate(fork.branches):
-            if branch.request.rejected_for:
+            return
+        branch.fork = join
+        pipelines = [_only(part) if isinstance(part, Stage) else part for part in fork.branches]
+        join.branches = [Branch(branch.request, each, now, join, place) for place, each in enumerate(pipelines)]
+        for each in join.branches:
+            if branch.request.rejected_for or each.is_cancelled:
                 return
-            pipeline = _only(part) if isinstance(part, Stage) else part
-            self._start(Branch(branch.request, pipeline, now, join, place), None, here, now)
+            self._start(each, None, here, now)
 
     def _ended(self, branch: Branch, result: StageResult, here: Client | None, now: int) -> None:
-        """A pipeline is over: its request leaves, or what waits for all branches has one less to wait for."""
-        join = branch.joins
+        """A pipeline is over: its request may leave, or what waits for branches has one less to wait for."""
+        branch.is_over = True
+        join, request = branch.joins, branch.request
         if join is None:
-            self._leave(branch.request, FINISHED, now)
+            request.is_answered = True
+        else:
+            join.results[branch.place] = result
+            join.num_needed -= 1
+            if not join.num_needed:
+                self._join(join, here, now)
+        if request.is_answered and not request.num_tasks and request.index in self.in_system:
+            self._leave(request, FINISHED, now)
+
+    def _join(self, join: Join, here: Client | None, now: int) -> None:
+        """Enough branches have ended: their results, in the order of the branches, go to the pipeline that forked."""
+        if join.cancels_rest:
+            for each in join.branches:
+                self._cancel(each, now)
+        parts = tuple(result for _, result in sorted(join.results.items()))
+        start, end = min(part.start_ns for part in parts), max(part.end_ns for part in parts)
+        tokens = sum(part.output_tokens for part in parts)
+        self._start(join.branch, StageResult(start, end, tokens, parts=parts), here, now)
+
+    def _cancel(self, branch: Branch, now: int) -> None:
+        """Give up what `branch` still waits for, and all that it has forked into."""
+        if branch.is_over or branch.is_cancelled:
             return
-        join.results[branch.place] = result
-        join.num_open -= 1
-        if not join.num_open:
-            parts = tuple(part for part in join.results if part is not None)
-            start, end = min(part.start_ns for part in parts), max(part.end_ns for part in parts)
-            tokens = sum(part.output_tokens for part in parts)
-            self._start(join.branch, StageResult(start, end, tokens, parts=parts), here, now)
+        branch.is_cancelled = True
+        if branch.fork is not None:
+            for each in branch.fork.branches:
+                self._cancel(each, now)
+        if (task := branch.task) is not None:
+            branch.request.num_tasks -= 1
+            self.num_tasks -= 1
+            self.num_cancelled += 1
+            self.clients[branch.client].cancel(task, now)
+
+    def dropped(self, task: Task, now: int) -> None:
+        """A cancelled task has left its client."""
+        self.num_cancelled -= 1
 
     def hand_over(self, task: Task, following: Task, client: Client, now: int) -> bool:
         """The KV cache of `task` goes from `client` to one that decodes on; False: it can't, and the request left."""
         there = self._choose(following, now)
+        assert following.branch is not None
+        following.branch.client = there.index
         if not there.front_end.expect(following, now):
             return False
         transfer = (task, client, following, there)

@@ -69,12 +69,29 @@ class All:
     branches: Sequence[Stage | Pipeline]
 
 
-Pipeline = Generator[Stage | All, StageResult, Any]
+@dataclass(slots=True)
+class FirstOf:
+    """Branches that run side by side until `k` of them have ended; the pipeline goes on with the results of these.
+
+    With `cancel_rest` what the others still wait for or compute is given up, and they free what they hold; without,
+    they run to their ends, and nobody waits for them but the request's own end.
+    """
+
+    k: int
+    branches: Sequence[Stage | Pipeline]
+    cancel_rest: bool = True
+
+
+Fork = All | FirstOf
+Pipeline = Generator[Stage | All | FirstOf, StageResult, Any]
 
 
 @dataclass(slots=True, eq=False)
 class Branch:
-    """A pipeline as far as a request has followed it; `joins` is the branch point that waits for it, if any."""
+    """A pipeline as far as a request has followed it; `joins` is the branch point that waits for it, if any.
+
+    It is at `task` on `client` (its index), or waits for the branches of `fork`.
+    """
 
     request: Request
     pipeline: Pipeline
@@ -82,15 +99,22 @@ class Branch:
     joins: Join | None = None
     place: int = 0
     last: StageResult | None = None
+    task: Task | None = None
+    client: int = -1
+    fork: Join | None = None
+    is_over: bool = False
+    is_cancelled: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class Join:
-    """An `All` whose branches aren't all over; `branch` goes on with their results."""
+    """Branches that run side by side; `branch` goes on with the results once `num_needed` more have ended."""
 
     branch: Branch
-    results: list[StageResult | None]
-    num_open: int
+    num_needed: int
+    cancels_rest: bool = False
+    branches: list[Branch] = field(default_factory=list)
+    results: dict[int, StageResult] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
