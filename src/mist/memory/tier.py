@@ -180,6 +180,8 @@ class Tier:
 
     def _put(self, keys: Sequence[int], num_bytes: int, now: int) -> int:
         self._expire(now)
+        if not keys:
+            return 0
         stored = self.spec.stored_bytes(num_bytes)
         keys = keys[: self.spec.capacity_bytes // stored]
         missing = sum(key not in self._entries for key in keys)
