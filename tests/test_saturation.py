@@ -200,8 +200,8 @@ def test_a_link_that_cannot_carry_the_load_is_saturation():
     arrivals, _ = poisson(3, 1000, 4.0)
     slow = summarise(hand_over_records(arrivals, 1.3), clients=HAND_OVER)
     assert slow["saturated"]
-    assert slow["saturation_reason"].startswith("the queue of network.kv_transfer from prefill grew from about ")
-    assert slow["backlog"]["pool"] == "network.kv_transfer from prefill"
+    assert slow["saturation_reason"].startswith("the queue of transfers from prefill grew from about ")
+    assert slow["backlog"]["pool"] == "transfers from prefill"
     piled_up = float(slow["saturation_reason"].split("%")[0].rsplit(maxsplit=1)[-1]) / 100
     assert piled_up == pytest.approx(1 - 1 / (4 * 1.3), abs=0.05)
     fast = summarise(hand_over_records(arrivals, 0.15), clients=HAND_OVER)

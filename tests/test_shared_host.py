@@ -83,6 +83,36 @@ def test_work_is_conserved_and_takes_longer_together() -> None:
     assert "a.cores" in str(together)
 
 
+def fetching(node: str) -> Result:
+    """Prompts whose prefixes are fetched from the memory of the GPUs' host; a search reads that of `node`."""
+    flat = {"num_vectors": 1_500_000, "dim": 768, "parallel_over": "vectors"}
+    return load(
+        {
+            "seed": 3,
+            "workload": {"arrivals": {"poisson": {"rate_per_s": 30}}, "num_requests": 300, "input_tokens": 4000,
+                         "output_tokens": 8, "cached_tokens": 3980},
+            "pipeline": {"question_answering": {"before": ["retrieve"]}},
+            "clients": {
+                "gpu": {"device": "h100-sxm", "count": 2, "tp": 4, "model": "llama-3.1-70b", "perf": "roofline",
+                        "kv_cache": {"prefix_tier": "cpu", "enable_prefix_caching": True}},
+                "index": {"device": "epyc-9554", "serves": ["retrieve"], "perf": {"flat_search": flat}},
+            },
+            "network": {"preset": "h100-nvl8", "placement": {"index": node},
+                        "nodes": {"gpu": {"devices": 8, "host": "epyc-9554"}, "other": {"host": "epyc-9554"}}},
+        }
+    ).run(check=True)  # fmt: skip
+
+
+def test_a_search_and_the_fetches_of_kv_caches_from_its_memory_slow_each_other() -> None:
+    together, apart = fetching("gpu"), fetching("other")
+    assert mean_s(together, "retrieve") > 1.02 * mean_s(apart, "retrieve")
+    fetched = [run.metrics["prefix_fetch"]["time_s"]["mean"] for run in (together, apart)]
+    assert fetched[0] > 1.01 * fetched[1]
+    carried = [sum(link["carried_bytes"] for link in run.metrics["links"] if link["name"].endswith(".dram"))
+               for run in (together, apart)]  # fmt: skip
+    assert carried[0] == pytest.approx(carried[1], rel=0.05), "but for batches of several searches"
+
+
 # --- memory ---
 
 SMALL = {"device": "azure-d8lds-v5", "model": "llama-3.2-1b", "serves": ["prefill"], "perf": "roofline"}

@@ -39,7 +39,7 @@ MIN_CROWDING = 0.05
 
 
 #: how the link of a pool that sends KV caches is called before the pool's name
-LINK = "network.kv_transfer from "
+LINK = "transfers from "
 
 #: how a queue grew, and its mean in the first and last tenth of the arrival period and its peak
 Queue = tuple["Growth", tuple[float, float, int]]

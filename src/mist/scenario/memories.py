@@ -164,7 +164,7 @@ class _Builder:
         groups = _groups(section, list(self._replicas(users)))
         found: dict[int, _Instance] = {}
         spec = section.tier(name)
-        for label, replicas in zip(numbered(name, len(groups)), groups, strict=True):
+        for label, replicas in zip(numbered(name, len(groups)), groups, strict=False):
             nodes = {node for replica in replicas for node in replica.nodes}
             is_outside = section.per in ("rack", "cluster") or len(nodes) > max(len(r.nodes) for r in replicas)
             made = self._instance(name, label, spec, ("memories", name), is_outside=is_outside)
