@@ -21,7 +21,7 @@ from mist.memory.kv_cache import KVCache
 from mist.network import Network
 from mist.offload import KVStore, Offload
 from mist.perf import Demand, HostModel, PerfModel
-from mist.records import CUT, DONE, PREEMPTED, Records
+from mist.records import CUT, DONE, DROPPED, PREEMPTED, Records
 from mist.request import DECODE, PREFILL, Batch, ClientView, StageResult, Step, Task, Wait
 from mist.residents import Residents
 from mist.speculation import Speculation, SpeculativeCohort
@@ -42,6 +42,10 @@ class Next(Protocol):
         ...
 
     def rejected(self, task: Task, client: Client, reason: str, now: int) -> None: ...
+
+    def dropped(self, task: Task, now: int) -> None:
+        """A task that was cancelled has left its client."""
+        ...
 
 
 class Watcher(Protocol):
@@ -116,6 +120,8 @@ class Client:
         self.idle = True
         self.step = Step(tokens_per_decode=1 + self.num_drafts)
         self._chunks: list[tuple[Task, int]] = []
+        #: cancelled while the step in flight computes for them
+        self._cancelled: list[Task] = []
         self._step_row = (0, 0)
         self._append_step = records.steps.append
         self._append_task = records.tasks.append
@@ -244,11 +250,13 @@ class Client:
                 for task in finished:
                     self._decode_done(task, now)
         if self._chunks:
-            chunks, self._chunks = self._chunks, []
             residents.chunks_done()
-            for task, num_tokens in chunks:
+            for task, num_tokens in self._chunks:
                 if residents.computed(task, num_tokens):
                     self._target_reached(task, now)
+            self._chunks = []
+        if self._cancelled:
+            self._let_go(now)
 
     def _fill_chunks(self, chunks: list[tuple[Task, int]], now: int) -> None:
         step = self.step
@@ -367,6 +375,40 @@ class Client:
         self.view.num_outstanding -= 1
         result = StageResult(task.started_ns, now, task.generated_tokens)
         self.coordinator.stage_done(task, result, self, now)
+
+    # --- tasks that nobody waits for any more ---
+
+    def cancel(self, task: Task, now: int) -> None:
+        """Let `task` go: at once, or as the step in flight ends if that computes for it."""
+        if task not in self.front_end.incoming and self._is_in_flight(task):
+            self._cancelled.append(task)
+        else:
+            self._drop(task, now)
+
+    def _drop(self, task: Task, now: int) -> None:
+        if task in self.front_end.incoming:
+            self.front_end.forget(task)
+        else:
+            self._record_segment(task, now, DROPPED)
+            self.residents.drop(task)
+            if self.idle and self.residents.num_waiting:
+                self.waker.wake(self)  # there is room now
+        self.view.num_outstanding -= 1
+        self.coordinator.dropped(task, now)
+
+    def _is_in_flight(self, task: Task) -> bool:
+        if self.idle or task.admission < 0:
+            return False
+        if task.admission in self.residents.prefilling_tasks:
+            return any(task is each for each, _ in self._chunks)
+        return self.step.num_decodes > 0
+
+    def _let_go(self, now: int) -> None:
+        """The step that computed for cancelled tasks is over; some have ended with it."""
+        cancelled, self._cancelled = self._cancelled, []
+        for task in cancelled:
+            if self.residents.running.get(task.admission) is task:
+                self._drop(task, now)
 
     def _preempted(self, task: Task) -> None:
         """`task` is about to lose its place and its blocks: close its segment and open the next."""

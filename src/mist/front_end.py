@@ -48,6 +48,8 @@ class FrontEnd:
 
     def receive(self, task: Task, now: int) -> None:
         """An expected task is here: it passes the front end, then its prefix is fetched, then it waits."""
+        if task not in self.incoming:
+            return
         engine = self._client.engine
         self._free_ns = begin = max(now, self._free_ns)
         self._free_ns += engine.request_serial_ns
@@ -59,6 +61,13 @@ class FrontEnd:
         else:
             self._fetch(task, now)
 
+    def forget(self, task: Task) -> None:
+        """`task` was cancelled on its way: what brings it arrives for nobody."""
+        del self.incoming[task]
+        self.incoming_tokens -= task.remaining_tokens
+        if task in self.unseen:
+            self.unseen.remove(task)
+
     def see(self) -> None:
         """The next batch may hold what arrived before this one was decided."""
         for task in self.unseen:
@@ -66,11 +75,15 @@ class FrontEnd:
         self.unseen.clear()
 
     def _fetch(self, task: Task, now: int) -> None:
+        if task not in self.incoming:
+            return
         offload = self._client.offload
         if offload is None or not task.remaining_tokens or not offload.fetch(task, self._enqueue, now):
             self._enqueue(task, now)
 
     def _enqueue(self, task: Task, now: int) -> None:
+        if task not in self.incoming:
+            return
         client = self._client
         if client.engine.async_scheduling and not client.idle:
             self.unseen.append(task)

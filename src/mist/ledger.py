@@ -58,13 +58,13 @@ class Ledger:
             return
         self.check_requests(now)
         placed = sum(client.view.num_outstanding for client in self.clients)
-        self._equal("tasks in exactly one place", placed, self.coordinator.num_tasks)
+        self._equal("tasks in exactly one place", placed, self.coordinator.num_tasks + self.coordinator.num_cancelled)
         for memory in self._memories:
             self._check_memory(memory, recount=not self._num_instants % LONG_QUEUE)
         in_system = self.coordinator.in_system.values()
         if len(in_system) > LONG_QUEUE and self._num_instants % LONG_QUEUE:  # a multiple of SPARSE
             return
-        self._equal("tasks of requests", sum(request.num_tasks for request in in_system), placed)
+        self._equal("tasks of requests", sum(request.num_tasks for request in in_system), self.coordinator.num_tasks)
         self._true(all(request.num_tasks for request in in_system), "a request in the system has no task")
 
     def check_requests(self, now: int) -> None:
@@ -275,10 +275,14 @@ class Ledger:
 
     def _under_way(self) -> tuple[list[int], list[int]]:
         """Transfers that tasks wait for on their way to each client, and KV caches on their way from each."""
-        to, leaving = [len(c.offload.fetching) if c.offload else 0 for c in self.clients], [0] * len(self.clients)
+        to, leaving = [0] * len(self.clients), [0] * len(self.clients)
+        for client in self.clients:
+            fetching = client.offload.fetching if client.offload else ()
+            to[client.index] = sum(task in client.front_end.incoming for task in fetching)
         for transfer in self.coordinator.network.in_flight:
             if transfer.receiver >= 0 and transfer.kind != PREFIX_FETCH:
-                to[transfer.receiver] += 1
+                expected = self.clients[transfer.receiver].front_end.incoming
+                to[transfer.receiver] += any(part in expected for part in transfer.argument)
             if transfer.kind == KV_TRANSFER:
                 leaving[transfer.sender] += 1
         return to, leaving

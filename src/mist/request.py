@@ -148,6 +148,8 @@ class Request:
     store: int = 0
     #: why it can't be served; it leaves when its other tasks are over
     rejected_for: str = ""
+    #: its pipeline is over; it leaves when its other tasks are
+    is_answered: bool = False
 
 
 @dataclass(slots=True, eq=False)

@@ -208,6 +208,23 @@ class Residents:
         """`task` stops running and releases its blocks, for `reserved_tokens`, of which it has filled `num_tokens`."""
         self._release(task, num_tokens, reserved_tokens, resumes=False)
 
+    def drop(self, task: Task) -> None:
+        """`task` is wanted no more: it leaves wherever it is and releases its blocks. It is in no step in flight."""
+        if task.admission < 0:
+            if task in self.handed_over:
+                self.handed_over.remove(task)
+            else:
+                self.waiting.remove(task)
+                self.pending_tokens -= task.remaining_tokens
+        elif task.admission in self.prefilling_tasks:
+            del self.prefilling_tasks[task.admission]
+            self.pending_tokens -= task.remaining_tokens
+            self._release(task, task.computed_tokens, task.computed_tokens, resumes=False)
+        else:
+            context, reserved = self.cohort.context(task), self.cohort.reserved_tokens(task, self._grown)
+            self.cohort.leave(task)
+            self._release(task, context, reserved, resumes=False)
+
     def hold(self, task: Task) -> None:
         """`task` is done and stops running; its blocks stay until `sent`."""
         self.sending[task.admission] = self.running.pop(task.admission)

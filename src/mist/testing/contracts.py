@@ -20,7 +20,7 @@ from mist.model import LayerGroup, ModelSpec
 from mist.perf import BOUNDS, ORIGINS, Deployment, PerfModel
 from mist.pipeline import PipelineFactory
 from mist.records import FINISHED, REJECTED, UNFINISHED, Records
-from mist.request import DECODE, All, Batch, ClientView, Pipeline, Request, Stage, StageResult, Step, Task, Wait
+from mist.request import DECODE, Batch, ClientView, Fork, Pipeline, Request, Stage, StageResult, Step, Task, Wait
 from mist.routing import RoutingPolicy
 from mist.testing.cluster import Run, SmallScenario, random_scenario, record_bytes
 from mist.units import GB, GIB
@@ -186,7 +186,7 @@ class PipelineContract:
             return end.value or last
         raise AssertionError(f"a pipeline isn't over after {self.max_num_stages} stages")
 
-    def _answer(self, stage: Stage | All, stages: list[Stage]) -> StageResult:
+    def _answer(self, stage: Stage | Fork, stages: list[Stage]) -> StageResult:
         if isinstance(stage, Stage):
             stages.append(stage)
             now = 1000 * len(stages)
