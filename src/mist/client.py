@@ -33,12 +33,12 @@ class Next(Protocol):
     @property
     def network(self) -> Network: ...
 
-    def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Task | None:
-        """`task` is done; the decode that continues with its KV cache, here or elsewhere, or None."""
+    def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Sequence[Task]:
+        """`task` is done; the decodes that continue with its KV cache, here or elsewhere, if any."""
         ...
 
-    def hand_over(self, task: Task, following: Task, client: Client, now: int) -> bool:
-        """`following` decodes on from `task` on another client; False where none can, and the request has left."""
+    def hand_over(self, task: Task, followings: Sequence[Task], client: Client, now: int) -> bool:
+        """`followings` decode on from `task` on another client; False where none can, and the request has left."""
         ...
 
     def rejected(self, task: Task, client: Client, reason: str, now: int) -> None: ...
@@ -187,6 +187,8 @@ class Client:
             if isinstance(batch, Wait):
                 return self.begin_step(now)
         if type(batch) is not Batch:
+            if residents.prefixes and not residents.running and residents.surrender():
+                return self.begin_step(now)
             self._go_idle(batch, now)
             return False
         num_decodes = cohort.count if batch.decode else 0
@@ -310,29 +312,50 @@ class Client:
             self._join(task, now)
             return
         result = StageResult(task.started_ns, now, found_tokens=self.store.find(task, now) if self.store else 0)
-        following = self.coordinator.stage_done(task, result, self, now)
-        if following is not None and DECODE in self.serves:
+        followings = self.coordinator.stage_done(task, result, self, now)
+        if followings and DECODE in self.serves:
             self._record_segment(task, now, DONE)
-            self.residents.follow(task, following)
-            following.started_ns = now
-            self._join(following, now)
+            self._decode_on(task, followings, now)
             return
         self.view.num_outstanding -= 1
-        is_last = following is not None and following.stage.oracle_output_tokens == 1
-        if following is not None and (is_last or self.engine.first_token == PREFILL):
-            task.joined_ns = now
-            _emit(following, now)
+        for following in followings:
+            if following.stage.oracle_output_tokens == 1 or self.engine.first_token == PREFILL:
+                task.joined_ns = now
+                _emit(following, now)
         self._record_segment(task, now, DONE)
-        if following is None or not self._hand_over(task, following, now):
+        if not followings or not self._hand_over(task, followings, now):
             self.residents.leave(task, task.computed_tokens, task.computed_tokens)
 
-    def _hand_over(self, task: Task, following: Task, now: int) -> bool:
-        """A decode whose first token was sampled here: whether `task`'s blocks must stay for a client to go on with."""
-        following.target_tokens = following.computed_tokens = following.inherited_tokens = task.computed_tokens
-        if following.stage.oracle_output_tokens == 1:
-            self.coordinator.stage_done(following, StageResult(now, now, 1), self, now)
-            return False
-        if not self.coordinator.hand_over(task, following, self, now):
+    def _decode_on(self, task: Task, followings: Sequence[Task], now: int) -> None:
+        """Decodes take over the context of `task`: the first its place, others theirs while there is room for them."""
+        residents = self.residents
+        self.view.num_outstanding += len(followings) - 1
+        waiting: list[Task] = []
+        if len(followings) == 1:
+            residents.follow(task, followings[0])
+        else:
+            waiting = residents.fork(task, followings, self.batching.max_num_seqs)
+        for following in followings:
+            assert following.branch is not None
+            following.branch.client = self.index
+            following.started_ns = now
+        for following in waiting:
+            following.started_ns = -1
+            residents.enqueue(following)
+        for following in followings:
+            if following.admission >= 0 and not following.branch.is_cancelled:  # type: ignore[union-attr]
+                self._join(following, now)
+
+    def _hand_over(self, task: Task, followings: Sequence[Task], now: int) -> bool:
+        """Decodes whose first token was sampled here: whether `task`'s blocks must stay for a client to go on with."""
+        going = []
+        for following in followings:
+            following.target_tokens = following.computed_tokens = following.inherited_tokens = task.computed_tokens
+            if following.stage.oracle_output_tokens == 1:
+                self.coordinator.stage_done(following, StageResult(now, now, 1), self, now)
+            else:
+                going.append(following)
+        if not going or not self.coordinator.hand_over(task, going, self, now):
             return False
         self.residents.hold(task)
         return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from mist.network import Network
 from mist.pipeline import PipelineFactory
 from mist.records import FINISHED, HAND_OFF, KV_TRANSFER, REJECTED, UNFINISHED, Records
 from mist.request import DECODE, Branch, ClientView, FirstOf, Fork, Join, Pipeline, Request, Stage, StageResult, Task
+from mist.residents import share_prefix
 from mist.routing import RoutingPolicy
 from mist.workload import RequestTable
 
@@ -108,13 +110,13 @@ class Coordinator:
 
     # --- stage to stage ---
 
-    def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Task | None:
-        """`task` ended on `client`; the decode that is to go on with its KV cache, or None."""
+    def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Sequence[Task]:
+        """`task` ended on `client`; the decodes that are to go on with its KV cache, if any."""
         request, stage, branch = task.request, task.stage, task.branch
         assert branch is not None
         if branch.is_cancelled:
             self.dropped(task, now)
-            return None
+            return ()
         if stage.visible:
             request.output_tokens += result.output_tokens
         if stage.gates:
@@ -123,13 +125,13 @@ class Coordinator:
         self.num_tasks -= 1
         return self.advance(branch, result, client, now)
 
-    def advance(self, branch: Branch, result: StageResult | None, here: Client | None, now: int) -> Task | None:
-        """Ask for the next stage and place it; a decode is returned, to go on where its prefill left the KV cache."""
+    def advance(self, branch: Branch, result: StageResult | None, here: Client | None, now: int) -> Sequence[Task]:
+        """Ask for the next stage and place it; decodes are returned, to go on where their prefill left the KV cache."""
         request, pipeline = branch.request, branch.pipeline
         branch.task = branch.fork = None
         if request.rejected_for:
             self._leave_rejected(request, now)
-            return None
+            return ()
         branch.last = result
         try:
             stage = next(pipeline) if result is None else pipeline.send(result)
@@ -138,10 +140,9 @@ class Coordinator:
                 stage = pipeline.send(branch.last)  # no work is no stage
         except StopIteration as end:
             self._ended(branch, end.value or branch.last or StageResult(now, now), here, now)
-            return None
+            return ()
         if not isinstance(stage, Stage):
-            self._fork(branch, stage, here, now)
-            return None
+            return self._fork(branch, stage, here, now)
         task = Task(request, stage, request.num_stages, stage.input_tokens, now, branch)
         branch.task = task
         request.num_stages += 1
@@ -150,10 +151,10 @@ class Coordinator:
         if stage.kind == DECODE and not stage.input_tokens:
             if here is None:
                 raise InvariantError(f"request {request.index}: a decode must follow a stage that leaves a KV cache")
-            branch.client = here.index
-            return task
+            branch.client = -1
+            return (task,)
         self._place(task, here, now)
-        return None
+        return ()
 
     def _place(self, task: Task, here: Client | None, now: int) -> None:
         """Give `task` to a client; what the stage before, on `here`, hands on to it is sent there first."""
@@ -173,25 +174,27 @@ class Coordinator:
 
     def _start(self, branch: Branch, result: StageResult | None, here: Client | None, now: int) -> None:
         """Go on where no KV cache is at hand: at a pipeline's begin, or after branches have joined."""
-        if self.advance(branch, result, None if result is None else here, now) is not None:
+        if self.advance(branch, result, None if result is None else here, now):
             story = f"request {branch.request.index}"
             raise InvariantError(f"{story}: a decode must directly follow the stage that leaves its KV cache")
 
-    def _fork(self, branch: Branch, fork: Fork, here: Client | None, now: int) -> None:
+    def _fork(self, branch: Branch, fork: Fork, here: Client | None, now: int) -> Sequence[Task]:
         """Start the branches of `fork`; one that is over at once, or rejected, may end it before all have begun."""
         num_branches = len(fork.branches)
         num_needed = min(fork.k, num_branches) if isinstance(fork, FirstOf) else num_branches
         join = Join(branch, num_needed, isinstance(fork, FirstOf) and fork.cancel_rest)
         if not num_needed:
             self._start(branch, StageResult(now, now), here, now)
-            return
+            return ()
         branch.fork = join
         pipelines = [_only(part) if isinstance(part, Stage) else part for part in fork.branches]
         join.branches = [Branch(branch.request, each, now, join, place) for place, each in enumerate(pipelines)]
+        decodes: list[Task] = []
         for each in join.branches:
             if branch.request.rejected_for or each.is_cancelled:
-                return
-            self._start(each, None, here, now)
+                break
+            decodes += self.advance(each, None, here, now)
+        return decodes
 
     def _ended(self, branch: Branch, result: StageResult, here: Client | None, now: int) -> None:
         """A pipeline is over: its request may leave, or what waits for branches has one less to wait for."""
@@ -228,31 +231,41 @@ class Coordinator:
         if (task := branch.task) is not None:
             branch.request.num_tasks -= 1
             self.num_tasks -= 1
-            self.num_cancelled += 1
-            self.clients[branch.client].cancel(task, now)
+            if branch.client >= 0:
+                self.num_cancelled += 1
+                self.clients[branch.client].cancel(task, now)
 
     def dropped(self, task: Task, now: int) -> None:
         """A cancelled task has left its client."""
         self.num_cancelled -= 1
 
-    def hand_over(self, task: Task, following: Task, client: Client, now: int) -> bool:
-        """The KV cache of `task` goes from `client` to one that decodes on; False: it can't, and the request left."""
-        there = self._choose(following, now)
-        assert following.branch is not None
-        following.branch.client = there.index
-        if not there.front_end.expect(following, now):
+    def hand_over(self, task: Task, followings: Sequence[Task], client: Client, now: int) -> bool:
+        """The KV cache of `task` goes from `client` to one that decodes on; False: it can't, and the request left.
+
+        Those that go on with one context go together, and it is sent once.
+        """
+        there = self._choose(followings[0], now)
+        expected = []
+        for following in followings:
+            assert following.branch is not None
+            following.branch.client = there.index
+            if not following.branch.is_cancelled and there.front_end.expect(following, now):
+                expected.append(following)
+        if not expected:
             return False
-        transfer = (task, client, following, there)
-        num_bytes = following.target_tokens * client.kv_bytes_per_token
+        share_prefix(expected, task.computed_tokens // there.residents.kv.block_size)
+        transfer = (task, client, there, *expected)
+        num_bytes = task.computed_tokens * client.kv_bytes_per_token
         self.network.send(task.request.index, KV_TRANSFER, client.index, there.index, num_bytes, self._handed_over,
                           transfer, now)  # fmt: skip
         return True
 
-    def _handed_over(self, transfer: tuple[Task, Client, Task, Client], now: int) -> None:
-        task, here, following, there = transfer
+    def _handed_over(self, transfer: tuple[Any, ...], now: int) -> None:
+        task, here, there, *followings = transfer
         here.sent(task)
-        following.queued_ns = now
-        there.front_end.receive(following, now)
+        for following in followings:
+            following.queued_ns = now
+            there.front_end.receive(following, now)
 
     def _choose(self, task: Task, now: int) -> Client:
         kind = task.stage.kind

@@ -282,7 +282,7 @@ class Ledger:
         for transfer in self.coordinator.network.in_flight:
             if transfer.receiver >= 0 and transfer.kind != PREFIX_FETCH:
                 expected = self.clients[transfer.receiver].front_end.incoming
-                to[transfer.receiver] += any(part in expected for part in transfer.argument)
+                to[transfer.receiver] += sum(part in expected for part in transfer.argument)
             if transfer.kind == KV_TRANSFER:
                 leaving[transfer.sender] += 1
         return to, leaving
@@ -337,6 +337,7 @@ class Ledger:
         private += sum(
             kv.blocks_for(t.computed_tokens) - t.num_indexed * kv.unit_blocks for t in residents.sending.values()
         )
+        private += sum(p.num_blocks - p.holder.num_indexed * kv.unit_blocks for p in residents.prefixes)
         referenced = private + kv.count_referenced_units()
         self._equal(f"{client.name}: KV blocks", kv.free + kv.cached + referenced, kv.num_blocks)
         self._equal(f"{client.name}: cached KV blocks", kv.cached, kv.count_evictable())

@@ -63,7 +63,8 @@ class StageResult:
 class All:
     """Branches of a pipeline that run side by side: stages, or pipelines of their own; it goes on when all have ended.
 
-    A branch's result is what its generator returns, or that of its last stage.
+    A branch's result is what its generator returns, or that of its last stage. Branches that begin with a decode all go
+    on with the KV cache of the stage before, whose blocks they share.
     """
 
     branches: Sequence[Stage | Pipeline]
@@ -153,6 +154,21 @@ class Request:
 
 
 @dataclass(slots=True, eq=False)
+class SharedPrefix:
+    """Full KV blocks at the front of several decodes that go on with one context; `holder` is the task that they were.
+
+    `num_users` decodes need them, of which `num_running` are admitted. Blocks of a context that came from elsewhere
+    aren't held until the first of these is.
+    """
+
+    holder: Task
+    num_blocks: int
+    num_users: int
+    num_running: int = 0
+    is_held: bool = True
+
+
+@dataclass(slots=True, eq=False)
 class Task:
     """A stage placed on one client: waiting or running there.
 
@@ -167,6 +183,7 @@ class Task:
     target_tokens: int
     queued_ns: int
     branch: Branch | None = None
+    shared: SharedPrefix | None = None
     computed_tokens: int = 0
     generated_tokens: int = 0
     #: of the computed tokens of this segment: found in the prefix cache, and taken over from the task it follows

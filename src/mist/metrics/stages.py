@@ -24,8 +24,8 @@ def stage_times(requests: Columns, tasks: Columns, num_kinds: int, transfers: Co
     other requests' rows. Every entry of one request sums to its E2E: a segment's transfer lasts from the end of the
     one before (at first: the arrival) to its queueing, its wait to its start, its service to its end; a way back to
     the user after the last segment is that one's transfer. Of segments side by side only those count that the end
-    was waiting for (none that was cancelled): from the last one back, always the latest that had ended when what the next one works on was sent,
-    which `transfers` tell.
+    was waiting for (none that was cancelled): from the last one back, always the latest that had ended when what the
+    next one works on was sent, which `transfers` tell.
     """
     times = np.zeros((len(requests["request"]), num_kinds, len(PARTS)), np.int64)
     row_of = np.full(_largest(requests["request"], tasks["request"]) + 1, -1, np.int64)
