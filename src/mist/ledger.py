@@ -26,6 +26,8 @@ from mist.units import NS_PER_S
 
 #: waiting tasks, or requests, above which they are recounted only every that many steps or instants
 LONG_QUEUE = 256
+#: instants between two recounts of all that memories hold
+LONG_RECOUNT = 8192
 
 
 class Ledger:
@@ -56,7 +58,7 @@ class Ledger:
         self._equal("tasks in exactly one place", placed, self.coordinator.num_tasks)
         self._num_instants += 1
         for memory in self._memories:
-            self._check_memory(memory, recount=not self._num_instants % LONG_QUEUE)
+            self._check_memory(memory, recount=not self._num_instants % LONG_RECOUNT)
         in_system = self.coordinator.in_system.values()
         if len(in_system) > LONG_QUEUE and self._num_instants % LONG_QUEUE:
             return
