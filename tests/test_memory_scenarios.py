@@ -228,6 +228,43 @@ def test_reads_of_a_tier_and_work_on_its_host_share_the_dram() -> None:
     assert search.shares.dram in fetch.channels
 
 
+@pytest.mark.parametrize("network", [None, NODES])
+@pytest.mark.parametrize(
+    "gpu",
+    [
+        {"count": 4, "kv_cache": {"num_blocks": 300, "layerwise": True, "fetch": "always"}},
+        {"count": 2, "pp": 2, "kv_cache": {"num_blocks": 600}},
+        {
+            "count": 1,
+            "tp": 4,
+            "kv_cache": {"num_blocks": 300},
+            "speculation": {"method": "eagle", "num_draft_tokens": 2, "acceptance": 0.6},
+        },
+    ],
+)
+@pytest.mark.parametrize(
+    "memories",
+    [
+        {"near": {"memory": "ddr5", "capacity": "1 GiB"}, "far": {"memory": "rack-ssd", "compression": 3.5}},
+        {"near": {"memory": "ddr5", "capacity": "0.5 GiB", "write": "back"}, "far": {"memory": "nvme", "per": "cluster",
+         "write": "back", "eviction": "lfu"}},
+        {"near": {"memory": "cxl", "chunk_tokens": 256}, "far": {"memory": "ddr5", "shared_by": 3, "chunk_tokens": 1024,
+         "capacity": "2 GiB", "eviction": {"ttl": 20.0}}},
+    ],
+)  # fmt: skip
+def test_tiers_in_every_kind_of_deployment_obey_the_laws(
+    tmp_path: Path, network: Any, gpu: dict[str, Any], memories: dict[str, Any]
+) -> None:
+    prompts = [[i % 3, 10 + i % 5, *range(100 * i, 100 * i + i % 4)] for i in range(1, 60)]
+    workload = hashed(tmp_path, prompts, unit=512) | {"rate_scale": 200}
+    cache = gpu["kv_cache"] | {"tiers": ["near", "far"], "enable_prefix_caching": True}
+    mapping = changed(scenario(memories, workload=workload), **gpu | {"kv_cache": cache})
+    result = load(mapping | ({"network": network} if network else {})).run(check=True)
+    assert result.metrics["requests"]["finished"] == 59
+    assert result.metrics["memories"]["near"]["hits"] + result.metrics["memories"]["far"]["hits"] > 0
+    assert result.metrics["memories"]["near"]["written_bytes"] > 0
+
+
 # --- KV stores ---
 
 

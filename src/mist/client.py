@@ -180,7 +180,7 @@ class Client:
         if residents.handed_over:
             self._take_over(now)
         batch = self.batching.next_batch(residents, cohort, residents, now)
-        if self.offload is not None and residents.running:
+        if self.offload is not None and self.offload.evicted and residents.running:
             self.offload.write_back(next(reversed(residents.running.values())).request, now)
         if self.front_end.unseen:
             self.front_end.see()

@@ -121,11 +121,12 @@ class Offload:
         self._of_tier = {memory.tier: memory for memory in (*memories, *self._stores.values())}
         self._always = always
         self._num_layers = num_layers
-        self._evicted: list[int] = []
+        #: keys of units that the device gave up to the nearest tier, not written yet
+        self.evicted: list[int] = []
         kv = client.residents.kv
         kv.holds_stated_hits = False
         if hierarchy.takes_evicted:
-            kv.on_evict = self._evicted.append
+            kv.on_evict = self.evicted.append
 
     @property
     def memories(self) -> list[Memory]:
@@ -237,12 +238,10 @@ class Offload:
         self._spill(request.index, now)
 
     def write_back(self, request: Request, now: int) -> None:
-        """Send what the device evicted, if anything, to make room for `request`."""
-        if not self._evicted:
-            return
+        """Send what the device evicted to make room for `request`, as far as anybody can tell."""
         nearest = self._memories[0]
-        num_bytes = sum(self.hierarchy.write_back(key, now) for key in self._evicted)
-        self._evicted.clear()
+        num_bytes = sum(self.hierarchy.write_back(key, now) for key in self.evicted)
+        self.evicted.clear()
         nearest.sent_bytes += num_bytes
         self._write(request.index, nearest, num_bytes, now)
         self._spill(request.index, now)

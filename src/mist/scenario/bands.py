@@ -69,6 +69,8 @@ def _beyond(pool: Pool) -> Iterator[str]:
             yield f"{key} {degree}"
     if pool.kv_cache.prefix_tier == "cpu":
         yield "prefixes in host memory"
+    if pool.kv_cache.tiers:
+        yield "memory tiers"
     if not {PREFILL, DECODE} <= set(pool.serves):
         yield f"a pool for {' and '.join(pool.serves)} only"
 

@@ -17,7 +17,7 @@ from mist.client import Client
 from mist.errors import ScenarioError
 from mist.fabric import Fabric, Path
 from mist.memory.hierarchy import Hierarchy
-from mist.memory.tier import MemoryTier, Tier
+from mist.memory.tier import BACK, MemoryTier, Tier
 from mist.metrics.memories import MemoryInfo
 from mist.network import HOST, Network
 from mist.offload import KVStore, Memory, Offload
@@ -57,7 +57,10 @@ def nothing_to_find(scenario: Scenario, workload: RequestTable) -> Iterator[str]
     for name, pool in scenario.pools.items():
         if not pool.kv_cache.tiers:
             continue
-        if scenario.memories[pool.kv_cache.tiers[0]].hit_rate is None:
+        nearest = scenario.memories[pool.kv_cache.tiers[0]]
+        if nearest.write == BACK and not pool.kv_cache.enable_prefix_caching:
+            yield f"{name}: prefix caching is off, so the device evicts nothing that could be written back."
+        if nearest.hit_rate is None:
             if not has_hashes:
                 yield f"{name}: its tiers find nothing: the workload's prompts have no hashes, and they no hit_rate."
             elif has_hits:
