@@ -106,7 +106,7 @@ def test_their_cache_is_sent_once_to_where_they_decode() -> None:
     assert result.clients[1].residents.kv.used == 0
 
 
-@pytest.mark.parametrize("seed", range(3000))
+@pytest.mark.parametrize("seed", range(300))
 def test_random_thoughts_obey_the_laws(seed: int) -> None:
     rng = random.Random(seed)
     num = rng.randint(1, 10)

@@ -343,14 +343,29 @@ class Client:
             following.started_ns = -1
             residents.enqueue(following)
         for following in followings:
-            if following.admission >= 0 and not following.branch.is_cancelled:  # type: ignore[union-attr]
+            if following.branch.is_cancelled:  # type: ignore[union-attr]
+                continue
+            if following.admission >= 0:
                 self._join(following, now)
+            elif following.stage.oracle_output_tokens == 1:
+                self._answered(following, now)
+
+    def _answered(self, task: Task, now: int) -> None:
+        """A decode that waits for a place needs none: its only token was sampled with the prefill."""
+        task.started_ns = task.joined_ns = now
+        _emit(task, now)
+        self._record_segment(task, now, DONE)
+        self.residents.drop(task)
+        self.view.num_outstanding -= 1
+        self.coordinator.stage_done(task, StageResult(now, now, 1), self, now)
 
     def _hand_over(self, task: Task, followings: Sequence[Task], now: int) -> bool:
         """Decodes whose first token was sampled here: whether `task`'s blocks must stay for a client to go on with."""
         going = []
         for following in followings:
             following.target_tokens = following.computed_tokens = following.inherited_tokens = task.computed_tokens
+            if following.branch.is_cancelled:  # type: ignore[union-attr]
+                continue
             if following.stage.oracle_output_tokens == 1:
                 self.coordinator.stage_done(following, StageResult(now, now, 1), self, now)
             else:

@@ -193,7 +193,7 @@ def _play(
             "--check says which"
         )
     told = _cut_note(scenario, coordinator)
-    if coordinator.in_system or coordinator.network.in_flight:
+    if coordinator.in_system or coordinator.num_cancelled or coordinator.network.in_flight:
         coordinator.cut(until)
     if ledger is not None:
         ledger.close(until if told else kernel.now)

@@ -212,7 +212,7 @@ def play(
     coordinator.start()
     kernel.run(until_ns)
     end = kernel.now if until_ns == FOREVER else until_ns
-    if coordinator.in_system or network.in_flight:
+    if coordinator.in_system or coordinator.num_cancelled or network.in_flight:
         coordinator.cut(end)
     if watch is not None:
         watch.close(end)
