@@ -71,7 +71,8 @@ class Client:
 
     `emits`: whether the end of a task here can reach another client; set by the coordinator. `serves`: the stage kinds
     that it takes. A step lasts max(host, device) with an overlapped engine, else host + device time. With `speculation`
-    a decode step verifies drafts; `perf` prices them too.
+    a decode step verifies drafts; `perf` prices them too. With `merges_shared_reads` the blocks that decodes share are
+    read once per step for all of them.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Client:
         records: Records,
         speculation: Speculation | None = None,
         kv_bytes_per_token: int = 0,
+        merges_shared_reads: bool = False,
     ) -> None:
         self.index = index
         self.name = name
@@ -115,6 +117,7 @@ class Client:
         self.offload: Offload | None = None
         #: where it is a KV store, what it has
         self.store: KVStore | None = None
+        self.merges_shared_reads = merges_shared_reads
         self.front_end = FrontEnd(self)
         self.now = 0
         self.idle = True
@@ -122,6 +125,8 @@ class Client:
         self._chunks: list[tuple[Task, int]] = []
         #: cancelled while the step in flight computes for them
         self._cancelled: list[Task] = []
+        #: step of the cohort -> decodes that begin with a thought and whose first visible token it generates
+        self._shown_at: dict[int, list[Task]] = {}
         self._step_row = (0, 0)
         self._append_step = records.steps.append
         self._append_task = records.tasks.append
@@ -194,6 +199,8 @@ class Client:
         num_decodes = cohort.count if batch.decode else 0
         step.num_decodes = step.num_sampled = num_decodes
         step.decode_context = cohort.sum_context + num_decodes if num_decodes else 0
+        if self.merges_shared_reads and num_decodes and residents.prefixes:
+            step.decode_context -= residents.shared_context
         step.num_prefill_tokens = 0
         self._chunks = batch.chunks
         if batch.chunks or step.chunks:
@@ -248,6 +255,8 @@ class Client:
             self.watcher.step_finished(self, now)
         if step.num_decodes:
             finished = residents.decode_step_done()
+            if self._shown_at:
+                self._show(now)
             if finished is not None:
                 for task in finished:
                     self._decode_done(task, now)
@@ -313,6 +322,8 @@ class Client:
             return
         result = StageResult(task.started_ns, now, found_tokens=self.store.find(task, now) if self.store else 0)
         followings = self.coordinator.stage_done(task, result, self, now)
+        if DECODE in self.serves:
+            followings = [each for each in followings if self.front_end.fits(each, task.computed_tokens, now)]
         if followings and DECODE in self.serves:
             self._record_segment(task, now, DONE)
             self._decode_on(task, followings, now)
@@ -389,7 +400,7 @@ class Client:
         while (task := self.residents.take_over(self.batching.max_num_seqs)) is not None:
             task.started_ns = now
             if task.generated_tokens:
-                self.residents.cohort.join(task, task.stage.oracle_output_tokens - task.generated_tokens)
+                self._enter_cohort(task, task.stage.oracle_output_tokens - task.generated_tokens)
             else:
                 self._join(task, now)
 
@@ -398,12 +409,25 @@ class Client:
         task.joined_ns = now
         _emit(task, now)
         num_tokens = task.stage.oracle_output_tokens - task.generated_tokens
-        cohort = self.residents.cohort
         if num_tokens:
-            cohort.join(task, num_tokens)
+            self._enter_cohort(task, num_tokens)
         else:
-            task.join_step = cohort.step
+            task.join_step = self.residents.cohort.step
             self._decode_done(task, now)
+
+    def _enter_cohort(self, task: Task, num_tokens: int) -> None:
+        cohort = self.residents.cohort
+        cohort.join(task, num_tokens)
+        to_first = task.stage.hidden_tokens + 1 - task.generated_tokens
+        if task.stage.hidden_tokens and 0 < to_first <= num_tokens:
+            self._shown_at.setdefault(cohort.step_of(task, to_first), []).append(task)
+
+    def _show(self, now: int) -> None:
+        """The decode step that is over may have generated first visible tokens; some of those meant here are gone."""
+        for task in self._shown_at.pop(self.residents.cohort.step, ()):
+            is_here = self.residents.running.get(task.admission) is task and task.join_step >= 0
+            if is_here and task.stage.seen_by_user(task.generated_tokens + self.residents.cohort.generated(task)):
+                _shown(task, now)
 
     def _decode_done(self, task: Task, now: int) -> None:
         cohort = self.residents.cohort
@@ -486,5 +510,10 @@ def no_demand(step: Step) -> Demand:
 def _emit(task: Task, now: int) -> None:
     """A token comes out of the decode `task` that its context ends in."""
     task.generated_tokens += 1
-    if task.stage.visible and task.request.first_token_ns < 0:
+    if task.stage.seen_by_user(task.generated_tokens):
+        _shown(task, now)
+
+
+def _shown(task: Task, now: int) -> None:
+    if task.request.first_token_ns < 0:
         task.request.first_token_ns = now

@@ -117,8 +117,7 @@ class Coordinator:
         if branch.is_cancelled:
             self.dropped(task, now)
             return ()
-        if stage.visible:
-            request.output_tokens += result.output_tokens
+        request.output_tokens += stage.seen_by_user(result.output_tokens)
         if stage.gates:
             request.gate_ns = now
         request.num_tasks -= 1
@@ -136,6 +135,8 @@ class Coordinator:
         try:
             stage = next(pipeline) if result is None else pipeline.send(result)
             while isinstance(stage, Stage) and not stage.has_work:
+                if stage.shown_tokens:
+                    _show(request, stage.shown_tokens, now)
                 branch.last = StageResult(now, now)
                 stage = pipeline.send(branch.last)  # no work is no stage
         except StopIteration as end:
@@ -297,8 +298,7 @@ class Coordinator:
     def rejected(self, task: Task, client: Client, reason: str, now: int) -> None:
         """`client` can never serve `task`: its request leaves with the reason, once its other tasks are over."""
         request = task.request
-        if task.stage.visible:
-            request.output_tokens += task.generated_tokens
+        request.output_tokens += task.stage.seen_by_user(task.generated_tokens)
         request.num_tasks -= 1
         self.num_tasks -= 1
         request.rejected_for = request.rejected_for or reason
@@ -313,8 +313,7 @@ class Coordinator:
         self.network.cut(now)
         for client in self.clients:
             for task in client.cut(now):
-                if task.stage.visible:
-                    task.request.output_tokens += task.generated_tokens
+                task.request.output_tokens += task.stage.seen_by_user(task.generated_tokens)
         for request in list(self.in_system.values()):
             self._leave(request, UNFINISHED, now)
 
@@ -340,6 +339,13 @@ class Coordinator:
         if index == len(self.records.reasons):
             self.records.reasons.append(reason)
         return index
+
+
+def _show(request: Request, num_tokens: int, now: int) -> None:
+    """Tokens that were generated unseen come out all at once."""
+    request.output_tokens += num_tokens
+    if request.first_token_ns < 0:
+        request.first_token_ns = now
 
 
 def _only(stage: Stage) -> Pipeline:

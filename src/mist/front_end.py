@@ -46,6 +46,18 @@ class FrontEnd:
         self.incoming_tokens += task.remaining_tokens
         return True
 
+    def fits(self, following: Task, context: int, now: int) -> bool:
+        """Whether a decode can go on here from `context` tokens to its end; it is rejected with the reason if not."""
+        request, branch = following.request, following.branch
+        was_expected = following.stage.oracle_output_tokens <= request.oracle_output_tokens  # when its prefill came
+        if was_expected or branch is None or branch.is_cancelled:
+            return True
+        following.target_tokens = context
+        reason = self._never_fits(following)
+        if reason:
+            self._client.coordinator.rejected(following, self._client, reason, now)
+        return not reason
+
     def receive(self, task: Task, now: int) -> None:
         """An expected task is here: it passes the front end, then its prefix is fetched, then it waits."""
         if task not in self.incoming:

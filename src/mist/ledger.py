@@ -6,6 +6,7 @@ It changes nothing: a run with and without it gives equal bytes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -105,6 +106,7 @@ class Ledger:
         floor = client.perf.floor_time(step)
         self._true(device_ns >= floor, f"{client.name}: a step of {device_ns} ns beats its floor of {floor} ns: {step}")
         self._check_cohort(client)
+        self._check_context(client, step)
         self._check_blocks(client)
         self._check_pending(client)
 
@@ -304,6 +306,17 @@ class Ledger:
             self._equal(f"{client.name}: cohort block boundaries", cohort.boundary, boundary)
         for task in decoding:
             self._check_calendar(client, task)
+
+    def _check_context(self, client: Client, step: Step) -> None:
+        """A step reads every decode's context, or blocks that several share once where reads are merged."""
+        residents = client.residents
+        context = residents.cohort.sum_context + step.num_decodes * step.tokens_per_decode if step.num_decodes else 0
+        users = Counter(task.shared for task in residents.running.values() if task.shared)
+        self._equal(f"{client.name}: running users of prefixes",
+                    dict(users), {each: each.num_running for each in residents.prefixes if each.num_running})  # fmt: skip
+        if client.merges_shared_reads and step.num_decodes:
+            context -= sum((n - 1) * shared.num_blocks for shared, n in users.items()) * residents.kv.block_size
+        self._equal(f"{client.name}: decode context", step.decode_context, context)
 
     def _check_paces(self, client: Client, cohort: SpeculativeCohort, decoding: Sequence[Task]) -> None:
         """Exact contexts, and the blocks of the next step, which none of these holds yet or all do."""

@@ -275,7 +275,7 @@ class Residents:
 
     def leave(self, task: Task, num_tokens: int, reserved_tokens: int) -> None:
         """`task` stops running and releases its blocks, for `reserved_tokens`, of which it has filled `num_tokens`."""
-        self._release(task, num_tokens, reserved_tokens, resumes=False)
+        self._release(task, num_tokens, reserved_tokens, resumes=task.stage.is_resumed)
 
     def drop(self, task: Task) -> None:
         """`task` is wanted no more: it leaves wherever it is and releases its blocks. It is in no step in flight."""
@@ -306,6 +306,12 @@ class Residents:
         num_tokens = self.sending.pop(task.admission).computed_tokens
         self._promised -= self._promises.pop(task.admission, 0)
         self.kv.release(task, num_tokens, self.kv.blocks_for(num_tokens), resumes=False)
+
+    @property
+    def shared_context(self) -> int:
+        """Tokens that `cohort.sum_context` counts again for each decode but the first of those that share a prefix."""
+        again = sum((each.num_running - 1) * each.num_blocks for each in self.prefixes if each.num_running > 1)
+        return again * self.kv.block_size
 
     def held_blocks(self, task: Task) -> int:
         """KV blocks that a running task holds now, what this step computes for it included."""

@@ -99,6 +99,9 @@ class SpeculativeCohort(Cohort):
         to_go = task.stage.oracle_output_tokens - task.generated_tokens
         return min(to_go, (self.step - task.join_step) * task.pace >> PACE_BITS)
 
+    def step_of(self, task: Task, num_tokens: int) -> int:
+        return task.join_step - (-(num_tokens << PACE_BITS) // task.pace)
+
     def reserved_tokens(self, task: Task, growing: bool) -> int:
         steps = self.step - task.join_step - (not growing)
         if steps < 0:

@@ -71,7 +71,7 @@ def summarise(
     finished = {name: column[chosen & (requests["status"] == FINISHED)] for name, column in requests.items()}
     if "itl_s" in targets:
         first_tokens = _first_tokens(requests, requests["status"] == FINISHED)
-        longest = longest_gaps(segments.since(first_tokens), decode_steps, len(first_tokens))
+        longest = longest_gaps(segments.since(first_tokens, decode_steps), decode_steps, len(first_tokens))
         times["itl_s"] = longest[requests["request"]]
     transfers = records.transfers.as_columns()
     verdict = judge(requests, tasks, transfers, clients, sums, span) if open_loop else unjudged()
@@ -121,7 +121,7 @@ def _latencies(
 ) -> dict[str, Distribution]:
     """TTFT, TPOT, ITL and E2E of the finished among the chosen requests."""
     of = {name: distribution(column[chosen & (column >= 0)], percentiles) for name, column in times.items()}
-    gaps, weights = token_gaps(segments.since(_first_tokens(requests, chosen)), decode_steps)
+    gaps, weights = token_gaps(segments.since(_first_tokens(requests, chosen), decode_steps), decode_steps)
     itl = weighted_distribution(gaps, weights, percentiles)
     return {"ttft_s": of["ttft_s"], "tpot_s": of["tpot_s"], "itl_s": itl, "e2e_s": of["e2e_s"]}
 

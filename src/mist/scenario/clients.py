@@ -102,6 +102,8 @@ class KVSettings(TierSettings):
     """share of the blocks that admission leaves free"""
     gpu_memory_utilization: Fraction = left_out()
     """share of device memory that the engine may use"""
+    merge_shared_reads: bool = False
+    """read blocks that several decodes share, as thoughts share a prompt, once per step for all of them"""
 
     @model_validator(mode="after")
     def _one_size(self) -> KVSettings:
@@ -308,6 +310,12 @@ class Pool(Section):
         if draft is not None and (reason := draft.parallel_problem(self.tp, 1, 1, 1)):
             yield ("speculation", "draft_model"), Problem(reason, hint="take another draft, or another tp")
 
+    def _unmergeable(self) -> Iterator[Located]:
+        """Merged reads where attention computes as long as it reads: nothing would be saved."""
+        if self.kv_cache.merge_shared_reads and any(group.latent for group in self.model.layers):
+            message = f"the latent attention of {self.model.name} is bound by compute once its reads are merged"
+            yield ("kv_cache", "merge_shared_reads"), Problem(message, hint="leave it out")
+
     def _kv_dtype(self, weights_dtype: str) -> str:
         if self.kv_dtype != "auto":
             return self.kv_dtype
@@ -331,6 +339,7 @@ class Pool(Section):
         """Parts of this client that don't go together."""
         refused = [*self.batching.refused(("batching", self.batching.name)), *self._oversized(), *self._unspeculative()]
         yield from refused
+        yield from self._unmergeable()
         yield from cut_sequences(self.model, self.batching)
         if reason := self.model.parallel_problem(self.tp, self.pp, self.ep, self.attn_dp) or self.platform.problem():
             key = next((key for key in ("pp", "ep", "attn_dp") if f"{key} = " in reason), "tp")

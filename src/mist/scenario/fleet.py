@@ -95,6 +95,7 @@ def _add_replicas(
             records=records,
             speculation=_speculation(scenario, pool),
             kv_bytes_per_token=token_bytes,
+            merges_shared_reads=pool.kv_cache.merge_shared_reads,
         )
         limit_seqs = client.batching.max_num_seqs
         info = ClientInfo(name, pool_name, num_blocks, pool.kv_cache.block_size, limit_seqs)
