@@ -14,6 +14,7 @@ from mist.errors import InvariantError
 from mist.memory.eviction.lru import LRU
 from mist.memory.eviction.ttl import TTL
 from mist.perf.roofline import Roofline
+from mist.pipeline.beam import Beam
 from mist.pipeline.stages import StageList
 from mist.registry import lookup, names
 from mist.request import Batch, Stage, Wait
@@ -34,8 +35,8 @@ CONTRACTS = {
     "perf": (PerfModelContract, "model"),
     "eviction": (EvictionContract, "policy"),
 }
-#: implementations whose parameters have no defaults
-COMPLETE = {"ttl": partial(TTL, 100)}
+#: implementations whose parameters have no defaults, or such that tiny clients take long
+COMPLETE = {"ttl": partial(TTL, 100), "beam": partial(Beam, rounds=2, round_tokens=8)}
 
 
 def suite(kind: str, make: Any) -> Any:

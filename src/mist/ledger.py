@@ -312,8 +312,8 @@ class Ledger:
         residents = client.residents
         context = residents.cohort.sum_context + step.num_decodes * step.tokens_per_decode if step.num_decodes else 0
         users = Counter(task.shared for task in residents.running.values() if task.shared)
-        self._equal(f"{client.name}: running users of prefixes",
-                    dict(users), {each: each.num_running for each in residents.prefixes if each.num_running})  # fmt: skip
+        running = {each: each.num_running for each in residents.prefixes if each.num_running}
+        self._equal(f"{client.name}: decodes that share prefixes", running, dict(users))
         if client.merges_shared_reads and step.num_decodes:
             context -= sum((n - 1) * shared.num_blocks for shared, n in users.items()) * residents.kv.block_size
         self._equal(f"{client.name}: decode context", step.decode_context, context)

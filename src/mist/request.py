@@ -27,10 +27,10 @@ class Stage:
     that a re-ranker reads. `found_tokens`: tokens at the front of the input whose KV cache the stage before has found:
     it is sent along and not computed. `input_bytes`: what else is sent from the client of the stage before.
     `gates`: nothing of the request is shown to the user before it has ended.
-    `hidden_tokens`: of what it generates, the tokens at the front that the user doesn't see, a thought before an answer.
-    `shown_tokens`: tokens that were generated unseen and are shown to the user now, by a stage without work of its own.
-    `is_resumed`: the request goes on from the context that this decode leaves: its full blocks stay in the prefix cache,
-    for this request alone, until they are evicted.
+    `hidden_tokens`: of what it generates, the tokens at the front that the user doesn't see: a thought. `shown_tokens`:
+    tokens that were generated unseen and are shown to the user now, by a stage without work of its own. `is_resumed`:
+    the request goes on from the context that this decode leaves, whose full blocks stay in the prefix cache, for this
+    request alone, until they are evicted.
     """
 
     kind: str

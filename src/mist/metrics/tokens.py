@@ -84,7 +84,8 @@ class Segments:
         A segment that generates this token after hidden ones begins with it.
         """
         first = first_token_ns[self.request]
-        clipped = replace(self, **{name: getattr(self, name).copy() for name in ("begin", "joined_ns", "tokens", "continues")})
+        changing = ("begin", "joined_ns", "tokens", "continues")
+        clipped = replace(self, **{name: getattr(self, name).copy() for name in changing})
         begin, joined, tokens = clipped.begin, clipped.joined_ns, clipped.tokens
         for row in np.flatnonzero((joined < first) & (first <= self.last_ns)).tolist():
             ends = decode_steps.end_ns[begin[row] : self.stop[row]]

@@ -64,9 +64,7 @@ def read(prompt_tokens: int) -> Stage:
     return Stage(PREFILL, input_tokens=prompt_tokens, input_bytes=prompt_tokens * BYTES_PER_TOKEN)
 
 
-def think(
-    prompt_tokens: int, thought: int, answer: int, *, visible: bool = True, is_resumed: bool = False
-) -> Answer:
+def think(prompt_tokens: int, thought: int, answer: int, *, visible: bool = True, is_resumed: bool = False) -> Answer:
     """Prefill, then one decode of a thought and the answer, of which the user sees the answer if it is `visible`."""
     result = yield read(prompt_tokens)
     if thought + answer:

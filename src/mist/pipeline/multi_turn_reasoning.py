@@ -13,9 +13,9 @@ from mist.registry import register
 from mist.request import DECODE, PREFILL, Pipeline, Request
 
 
-@register("pipeline", "multi_turn")
+@register("pipeline", "multi_turn_reasoning")
 @dataclass
-class MultiTurn(Thinking):
+class MultiTurnReasoning(Thinking):
     """`turns` times a thought of its own length and an answer, with `turn_tokens` added to the prompt after each.
 
     Where the client caches prefixes, a turn finds the blocks of the one before there, unless they were evicted or it is
