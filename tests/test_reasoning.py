@@ -37,7 +37,7 @@ APART: list[tuple[str, ...]] = [(PREFILL, DECODE), ("score",)]
 
 
 def run(pipeline: Any, prompt: int = 10, output: int = 8, **more: Any) -> Run:
-    how = {"perf": STEPS, "num_clients": 2, "serves": APART, "policy": lambda: Chunked(256, 8192)} | more
+    how = {"perf": STEPS, "num_clients": 2, "serves": APART, "policy": lambda: Chunked(8192, 256)} | more
     return play(table([0], [prompt], [output]), pipeline=pipeline, **how)
 
 
@@ -112,7 +112,7 @@ def test_the_answer_has_the_gaps_between_its_own_tokens() -> None:
     assert metrics["ttft_s"]["mean"] * 1e9 == pytest.approx(ends[32])
     gaps = np.diff(ends[32:])
     assert metrics["itl_s"]["mean"] * 1e9 == pytest.approx(gaps.mean())
-    assert metrics["itl_s"]["max"] * 1e9 == pytest.approx(gaps.max())
+    assert metrics["itl_s"]["p50"] * 1e9 == pytest.approx(np.median(gaps))
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -145,10 +145,10 @@ def test_the_first_visible_token_after_preemptions(seed: int) -> None:
 
 
 def test_the_first_visible_token_of_verified_drafts() -> None:
-    """All drafts are accepted: four tokens a step after the prefill's one, so the 33rd comes with the eighth step."""
+    """All drafts are accepted, so 39 tokens take ten steps, evenly: 32 of them, 3.9 a step, are there after nine."""
     speculation = Speculation(3, 1.0, lambda request, stage: np.random.default_rng((request, stage)))
     result = run(Reasoning(scale=5), speculation=speculation)
-    assert column(result, "first_token_ns") == [200 + 8 * 100]
+    assert column(result, "first_token_ns") == [200 + 9 * 100]
     assert column(result, "end_ns") == [200 + 10 * 100]
 
 
@@ -226,7 +226,7 @@ def test_the_same_thoughts_under_every_policy_and_number(select: Any) -> None:
         result = play(workload, pipeline=BestOfN(n=n, cv=1, select=select), perf=READS, num_clients=num_clients,
                       serves=kinds, policy=policy)  # fmt: skip
         tasks = tasks_of(result, DECODE)
-        by_stage = np.argsort(tasks["stage"], kind="stable")
+        by_stage = np.argsort(tasks["stage_index"], kind="stable")
         return [tasks["generated_tokens"][by_stage][tasks["request"][by_stage] == i].tolist() for i in range(3)]
 
     some = lengths(3, Chunked, 1)
@@ -298,7 +298,7 @@ def test_merged_reads_are_an_option_of_a_pool() -> None:
     merged = load(sections)
     assert load(merged.resolved()).resolved() == merged.resolved()
     apart = load({**sections, "clients": {"gpu": {"device": "h100-sxm", "model": "llama-3.1-8b"}}})
-    ends = [scenario.run(check=True).metrics["e2e_s"]["max"] for scenario in (merged, apart)]
+    ends = [scenario.run(check=True).metrics["e2e_s"]["mean"] for scenario in (merged, apart)]
     assert ends[0] < ends[1]
     sections["clients"]["gpu"] |= {"model": "deepseek-v2-lite"}  # type: ignore[index]
     with pytest.raises(ScenarioError, match="bound by compute once its reads are merged"):

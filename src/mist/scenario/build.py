@@ -109,7 +109,7 @@ def build_workload(scenario: Scenario) -> RequestTable:
         table = _read(scenario) if workload.trace is not None else _draw(scenario)
     except ValueError as error:
         raise ScenarioError(scenario.problem(("workload", "arrivals"), str(error))) from None
-    for name, spec in (workload.sizes or {}).items():
+    for name, spec in workload.size_distributions.items():
         table.sizes[name] = spec.build().sample(len(table), random_of(scenario.seed, f"sizes.{name}"))
     if workload.cached_tokens is not None:
         table.cached_tokens = workload.cached_tokens.build().sample(len(table), random_of(scenario.seed, "cached"))

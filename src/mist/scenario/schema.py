@@ -234,6 +234,16 @@ class Workload(Section):
             return Spec("arrivals", "closed_loop", {"concurrency": self.concurrency})
         return self.arrivals
 
+    @property
+    def size_distributions(self) -> dict[str, Spec]:
+        """The distributions of `sizes`: the user's own, and those of the length catalogue that he leaves out."""
+        table = catalogue.read("workloads", self.lengths, Path())[0] if self.lengths else {}
+        drawn = {
+            key: Spec("lengths", "quantiles", {"points": marginal["quantiles"]})
+            for key, marginal in table.get("sizes", {}).items()
+        }
+        return drawn | (self.sizes or {})
+
     def length_distribution(self, key: str) -> Spec:
         """The distribution of "input_tokens" or "output_tokens": the user's own, else the length catalogue's."""
         own: Spec | None = getattr(self, key)
