@@ -301,7 +301,7 @@ def test_merged_reads_are_an_option_of_a_pool() -> None:
     ends = [scenario.run(check=True).metrics["e2e_s"]["mean"] for scenario in (merged, apart)]
     assert ends[0] < ends[1]
     sections["clients"]["gpu"] |= {"model": "deepseek-v2-lite"}  # type: ignore[index]
-    with pytest.raises(ScenarioError, match="bound by compute once its reads are merged"):
+    with pytest.raises(ScenarioError, match="reads of latent attention, which .* has, can't be merged"):
         load(sections)
 
 

@@ -39,7 +39,7 @@ class BestOfN(Thinking):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return (PREFILL, DECODE, self.score) if self.n > 1 and self.select == "reward" else (PREFILL, DECODE)
+        return (PREFILL, DECODE, self.score) if self.select == "reward" else (PREFILL, DECODE)
 
     @property
     def is_fixed(self) -> bool:

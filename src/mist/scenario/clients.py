@@ -311,10 +311,11 @@ class Pool(Section):
             yield ("speculation", "draft_model"), Problem(reason, hint="take another draft, or another tp")
 
     def _unmergeable(self) -> Iterator[Located]:
-        """Merged reads where attention computes as long as it reads: nothing would be saved."""
+        """Merged reads where attention soon computes longer than it reads: FLOP are counted as if merged too."""
         if self.kv_cache.merge_shared_reads and any(group.latent for group in self.model.layers):
-            message = f"the latent attention of {self.model.name} is bound by compute once its reads are merged"
-            yield ("kv_cache", "merge_shared_reads"), Problem(message, hint="leave it out")
+            message = f"reads of latent attention, which {self.model.name} has, can't be merged"
+            hint = "leave it out: such reads are soon bound by compute"
+            yield ("kv_cache", "merge_shared_reads"), Problem(message, hint=hint)
 
     def _kv_dtype(self, weights_dtype: str) -> str:
         if self.kv_dtype != "auto":
