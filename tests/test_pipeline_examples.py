@@ -16,7 +16,7 @@ from mist.scenario import load
 from mist.scenario.result import Result
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NAMES = ("question-answering", "guarded-qa", "news-search")
+NAMES = ("question-answering", "guarded-qa", "news-search", "reasoning-math")
 
 
 def run(name: str, num_requests: int, *sets: str) -> Result:

@@ -27,7 +27,7 @@ from mist.pipeline.reasoning import Reasoning
 from mist.pipeline.stages import StageList
 from mist.records import FINISHED
 from mist.registry import lookup, names
-from mist.request import DECODE, PREFILL, All, Pipeline, Request, Stage, StageResult
+from mist.request import DECODE, PREFILL, Fork, Pipeline, Request, Stage, StageResult
 from mist.scenario.value import load
 from mist.testing import LinearSteps, PipelineContract, Run, play, table
 
@@ -58,7 +58,7 @@ class Driver:
         except StopIteration as end:
             return end.value or last
 
-    def answer(self, wanted: Stage | All) -> StageResult:
+    def answer(self, wanted: Stage | Fork) -> StageResult:
         if isinstance(wanted, Stage):
             self.stages.append(wanted)
             return StageResult(0, 1, wanted.oracle_output_tokens, self.found if wanted.kind == "kv_retrieve" else 0)

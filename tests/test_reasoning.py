@@ -37,7 +37,12 @@ APART: list[tuple[str, ...]] = [(PREFILL, DECODE), ("score",)]
 
 
 def run(pipeline: Any, prompt: int = 10, output: int = 8, **more: Any) -> Run:
-    how = {"perf": STEPS, "num_clients": 2, "serves": APART, "policy": lambda: Chunked(8192, 256)} | more
+    how: dict[str, Any] = {
+        "perf": STEPS,
+        "num_clients": 2,
+        "serves": APART,
+        "policy": lambda: Chunked(8192, 256),
+    } | more
     return play(table([0], [prompt], [output]), pipeline=pipeline, **how)
 
 
@@ -123,7 +128,7 @@ def test_the_first_visible_token_after_preemptions(seed: int) -> None:
     workload = table([0] * num, [rng.randint(1, 30) for _ in range(num)], [output] * num)
     hidden = rng.randint(1, 20)
     workload.sizes = {"reasoning_tokens": np.full(num, hidden)}
-    policy = rng.choice([Chunked, Continuous])
+    policy: Any = rng.choice([Chunked, Continuous])
     result = play(
         workload, pipeline=Reasoning(), perf=READS, num_blocks=rng.randint(16, 24), block_size=4,
         policy=lambda: policy(max_num_seqs=4, max_num_batched_tokens=16), caching=rng.random() < 0.5,
@@ -272,7 +277,7 @@ def test_merged_reads_in_the_time_of_a_real_step() -> None:
 def test_reads_are_merged_while_they_are_shared() -> None:
     """Thoughts of 10, 20 and 40 tokens: the prompt's 16 tokens are counted twice too often, then once, then rightly."""
     pipeline = BestOfN(n=3, select="majority")
-    pipeline.thoughts = lambda request, rng, n: [2, 12, 32]  # type: ignore[method-assign]
+    pipeline.thoughts = lambda request, rng, num_thoughts: [2, 12, 32]  # type: ignore[method-assign]
     apart, merged = (run(pipeline, 16, block_size=4, perf=READS, merges_shared_reads=on) for on in (False, True))
     saved = steps_of(apart)["decode_context"] - steps_of(merged)["decode_context"]
     assert saved.tolist() == [0, *[32] * 9, *[16] * 10, *[0] * 20]
@@ -301,7 +306,7 @@ def test_merged_reads_are_an_option_of_a_pool() -> None:
     ends = [scenario.run(check=True).metrics["e2e_s"]["mean"] for scenario in (merged, apart)]
     assert ends[0] < ends[1]
     sections["clients"]["gpu"] |= {"model": "deepseek-v2-lite"}  # type: ignore[index]
-    with pytest.raises(ScenarioError, match="reads of latent attention, which .* has, can't be merged"):
+    with pytest.raises(ScenarioError, match="reads of latent attention"):
         load(sections)
 
 

@@ -36,7 +36,7 @@ CONTRACTS = {
     "eviction": (EvictionContract, "policy"),
 }
 #: implementations whose parameters have no defaults, or such that tiny clients take long
-COMPLETE = {"ttl": partial(TTL, 100), "beam": partial(Beam, rounds=2, round_tokens=8)}
+COMPLETE: dict[str, Any] = {"ttl": partial(TTL, 100), "beam": partial(Beam, rounds=2, round_tokens=8)}
 
 
 def suite(kind: str, make: Any) -> Any:

@@ -36,7 +36,8 @@ def load(name: str) -> dict[str, Any]:
 
 def marginals(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Inputs, outputs and sizes by name."""
-    return {name: entry[name] for name in MARGINALS} | entry.get("sizes", {})
+    sizes: dict[str, dict[str, Any]] = entry.get("sizes", {})
+    return {name: entry[name] for name in MARGINALS} | sizes
 
 
 def sample(entry: dict[str, Any], marginal: str) -> np.ndarray[Any, np.dtype[np.int64]]:
