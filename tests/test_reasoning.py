@@ -13,7 +13,7 @@ import pytest
 
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
-from mist.errors import ScenarioError
+from mist.errors import InvariantError, ScenarioError
 from mist.metrics import ClientInfo, summarise
 from mist.metrics.stages import stage_times
 from mist.perf.roofline import Roofline
@@ -24,6 +24,7 @@ from mist.pipeline.reasoning import Reasoning
 from mist.pipeline.thinking import Thinking
 from mist.records import DROPPED, FINISHED, PREEMPTED, REJECTED
 from mist.request import DECODE, PREFILL, Request, Step
+from mist.residents import Residents
 from mist.scenario.value import load
 from mist.speculation import Speculation
 from mist.testing import small_deployment
@@ -272,6 +273,12 @@ def test_merged_reads_in_the_time_of_a_real_step() -> None:
     assert {name: t for name, t in apart.items() if name != attention} == {
         name: t for name, t in merged.items() if name != attention
     }
+
+
+def test_reads_that_are_merged_wrongly_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Residents, "shared_context", 8)
+    with pytest.raises(InvariantError, match=r"gpu-0: decode context: \d+ is not \d+"):
+        run(BestOfN(select="majority"), 21, block_size=4, merges_shared_reads=True)
 
 
 def test_reads_are_merged_while_they_are_shared() -> None:
