@@ -26,7 +26,8 @@ class Stage:
     `num_sequences`: equal sequences that the input is spread over, which don't attend to each other: the candidates
     that a re-ranker reads. `found_tokens`: tokens at the front of the input whose KV cache the stage before has found:
     it is sent along and not computed. `input_bytes`: what else is sent from the client of the stage before.
-    `gates`: nothing of the request is shown to the user before it has ended.
+    `gates`: nothing of the request is shown to the user before it has ended. `reads_prompt`: its input begins with the
+    request's prompt, as that of a prefill always does: the workload tells its content and hits.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Stage:
     found_tokens: int = 0
     input_bytes: int = 0
     gates: bool = False
+    reads_prompt: bool = False
 
     @property
     def has_work(self) -> bool:
@@ -225,12 +227,12 @@ class Task:
     @property
     def reads_prompt(self) -> bool:
         """Whether its context begins with the request's prompt, of which the workload tells content and hits."""
-        return self.stage.kind in (PREFILL, DECODE)
+        return self.stage.reads_prompt or self.stage.kind in (PREFILL, DECODE)
 
     @property
     def prompt_keys(self) -> tuple[int, ...]:
         """The prefix hashes of its context."""
-        return self.request.block_keys if self.stage.kind in (PREFILL, DECODE) else ()
+        return self.request.block_keys if self.reads_prompt else ()
 
     @property
     def generates(self) -> bool:
