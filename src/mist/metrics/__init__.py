@@ -52,7 +52,8 @@ def summarise(
     system (closed loop, all at once), which can't be saturated. `slo` adds verdicts and goodput, and its percentiles to
     the latency figures; `provenance` (which model answered which share) is carried over. `oracle_output_tokens`
     (int64[requests], by request number) are those that the workload asks for, which the offered load is made of; left
-    out, those generated stand for them. `quality` of an answer by the stage kind that gave it. Raises ValueError for an SLO metric or statistic that isn't known.
+    out, those generated stand for them. `quality` of an answer by the stage kind that gave it. Raises ValueError for an
+    SLO metric or statistic that isn't known.
     """
     targets = dict(slo or {})
     if unknown := set(targets) - set(SLO_METRICS):

@@ -171,7 +171,7 @@ def _verified(scenario: Scenario, fleet: Fleet, records: Records) -> list[str]:
         steps = int((tasks["last_step"] - tasks["join_step"])[here].sum())
         if steps:
             mean = int((tasks["generated_tokens"] - 1)[here].sum()) / steps
-            k, share = settings.num_draft_tokens, settings.acceptance
+            k, share = settings.num_draft_tokens, settings.accepted_share
             notes.append(
                 f"{name}: {mean:.3g} tokens per sequence and decode step, of {k} drafted {share:.3g} accepted."
             )
