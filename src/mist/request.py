@@ -30,7 +30,8 @@ class Stage:
     `hidden_tokens`: of what it generates, the tokens at the front that the user doesn't see: a thought. `shown_tokens`:
     tokens that were generated unseen and are shown to the user now, by a stage without work of its own. `is_resumed`:
     the request goes on from the context that this decode leaves, whose full blocks stay in the prefix cache, for this
-    request alone, until they are evicted.
+    request alone, until they are evicted. `reads_prompt`: its input begins with the request's prompt, as that of a
+    prefill always does: the workload tells its content and hits.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Stage:
     hidden_tokens: int = 0
     shown_tokens: int = 0
     is_resumed: bool = False
+    reads_prompt: bool = False
 
     def seen_by_user(self, num_tokens: int) -> int:
         """Of the first `num_tokens` that it generates, those that the user sees."""
@@ -236,12 +238,12 @@ class Task:
     @property
     def reads_prompt(self) -> bool:
         """Whether its context begins with the request's prompt, of which the workload tells content and hits."""
-        return self.stage.kind in (PREFILL, DECODE)
+        return self.stage.reads_prompt or self.stage.kind in (PREFILL, DECODE)
 
     @property
     def prompt_keys(self) -> tuple[int, ...]:
         """The prefix hashes of its context."""
-        return self.request.block_keys if self.stage.kind in (PREFILL, DECODE) else ()
+        return self.request.block_keys if self.reads_prompt else ()
 
     @property
     def generates(self) -> bool:

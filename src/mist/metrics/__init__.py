@@ -16,6 +16,7 @@ from mist.metrics.distribution import PERCENTILES, Distribution, FloatColumn, di
 from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
 from mist.metrics.memories import MemoryInfo, summarise_memories
 from mist.metrics.offered import offered_load
+from mist.metrics.quality import summarise_quality
 from mist.metrics.saturation import judge, unjudged
 from mist.metrics.slo import Targets, percentiles_of, summarise_slo
 from mist.metrics.stages import stage_times, summarise_stages
@@ -42,6 +43,7 @@ def summarise(
     memories: Sequence[MemoryInfo] = (),
     provenance: Mapping[str, Any] | None = None,
     oracle_output_tokens: IntColumn | None = None,
+    quality: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The summary document of a run: JSON values only, seconds and fractions, None for what has no value.
 
@@ -50,7 +52,8 @@ def summarise(
     system (closed loop, all at once), which can't be saturated. `slo` adds verdicts and goodput, and its percentiles to
     the latency figures; `provenance` (which model answered which share) is carried over. `oracle_output_tokens`
     (int64[requests], by request number) are those that the workload asks for, which the offered load is made of; left
-    out, those generated stand for them. Raises ValueError for an SLO metric or statistic that isn't known.
+    out, those generated stand for them. `quality` of an answer by the stage kind that gave it. Raises ValueError for an
+    SLO metric or statistic that isn't known.
     """
     targets = dict(slo or {})
     if unknown := set(targets) - set(SLO_METRICS):
@@ -89,6 +92,7 @@ def summarise(
         "stages": summarise_stages(
             stage_times(finished, tasks, len(records.stage_kinds), transfers), records.stage_kinds
         ),
+        "quality": summarise_quality(quality or {}, finished, tasks, records.stage_kinds),
         "slo": summarise_slo(targets, times, figures, requests, chosen, span) if targets else None,
         "open_loop": open_loop,
         **verdict,

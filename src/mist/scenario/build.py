@@ -46,7 +46,8 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
     Raises ScenarioError where the workload or the memory makes it impossible, InvariantError if MIST itself is wrong.
     """
     began = time.perf_counter()
-    workload = build_workload(scenario)
+    workload, pipeline = build_workload(scenario), scenario.pipeline.build()
+    _check_sizes(scenario, getattr(pipeline, "needs_sizes", ()), workload)
     kernel, records = Kernel(), Records(stage_kinds=list(scenario.stages))
     window = _window_ns(scenario, workload)
     fleet = build_fleet(scenario, workload, kernel, records)
@@ -57,7 +58,7 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         records=records,
         clients=fleet.clients,
         network=network,
-        pipeline=scenario.pipeline.build(),
+        pipeline=pipeline,
         routers={stage: spec.build() for stage, spec in scenario.routing.items()},
         workload=workload,
         rng_of=partial(random_of, scenario.seed, "pipeline"),
@@ -74,6 +75,7 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         memories=memory_infos(fleet),
         provenance=_provenance(records, fleet.models),
         oracle_output_tokens=workload.output_tokens if DECODE in scenario.stages else None,
+        quality=getattr(pipeline, "quality", None),
     )
     whole = Window.of(records)
     metrics |= shared(coordinator.network, whole.first_ns, whole.last_ns)
@@ -126,6 +128,15 @@ def build_workload(scenario: Scenario) -> RequestTable:
     return rate_scale(table, workload.rate_scale) if workload.rate_scale != 1 else table
 
 
+def _check_sizes(scenario: Scenario, needed: Sequence[str], workload: RequestTable) -> None:
+    """ScenarioError where the pipeline asks for sizes that the workload doesn't tell."""
+    for name in needed:
+        if name not in workload.sizes:
+            told = f"known: {', '.join(workload.sizes)}" if workload.sizes else "give it under workload.sizes"
+            message = f"the workload tells no size {name!r}"
+            raise ScenarioError(scenario.problem(("pipeline", scenario.pipeline.name), message, told))
+
+
 def _draw(scenario: Scenario) -> RequestTable:
     workload, process = scenario.workload, scenario.workload.arrival_process
     assert process is not None
@@ -160,7 +171,7 @@ def _verified(scenario: Scenario, fleet: Fleet, records: Records) -> list[str]:
         steps = int((tasks["last_step"] - tasks["join_step"])[here].sum())
         if steps:
             mean = int((tasks["generated_tokens"] - 1)[here].sum()) / steps
-            k, share = settings.num_draft_tokens, settings.acceptance
+            k, share = settings.num_draft_tokens, settings.accepted_share
             notes.append(
                 f"{name}: {mean:.3g} tokens per sequence and decode step, of {k} drafted {share:.3g} accepted."
             )

@@ -299,7 +299,7 @@ class Pool(Section):
         if self.pp > 1:
             message = "speculative decoding isn't available with pipeline stages"
             yield ("speculation",), Problem(message, hint="leave pp out, and raise tp instead")
-        if DECODE not in self.serves:
+        if set(self.serves) <= {PREFILL}:
             yield ("speculation",), Problem("nothing decodes here", hint="remove it, or add decode to serves")
         seqs, tokens = (self.batching.params.get(key) for key in ("max_num_seqs", "max_num_batched_tokens"))
         if seqs and tokens and tokens < seqs * self.tokens_per_decode:

@@ -250,4 +250,6 @@ def _speculation(scenario: Scenario, pool: Pool) -> Speculation | None:
     settings = pool.speculation
     if settings is None:
         return None
-    return Speculation(settings.num_draft_tokens, settings.acceptance, partial(random_of, scenario.seed, "speculation"))
+    return Speculation(
+        settings.num_draft_tokens, settings.accepted_share, partial(random_of, scenario.seed, "speculation")
+    )
