@@ -9,10 +9,12 @@ import pytest
 
 from mist.batching.continuous import Continuous
 from mist.errors import InvariantError
+from mist.fabric import Path
 from mist.metrics.stages import stage_times
 from mist.pipeline import RequestRandom
 from mist.records import FINISHED, REJECTED
 from mist.request import DECODE, PREFILL, All, Pipeline, Request, Stage, StageResult
+from mist.sharing import Channel
 from mist.testing.cluster import KVLink, LinearSteps, Run, play, table
 
 STEPS = LinearSteps(base=100, per_prefill_token=10, per_decode=0, per_context=0, per_prefill=0)
@@ -217,3 +219,36 @@ def test_only_prefill_and_decode_find_the_prompts_prefix() -> None:
     guards = tasks["kind"] == 0
     assert tasks["cached_tokens"][guards].tolist() == [0, 0]
     assert tasks["cached_tokens"][tasks["kind"] == 1].tolist() == [0, 32]
+
+
+class OneLink:
+    """Every path is one channel of 1 byte per ns."""
+
+    carries_all = True
+
+    def __init__(self) -> None:
+        self.channel = Channel("link", 1e9)
+
+    def path(self, sender: int, receiver: int) -> Path:
+        return Path((self.channel,), 0)
+
+
+@dataclass
+class HandedOn:
+    """What a tokeniser leaves goes to a prefill, as the next stage or as a branch."""
+
+    branches: bool
+    kinds: tuple[str, ...] = field(default=("tokenize", PREFILL), init=False)
+    is_fixed: bool = field(default=False, init=False)
+
+    def __call__(self, request: Request, rng: RequestRandom) -> Pipeline:
+        yield Stage("tokenize", input_tokens=10)
+        prefill = Stage(PREFILL, input_tokens=10, input_bytes=700)
+        yield All([prefill]) if self.branches else prefill
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_what_is_handed_on_is_sent_to_a_branch_as_to_a_stage(branches: bool) -> None:
+    result = run(HandedOn(branches), [10], [0], [("tokenize",), (PREFILL,)], paths=OneLink())
+    assert result.records.transfers.as_columns()["bytes"].tolist() == [700]
+    assert ends(result) == [200 + 700 + 200]

@@ -74,6 +74,7 @@ def test_fewer_cores_take_longer() -> None:
         ({"perf": {"ivf_pq": INDEX | {"n_probe": 0}}}, "clients.index.perf.ivf_pq.n_probe", ""),
         ({"batching": "continous"}, "clients.index.batching", "continuous"),
         ({"tp": 2}, "clients.index.tp", ""),
+        ({"batching": "chunked"}, "clients.index.batching.chunked: chunked cuts tasks into chunks", "continuous"),
         (
             {"serves": ["retrieve", "prefill"]},
             "clients.index.serves.1: prefill runs a model, and there is none",
@@ -103,3 +104,28 @@ def test_a_stage_that_generates_finds_no_model_on_a_host() -> None:
     result = load(mapping).run(check=True)
     assert result.metrics["requests"]["rejected"] == 50
     assert "index runs no model, and the stage guard_input generates tokens" in str(result)
+
+
+def test_replicas_of_two_pools_have_names_of_their_own() -> None:
+    mapping = scenario()
+    mapping["clients"] |= {"gpu-0": mapping["clients"]["gpu"], "gpu": mapping["clients"]["gpu"] | {"count": 2}}
+    assert "gpu-0: gpu has a replica 'gpu-0' already" in problem(mapping) or "has a replica 'gpu-0'" in problem(mapping)
+
+
+@pytest.mark.parametrize("model", ["qwen3-0.6b", "qwen3-30b-a3b", "e5-base-v2"])
+def test_a_model_alone_on_a_host_takes_what_it_takes_without_a_network(model: str) -> None:
+    """Weights of experts that nobody goes to are read neither here nor there."""
+    stages = ["embed"] if model.startswith("e5") else ["prefill", "decode"]
+    mapping = {
+        "workload": {"concurrency": 1, "num_requests": 3, "input_tokens": 100, "output_tokens": 5},
+        "pipeline": stages,
+        "clients": {"cpu": {"device": "epyc-9554", "model": model, "perf": "roofline", "serves": stages}},
+    }
+    alone = load(mapping | {"network": {"preset": "h100-nvl8"}}).run(check=True)
+    assert alone.records.steps.cells == load(mapping).run().records.steps.cells
+
+
+def test_a_model_on_two_sockets_has_no_node() -> None:
+    mapping = scenario(network={"preset": "h100-nvl8"})
+    mapping["clients"]["gpu"] |= {"device": "epyc-9554", "tp": 2}
+    assert "gpu takes 2 epyc-9554, and a node has one host" in problem(mapping)

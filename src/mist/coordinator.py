@@ -163,7 +163,7 @@ class Coordinator:
 
     def _start(self, branch: Branch, result: StageResult | None, here: Client | None, now: int) -> None:
         """Go on where no KV cache is at hand: at a pipeline's begin, or after branches have joined."""
-        if self.advance(branch, result, None if result is None else here, now) is not None:
+        if self.advance(branch, result, here, now) is not None:
             story = f"request {branch.request.index}"
             raise InvariantError(f"{story}: a decode must directly follow the stage that leaves its KV cache")
 

@@ -39,6 +39,7 @@ from mist.scenario.value import Scenario
 from mist.sharing import Sharing
 from mist.speculation import Speculation
 from mist.topology import Link, Place
+from mist.units import NS_PER_S
 from mist.workload import RequestTable
 
 #: blocks of a client that keeps no KV cache: more than any run takes
@@ -177,7 +178,10 @@ def _kv_cache(scenario: Scenario, name: str, pool: Pool, num_blocks: int, hash_b
 
 @dataclass(frozen=True, slots=True)
 class _HostWork:
-    """What the steps of a model on a CPU ask of it: all cores, and the weights and KV caches that they read, once."""
+    """What the steps of a model on a CPU ask of it: all cores, and the weights and KV caches that they read, once.
+
+    Experts that nobody goes to aren't read: never more than DRAM carries in that time.
+    """
 
     perf: PerfModel
     device: Device
@@ -185,9 +189,10 @@ class _HostWork:
     kv_bytes_per_token: int
 
     def __call__(self, step: Step) -> Demand:
-        num_cores = self.device.num_cores
+        took = self.perf.step_time(step)
         num_bytes = self.weight_bytes + step.decode_context * self.kv_bytes_per_token
-        return Demand(self.perf.step_time(step) * num_cores, num_cores, round(num_bytes))
+        carried = took * self.device.memory_bytes_per_s / NS_PER_S
+        return Demand(took * self.device.num_cores, int(min(num_bytes, carried)))
 
 
 def network_of(scenario: Scenario, fleet: Fleet, kernel: Kernel, records: Records) -> Network:

@@ -23,7 +23,7 @@ from mist.scenario.clients import Pool
 from mist.scenario.hosts import HostPool
 from mist.scenario.memory import Memory, misfits
 from mist.scenario.named import Located, Section, Spec
-from mist.scenario.network import Network
+from mist.scenario.network import Network, numbered
 from mist.scenario.nodes import is_text
 from mist.scenario.placement import Placement, place
 from mist.scenario.pools import AnyClient
@@ -221,9 +221,20 @@ class Scenario:
             for at, found in misfits(client.kv_cache.tiers, self.memories):
                 yield ("clients", name, "kv_cache", "tiers", *at), found
         yield from self._memory_conflicts()
+        yield from self._same_names()
         if self.window_s is not None and self.warmup_s > self.window_s[0]:
             message = f"the warm-up of {self.warmup_s:g} s ends after the window begins"
             yield ("window_s",), Problem(message, hint="let the window begin later, or leave warmup_s out")
+
+    def _same_names(self) -> Iterator[Located]:
+        """Pools of which replicas would be called the same: gpu-0 of a pool gpu, and a pool gpu-0."""
+        owner: dict[str, str] = {}
+        for pool, client in self.clients.items():
+            for name in numbered(pool, client.count):
+                if owner.setdefault(name, pool) != pool:
+                    message = f"{owner[name]} has a replica {name!r} already"
+                    yield ("clients", pool), Problem(message, hint="call the pool otherwise")
+                    break
 
     def _unknown_stages(self, name: str, serves: Iterable[str]) -> Iterator[Located]:
         known = {PREFILL, DECODE, *self.stages}
