@@ -16,8 +16,21 @@ from mist.errors import InvariantError
 from mist.kernel import Kernel
 from mist.network import Network
 from mist.pipeline import PipelineFactory
-from mist.records import FINISHED, HAND_OFF, KV_TRANSFER, REJECTED, UNFINISHED, Records
-from mist.request import DECODE, All, Branch, ClientView, Join, Pipeline, Request, Stage, StageResult, Task
+from mist.records import FINISHED, HAND_OFF, KV_TRANSFER, REFUSED, REJECTED, UNFINISHED, Records
+from mist.request import (
+    DECODE,
+    PREFILL,
+    TURNED_AWAY,
+    All,
+    Branch,
+    ClientView,
+    Join,
+    Pipeline,
+    Request,
+    Stage,
+    StageResult,
+    Task,
+)
 from mist.routing import RoutingPolicy
 from mist.workload import RequestTable
 
@@ -136,6 +149,8 @@ class Coordinator:
         if isinstance(stage, All):
             self._fork(branch, stage, here, now)
             return None
+        if stage.kind == PREFILL and stage.visible:
+            request.prompt_tokens = stage.input_tokens
         task = Task(request, stage, request.num_stages, stage.input_tokens, now, branch)
         request.num_stages += 1
         request.num_tasks += 1
@@ -181,7 +196,7 @@ class Coordinator:
         """A pipeline is over: its request leaves, or what waits for all branches has one less to wait for."""
         join = branch.joins
         if join is None:
-            self._leave(branch.request, FINISHED, now)
+            self._leave(branch.request, REFUSED if result is TURNED_AWAY else FINISHED, now)
             return
         join.results[branch.place] = result
         join.num_open -= 1
@@ -269,7 +284,8 @@ class Coordinator:
             self.on_progress(self.num_left)
         self.records.requests.append(
             (request.index, request.arrival_ns, first_token_ns, now, status, self._reason(reason),
-             request.input_tokens, request.output_tokens, request.cached_tokens, request.num_preemptions)
+             request.prompt_tokens or request.input_tokens, request.output_tokens, request.cached_tokens,
+             request.num_preemptions)
         )  # fmt: skip
         if self.workload.concurrency is not None and status != UNFINISHED and self._num_posted < len(self.workload):
             self._post_next(now)

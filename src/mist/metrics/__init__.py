@@ -81,7 +81,7 @@ def summarise(
         **figures,
         **summarise_transfers(transfers, requests, chosen, percentiles),
         "offered": offered_load(requests, chosen, oracle_output_tokens) if open_loop else None,
-        "throughput": _throughput(requests, int(emitted.sum()), span),
+        "throughput": _throughput(requests, _visible(int(emitted.sum()), requests, tasks), span),
         "duration_s": (span.last_ns - span.first_ns) / NS_PER_S,
         "window": {name: getattr(span, f"{name[:-2]}_ns") / NS_PER_S for name in ("start_s", "end_s", "span_s")},
         "clients": summarise_clients(clients, sums, span),
@@ -129,6 +129,12 @@ def _latencies(
 def _counts(requests: Columns, chosen: BoolColumn) -> dict[str, int]:
     by_status = np.bincount(requests["status"][chosen], minlength=len(STATUSES))
     return {"arrived": int(by_status.sum()), **{name: int(by_status[i]) for i, name in enumerate(STATUSES)}}
+
+
+def _visible(emitted: int, requests: Columns, tasks: Columns) -> int:
+    """Of the tokens emitted in a window those that users see: of all that were generated, the share of the answers."""
+    generated, shown = int(tasks["generated_tokens"].sum()), int(requests["output_tokens"].sum())
+    return emitted if shown >= generated else round(emitted * shown / generated)
 
 
 def _throughput(requests: Columns, output_tokens: int, window: Window) -> dict[str, float | None]:
