@@ -25,9 +25,7 @@ NAMES = ("question-answering", "guarded-qa", "news-search", "code-generation", "
 def wrong_sums(result: Result) -> int:
     """Finished requests whose stage times don't add up to their E2E."""
     records = result.records
-    requests, tasks, transfers = (
-        table.as_columns() for table in (records.requests, records.tasks, records.transfers)
-    )
+    requests, tasks, transfers = (table.as_columns() for table in (records.requests, records.tasks, records.transfers))
     finished = {name: column[requests["status"] == FINISHED] for name, column in requests.items()}
     order = np.argsort(tasks["request"], kind="stable")
     tasks = {name: column[order] for name, column in tasks.items()}
@@ -59,7 +57,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--requests", type=int, default=10_000, metavar="N")
     arguments = parser.parse_args()
-    return int(any([measure(name, arguments.requests) for name in arguments.names]))
+    return int(sum(measure(name, arguments.requests) for name in arguments.names) > 0)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""The examples of the shipped pipelines: every stage is run, each hand-off has the bytes of what it carries, and what is
-said of sharing and reuse holds.
+"""The examples of pipelines: every stage runs, hand-offs have the bytes of what they carry, sharing and reuse tell.
 
-Runs them as they are, with the ledger, and few requests. It never checks a figure that a device's file could change.
+Runs them as they are, with the ledger, and few requests. It never checks a time, only which is longer.
 """
 
 from __future__ import annotations
