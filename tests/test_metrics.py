@@ -389,3 +389,15 @@ def test_play_of_several_replicas_has_figures_per_replica():
     assert len(pool["replicas"]) == 2
     assert pool["output_tokens"] == 80
     assert pool["prefill_tokens"] == 160
+
+
+def test_hidden_tokens_are_no_throughput():
+    """Ten tokens of a draft and five of an answer in ten seconds: half a token a second is seen."""
+    records = Records(client_names=["gpu"], stage_kinds=["draft", "decode"])
+    records.tasks.append((0, 0, 0, 0, 0, 0, 10**9, 5 * 10**9, 0, 8, 0, 0, 9, 10))
+    records.tasks.append((0, 1, 1, 0, 5 * 10**9, 5 * 10**9, 6 * 10**9, 10**10, 0, 8, 0, 9, 13, 5))
+    for step in range(13):
+        records.steps.append((0, step * 10**9 // 2, (step + 1) * 10**9 // 2, 0, 0, 1, 9, 1, 0))
+    records.requests.append((0, 0, 6 * 10**9, 10**10, FINISHED, -1, 8, 5, 0, 0))
+    summary = summarise(records, clients=[ClientInfo("gpu", "gpu")])
+    assert summary["throughput"]["output_tokens_per_s"] == pytest.approx(0.5)

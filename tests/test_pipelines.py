@@ -21,7 +21,7 @@ from mist.pipeline.kv_reuse import KVReuse
 from mist.pipeline.news_search import NewsSearch
 from mist.pipeline.question_answering import QuestionAnswering
 from mist.pipeline.stages import StageList
-from mist.records import FINISHED
+from mist.records import FINISHED, REFUSED
 from mist.registry import lookup, names
 from mist.request import DECODE, PREFILL, All, Pipeline, Request, Stage, StageResult
 from mist.scenario.value import load
@@ -331,7 +331,7 @@ def run(pipeline: PipelineFactory, serves: list[tuple[str, ...]], num: int = 20,
     workload = table([4000 * i for i in range(num)], inputs, outputs)
     workload.sizes = how.pop("sizes", {})
     result = play(workload, pipeline=pipeline, perf=STEPS, num_clients=len(serves), serves=serves, **how)
-    assert (result.records.requests.as_columns()["status"] == FINISHED).all()
+    assert np.isin(result.records.requests.as_columns()["status"], (FINISHED, REFUSED)).all()
     return result
 
 
@@ -357,7 +357,7 @@ def test_the_prompt_grows_by_the_passages() -> None:
         kind: tasks["computed_tokens"][tasks["kind"] == index][np.argsort(tasks["request"][tasks["kind"] == index])]
         for index, kind in enumerate(result.records.stage_kinds)
     }
-    inputs = np.array(column(result, "input_tokens"))
+    inputs = np.array(column(result, "input_tokens")) - 60  # that of a request is its prompt with the passages
     assert np.array_equal(computed["embed"], inputs)
     assert computed["retrieve"].tolist() == [1] * 20
     assert np.array_equal(computed["rerank"], 3 * (inputs + 30))

@@ -20,8 +20,9 @@ class GuardedQA:
     """Input guards, prefill, decode, output guards; guards of a list follow each other.
 
     `verdict_tokens`: tokens that a guard writes, by its stage; one that isn't named only reads. `refused`: share of
-    requests that the input guards refuse; such a request ends with them, and isn't counted as served. `beside`: the input guards run beside prefill
-    and decode, whose tokens are held back until they have passed; the tokens of a refused request are never shown.
+    requests that the input guards refuse; such a request ends with them, and isn't counted as served. `beside`: the
+    input guards run beside prefill and decode, whose tokens are held back until they have passed; the tokens of a
+    refused request are never shown.
     `hold_answer`: the answer is held back until the output guards have passed, else it is streamed while it is written.
     """
 
