@@ -42,6 +42,8 @@ class HostPool(Section):
     """clients"""
     cores: Count = left_out()
     """cores of the CPU that one client may use; left out, all"""
+    workers: Annotated[int, Field(ge=1, le=4096)] = 1
+    """batches that one client works on at a time, each on its share of the cores, all with one index"""
     serves: Stages
     """stages of the pipeline that run here"""
     perf: Annotated[Spec, SpecOf("perf")]
@@ -61,7 +63,12 @@ class HostPool(Section):
 
     def deployment(self) -> HostDeployment:
         """What step times are asked for."""
-        return HostDeployment(self.device, self.cores, self.batching.build().max_num_seqs)
+        return HostDeployment(self.device, max(1, self.cores // self.workers), self.batching.build().max_num_seqs)
+
+    @property
+    def lanes(self) -> int:
+        """Clients of the simulation that one replica is: its workers."""
+        return self.workers
 
     def prepared(self) -> HostModel:
         """A fresh performance model, ready for steps."""
@@ -72,7 +79,8 @@ class HostPool(Section):
     def __str__(self) -> str:
         kept = self.prepared().memory_bytes()
         keeps = f", {kept / GIB:,.1f} GiB in memory" if kept else ""
-        return f"{self.count} x {self.cores} cores of {self.device.name}, {self.perf.name}{keeps}"
+        workers = f"{self.workers} workers on " if self.workers > 1 else ""
+        return f"{self.count} x {workers}{self.cores} cores of {self.device.name}, {self.perf.name}{keeps}"
 
     def _misfits(self) -> Iterator[Located]:
         if not runs_without_model(self.perf.name):
@@ -89,6 +97,9 @@ class HostPool(Section):
             message = f"{self.device.name} has {self.device.num_cores} cores, not {self.cores:,}"
             yield ("cores",), Problem(message, hint="lower it, or leave it out for all")
             return
+        if self.workers > self.cores:
+            message = f"{self.workers:,} workers share {self.cores} cores"
+            yield ("workers",), Problem(message, hint="at most one for each core")
         model: HostModel = self.perf.build()
         if reason := model.supports(self.deployment()):
             yield ("perf", self.perf.name), Problem(reason, hint="change its parameters, or take another device")
