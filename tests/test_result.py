@@ -177,7 +177,22 @@ def test_a_narrow_page_lists_figures_with_their_units(result):
     lines = [line.rstrip() for line in page.splitlines()]
     first = lines.index("TTFT")
     assert re.fullmatch(r"  mean [0-9.]+ (s|ms|µs)", lines[first + 1])
-    assert re.fullmatch(r"  share of E2E [0-9.]+%", next(line for line in lines if "share" in line))
+    for share in ("share of E2E", "share of TTFT"):
+        assert re.fullmatch(rf"  {share} [0-9.]+%", next(line for line in lines if share in line))
+
+
+def test_each_stage_has_a_unit_and_shares_that_sum_to_all():
+    result = make(random_story(2))
+    stages = result.metrics["stages"]
+    total = {"e2e_s": 10.0, "ttft_s": 0.004}
+    for metric, mean in total.items():
+        result.metrics[metric]["mean"] = mean
+    for kind, (served, before) in {"prefill": (3e-3, 3e-3), "decode": (9.997, 1e-3)}.items():
+        stages[kind] = {part: {"mean": 0.0} for part in ("wait_s", "transfer_s")}
+        stages[kind] |= {"serve_s": {"mean": served}, "ttft_s": {"mean": before}}
+    rows = {line.split()[0]: line.split()[1:] for line in at_width(result, 120).splitlines() if line.strip()}
+    assert rows["prefill"] == ["-", "3.00", "-", "ms", "<0.1%", "75%"]
+    assert rows["decode"] == ["-", "10.00", "-", "s", ">99.9%", "25%"]
 
 
 def test_rates_have_three_digits():

@@ -116,17 +116,15 @@ def _gb(num_bytes: int) -> str:
 
 
 def _stages(summary: Summary) -> RenderableType:
-    """Means per request and stage, which add up to the mean E2E, and their share of it."""
-    total = summary["e2e_s"]["mean"]
-    table = Fitted("Where time went", ["wait", "serve", "transfer", "", "share of E2E"])
-    rows = {
-        kind: [parts[part]["mean"] for part in ("wait_s", "serve_s", "transfer_s")]
-        for kind, parts in summary["stages"].items()
-    }
-    known = [value for means in rows.values() for value in means]
-    cells, unit = _scaled(known, zero=_NOTHING)
-    for i, (kind, means) in enumerate(rows.items()):
-        table.add_row(kind, *cells[3 * i : 3 * i + 3], unit, _percent(sum(means) / total if total else None))
+    """Means per request and stage, which add up to the mean E2E, and their shares of it and of the mean TTFT."""
+    totals = {whole: summary[whole]["mean"] for whole in ("e2e_s", "ttft_s")}
+    table = Fitted("Where time went", ["wait", "serve", "transfer", "", "share of E2E", "share of TTFT"])
+    for kind, parts in summary["stages"].items():
+        means = [parts[part]["mean"] for part in ("wait_s", "serve_s", "transfer_s")]
+        cells, unit = _scaled(means, zero=_NOTHING)
+        spent = {"e2e_s": sum(mean or 0.0 for mean in means), "ttft_s": parts["ttft_s"]["mean"]}
+        shares = [_percent(spent[whole] / total if total else None) for whole, total in totals.items()]
+        table.add_row(kind, *cells, unit, *shares)
     return table
 
 
