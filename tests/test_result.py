@@ -20,7 +20,7 @@ from mist.errors import ScenarioError
 from mist.metrics import ClientInfo, summarise
 from mist.records import FINISHED, Records
 from mist.scenario.result import PLAIN_WIDTH, Result, check_output_folder
-from mist.scenario.result_table import _rate
+from mist.scenario.result_table import _rate, _size
 
 FILES = ["requests.parquet", "scenario.yaml", "steps.parquet", "summary.json", "transfers.parquet"]
 
@@ -199,6 +199,13 @@ def test_rates_have_three_digits():
     rates = [0.0, 0.00123, 0.5, 1.0, 9.996, 12.0, 12.1, 20.98, 99.96, 1234.5]
     assert [_rate(rate) for rate in rates] == [
         "0", "0.00123", "0.5", "1.00", "10.0", "12.0", "12.1", "21.0", "100", "1,234",
+    ]  # fmt: skip
+
+
+def test_sizes_have_the_unit_that_suits_them():
+    sizes = [0, 17, 2_000, 999_400, 999_500, 1.234e9, 9.9996e11, 1.132e13, 1.2345e15]
+    assert [_size(int(size)) for size in sizes] == [
+        "-", "17 B", "2.00 kB", "999 kB", "1.00 MB", "1.23 GB", "1.00 TB", "11.3 TB", "1,234 TB",
     ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from mist.metrics.words import counted, share
 from mist.scenario.fitted import Fitted
-from mist.units import GB
+from mist.units import GB, KB, MB, TB
 
 Summary = Mapping[str, Any]
 
@@ -106,13 +106,17 @@ def _memories(summary: Summary) -> RenderableType:
     table = Fitted("Memories", ["hits", "misses", "hit rate", "held", "fetched", "written", "evicted"])
     for name, memory in summary["memories"].items():
         label = f"{memory['instances']} x {name}" if memory["instances"] > 1 else name
-        sizes = [_gb(memory[f"{what}_bytes"]) for what in ("held", "fetched", "written", "evicted")]
+        sizes = [_size(memory[f"{what}_bytes"]) for what in ("held", "fetched", "written", "evicted")]
         table.add_row(label, f"{memory['hits']:,}", f"{memory['misses']:,}", _percent(memory["hit_rate"]), *sizes)
     return table
 
 
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / GB:,.4g} GB" if num_bytes else _NOTHING
+def _size(num_bytes: int) -> str:
+    """Bytes with three digits, in the unit that suits them."""
+    for unit, name in ((TB, "TB"), (GB, "GB"), (MB, "MB"), (KB, "kB")):
+        if num_bytes >= 0.9995 * unit:
+            return f"{_rate(num_bytes / unit)} {name}"
+    return f"{num_bytes} B" if num_bytes else _NOTHING
 
 
 def _stages(summary: Summary) -> RenderableType:
