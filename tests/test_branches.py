@@ -88,6 +88,16 @@ def test_the_critical_path_leaves_out_who_was_not_waited_for() -> None:
     assert stage_times(requests, tasks, 3)[0].tolist() == [[0, 2100, 0], [0, 0, 0], [0, 0, 0]]
 
 
+@pytest.mark.parametrize("guard_tokens", [1, 20, 90])
+def test_times_until_the_first_token_sum_to_the_ttft(guard_tokens: int) -> None:
+    result = run(Guarded(guard_tokens, gates=True), [10, 20, 9], [4, 1, 7], [ANSWER, GUARD])
+    requests, tasks = result.records.requests.as_columns(), result.records.tasks.as_columns()
+    order = np.argsort(tasks["request"], kind="stable")
+    times = stage_times(requests, {k: v[order] for k, v in tasks.items()}, 3, None, "first_token_ns")
+    assert times.min() >= 0
+    assert times.sum(axis=(1, 2)).tolist() == (requests["first_token_ns"] - requests["arrival_ns"]).tolist()
+
+
 def test_a_guard_that_ends_while_the_cache_is_on_its_way_was_not_waited_for() -> None:
     """Prefill to 200 ns, its cache there at 1,200, decodes to 1,500; the guard ends at 610."""
     result = run(Guarded(51), [10], [4], [(PREFILL,), (DECODE,), GUARD], nic=KVLink(100, 1e9))

@@ -121,6 +121,20 @@ def test_stage_means_sum_to_the_mean_e2e(story):
     summary = summarise(story.records, clients=story.clients)
     means = [parts[part]["mean"] for parts in summary["stages"].values() for part in PARTS]
     assert sum(means) == pytest.approx(summary["e2e_s"]["mean"], rel=1e-12)
+    means = [parts["ttft_s"]["mean"] for parts in summary["stages"].values()]
+    assert sum(means) == pytest.approx(summary["ttft_s"]["mean"], rel=1e-12)
+
+
+def test_stage_parts_until_the_first_token_sum_to_the_ttft(story):
+    requests = story.records.requests.as_columns()
+    spoken = (requests["status"] == FINISHED) & (requests["first_token_ns"] >= 0)
+    requests = {name: column[spoken] for name, column in requests.items()}
+    whole, until = (
+        stage_times(requests, in_order(story.records), 2, None, end) for end in ("end_ns", "first_token_ns")
+    )
+    assert (until >= 0).all()
+    assert (until <= whole).all()
+    assert until.sum(axis=(1, 2)).tolist() == (requests["first_token_ns"] - requests["arrival_ns"]).tolist()
 
 
 def test_littles_identity(story):

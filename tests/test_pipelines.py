@@ -205,6 +205,28 @@ def test_a_re_ranker_reads_each_candidate_with_the_question() -> None:
 
 
 @pytest.mark.parametrize(
+    ("parameters", "pair"), [({}, 512), ({"max_pair_tokens": 514}, 514), ({"passage_tokens": 9}, 59)]
+)
+@pytest.mark.parametrize("pipeline", [NewsSearch, ChatSupport])
+def test_a_pair_is_cut_to_what_the_re_ranker_reads(pipeline: Any, parameters: dict[str, int], pair: int) -> None:
+    found = stages_of(pipeline(candidates=20, **parameters), request(50))
+    rerank = next(stage for stage in found if stage.kind == "rerank")
+    assert rerank.input_tokens == rerank.num_sequences * pair
+
+
+def test_a_re_ranker_of_514_positions_serves_the_default_passages() -> None:
+    served = {
+        "encoder": {"device": "l4", "model": "bge-reranker-base", "serves": ["embed", "rerank"]},
+        "index": {"device": "epyc-9554", "perf": {"flat_search": {"num_vectors": 1000, "dim": 768}},
+                  "serves": ["retrieve"]},
+        "gpu": {"device": "h100-sxm", "model": "llama-3.1-8b"},
+    }  # fmt: skip
+    workload = {"arrivals": "all_at_once", "num_requests": 2, "input_tokens": 600, "output_tokens": 2}
+    scenario = load({"workload": workload, "clients": served, "pipeline": {"news_search": {"candidates": 20}}})
+    assert scenario.run(check=True).metrics["requests"]["finished"] == 2
+
+
+@pytest.mark.parametrize(
     ("parameters", "sizes", "expected"),
     [
         ({}, {}, 80),
@@ -297,6 +319,7 @@ def test_chat_support_searches_then_asks_for_the_conversation() -> None:
         ("guarded_qa", {"output_guards": [], "hold_answer": True}, "hold_answer needs output_guards"),
         ("news_search", {"passages": 0}, "passages is 0"),
         ("news_search", {"passage_tokens": 0}, "passage_tokens is 0"),
+        ("news_search", {"max_pair_tokens": 0}, "max_pair_tokens is 0"),
         ("news_search", {"query_tokens": 0}, "query_tokens is 0"),
         ("news_search", {"candidates": 4}, "candidates is 4, below the 5 passages"),
         ("news_search", {"retrieve": "prefill"}, "retrieve is 'prefill'"),

@@ -176,6 +176,9 @@ def check(resolved: bool, **options: Any) -> None:
         click.echo(f"  {name}: {devices}, {client.model.name} in {client.weights_dtype}, {client.engine.name}")
         batching = ", ".join(f"{key} {value}" for key, value in client.batching.params.items())
         click.echo(f"    batching {client.batching.name}: {batching}")
+        if client.model.is_encoder:
+            click.echo("    no KV cache: an encoder keeps nothing")
+            continue
         blocks = client.kv_cache.num_blocks
         given = f"{blocks:,} blocks of {client.kv_cache.block_size} as given" if blocks else client.kv_capacity()
         click.echo(f"    KV in {client.kv_dtype}: {given}")
@@ -262,7 +265,7 @@ def schema(plugins: tuple[str, ...]) -> None:
 @click.argument(
     "what",
     type=click.Choice(
-        ["devices", "models", "engines", "steps", "memories", "policies", "workloads", "networks", "pipelines"]
+        ["devices", "models", "engines", "steps", "memories", "policies", "perf", "workloads", "networks", "pipelines"]
     ),
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
@@ -282,7 +285,7 @@ def list_names(what: str, as_json: bool, plugins: tuple[str, ...]) -> None:
     if as_json:
         print_json(found)
     else:
-        click.echo(table(folded(found) if what in ("policies", "pipelines") else found))
+        click.echo(table(folded(found) if what in ("policies", "pipelines", "perf") else found))
 
 
 def _load(

@@ -86,9 +86,7 @@ def summarise(
         "window": {name: getattr(span, f"{name[:-2]}_ns") / NS_PER_S for name in ("start_s", "end_s", "span_s")},
         "clients": summarise_clients(clients, sums, span),
         "memories": summarise_memories(memories, transfers),
-        "stages": summarise_stages(
-            stage_times(finished, tasks, len(records.stage_kinds), transfers), records.stage_kinds
-        ),
+        "stages": _stages(finished, tasks, records.stage_kinds, transfers),
         "slo": summarise_slo(targets, times, figures, requests, chosen, span) if targets else None,
         "open_loop": open_loop,
         **verdict,
@@ -124,6 +122,13 @@ def _latencies(
     gaps, weights = token_gaps(segments.since(_first_tokens(requests, chosen)), decode_steps)
     itl = weighted_distribution(gaps, weights, percentiles)
     return {"ttft_s": of["ttft_s"], "tpot_s": of["tpot_s"], "itl_s": itl, "e2e_s": of["e2e_s"]}
+
+
+def _stages(finished: Columns, tasks: Columns, kinds: Sequence[str], transfers: Columns) -> dict[str, Any]:
+    """Where the time of finished requests went, and until the first token of those that have one."""
+    spoken = {name: column[finished["first_token_ns"] >= 0] for name, column in finished.items()}
+    before_token = stage_times(spoken, tasks, len(kinds), transfers, "first_token_ns")
+    return summarise_stages(stage_times(finished, tasks, len(kinds), transfers), kinds, before_token)
 
 
 def _counts(requests: Columns, chosen: BoolColumn) -> dict[str, int]:

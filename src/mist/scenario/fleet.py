@@ -98,7 +98,8 @@ def _add_replicas(
             kv_bytes_per_token=token_bytes,
         )
         limit_seqs = client.batching.max_num_seqs
-        info = ClientInfo(name, pool_name, num_blocks, pool.kv_cache.block_size, limit_seqs)
+        shown_blocks = 0 if pool.model.is_encoder else num_blocks
+        info = ClientInfo(name, pool_name, shown_blocks, pool.kv_cache.block_size, limit_seqs)
         if pool.device.num_cores:
             client.demand_of = _HostWork(perf, pool.device, pool.model.weight_bytes(pool.weights_dtype), token_bytes)
         _add(fleet, client, info, records)
