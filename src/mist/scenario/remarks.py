@@ -25,9 +25,7 @@ def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None, *, s
     devices = {pool.device.name: pool.device for pool in scenario.clients.values() if pool.device}
     found += [remark for name, device in devices.items() for remark in _figures(device, name in computing)]
     priced_by = priced_by or {}
-    expected = [
-        expected_error(pool, priced_by.get(name, ""), saturated=saturated) for name, pool in scenario.pools.items()
-    ]
+    expected = [expected_error(scenario, name, priced_by.get(name, ""), saturated=saturated) for name in scenario.pools]
     return [*found, *dict.fromkeys(each["statement"] for each in expected)]
 
 
