@@ -7,6 +7,7 @@ serves its stage. It never shows a token of a prompt that the guards have not pa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from mist.pipeline import RequestRandom
 from mist.pipeline.parts import BYTES_PER_TOKEN, GUARD_INPUT, GUARD_OUTPUT, Answer, answer, require_names
@@ -26,6 +27,7 @@ class GuardedQA:
     `hold_answer`: the answer is held back until the output guards have passed, else it is streamed while it is written.
     """
 
+    sizes: ClassVar[tuple[str, ...]] = ()
     input_guards: tuple[str, ...] = (GUARD_INPUT,)
     output_guards: tuple[str, ...] = (GUARD_OUTPUT,)
     beside: bool = False

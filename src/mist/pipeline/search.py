@@ -7,6 +7,7 @@ much of it there is to read and send.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mist.pipeline.parts import (
     BYTES_PER_DIM,
@@ -31,6 +32,7 @@ class Search:
     passage together are cut. `embedding_dim` is the embedding's.
     """
 
+    sizes: ClassVar[tuple[str, ...]] = ("query_tokens", "num_passages", "passage_tokens")
     passages: int = 5
     passage_tokens: int = 512
     candidates: int = 0
