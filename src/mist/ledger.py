@@ -128,8 +128,9 @@ class Ledger:
         self._check_blocks(client)
 
     def fetches(self, client: Client, task: Task, first_token: int, found: Sequence[Found], now: int) -> None:
-        """memories: a fetch is of what the memory has, right behind what is there already."""
+        """memories: a fetch is of what the memory has of a prompt, right behind what is there already."""
         self._now = now
+        self._true(task.reads_prompt, f"{client.name}: KV of the prompt is fetched for the stage {task.stage.kind}")
         assert client.offload is not None
         hierarchy, request, token = client.offload.hierarchy, task.request, first_token
         for tier, num_tokens in found:

@@ -149,10 +149,10 @@ class Hierarchy:
         return bool(self.tiers) and self.tiers[0].spec.write == BACK
 
     def keys(self, task: Task, num_tokens: int) -> Sequence[int]:
-        """Keys of the whole units in the first `num_tokens` of the prompt."""
+        """Keys of the whole units in the first `num_tokens` of the prompt; none of a text that isn't the prompt."""
         if not self.unit_tokens:
             return ()
-        keys = task.request.block_keys[: min(num_tokens, task.request.input_tokens) // self.unit_tokens]
+        keys = task.prompt_keys[: min(num_tokens, task.request.input_tokens) // self.unit_tokens]
         return [key + self._first_key for key in keys] if self._first_key else keys
 
     def _draw(self, task: Task, num_tokens: int) -> list[Found]:
