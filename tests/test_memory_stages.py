@@ -5,9 +5,16 @@ On whole scenarios of a few requests; the ledger watches every run.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mist.pipeline.parts import answer, find_kv
+from mist.registry import register
+from mist.request import Request, Stage
 from mist.scenario import load
 from test_memory_scenarios import changed, hashed, problem, scenario
 
@@ -33,3 +40,32 @@ def test_only_prompts_find_what_memories_have_of_prompts(tmp_path: Path) -> None
     by_content = load(guarded({"host": {"memory": "ddr5"}}, workload=workload)).run(check=True)
     assert of_stages(by_content) == {("guard", 0), ("prefill", 0), ("prefill", 1024), ("decode", 0)}
     assert list(by_content.transfers["kind"]) == ["kv_write", "prefix_fetch"]
+
+
+@register("pipeline", "guarded_reuse")
+@dataclass
+class GuardedReuse:
+    """A guard, then an answer with what a KV store has of its prompt."""
+
+    kinds = ("guard", "kv_retrieve", "prefill", "decode")
+    is_fixed = False
+
+    def __call__(self, request: Request, rng: Any) -> Iterator[Any]:
+        yield Stage("guard", request.input_tokens, visible=False)
+        found = yield from find_kv(request, "kv_retrieve", request.input_tokens)
+        yield from answer(request, request.input_tokens, found_tokens=found)
+
+
+@pytest.mark.parametrize("guard_first", [True, False])
+def test_a_store_finds_what_it_has_whatever_pools_come_first(tmp_path: Path, guard_first: bool) -> None:
+    mapping = scenario({"host": {"memory": "ddr5"}}, workload=hashed(tmp_path, [[1, 2], [1, 2]]), tiers=())
+    mapping["pipeline"] = "guarded_reuse"
+    pools = {
+        "guard": {"device": "l4", "model": "llama-guard-3-1b", "serves": ["guard"], "kv_cache": {"tiers": ["host"]}},
+        "gpu": changed(mapping, count=1, kv_cache={"enable_prefix_caching": False})["clients"]["gpu"],
+    }
+    mapping["clients"] = {name: pools[name] for name in sorted(pools, reverse=guard_first)}
+    mapping["clients"]["store"] = {"memory": "platform-dram", "serves": ["kv_retrieve"], "fetch": "always"}
+    result = load(mapping).run(check=True)
+    assert result.metrics["memories"]["store"]["hits"] == 2
+    assert ("prefill", 1024) in of_stages(result)

@@ -140,7 +140,7 @@ class Ledger:
             if tier.spec.hit_rate is not None or (request.store == memory.index and request.hit_tokens):
                 self._true(token + num_tokens <= request.hit_tokens, f"{story} are more than it is said to have")
             else:
-                keys, unit = hierarchy.keys(task, token + num_tokens), hierarchy.unit_tokens
+                keys, unit = client.offload.keys(memory, task, token + num_tokens), hierarchy.unit_tokens
                 units = range(token // unit, (token + num_tokens) // unit)
                 size = tier.entry_units
                 entries = {keys[min(i // size * size + size, len(keys)) - 1] for i in units}

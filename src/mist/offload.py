@@ -133,6 +133,11 @@ class Offload:
         """All that it may fetch from and write to."""
         return list(self._of_tier.values())
 
+    def keys(self, memory: Memory, task: Task, num_tokens: int) -> Sequence[int]:
+        """What `memory` calls the whole units in the first `num_tokens` of the prompt."""
+        is_store = memory.index in self._stores
+        return (self.hierarchy.prompt_keys if is_store else self.hierarchy.keys)(task, num_tokens)
+
     # --- fetching ---
 
     def fetch(self, task: Task, deliver: Callable[[Task, int], None], now: int) -> bool:
@@ -178,7 +183,7 @@ class Offload:
         if _is_stated(task.request, store.tier):
             return found
         unit = self.hierarchy.unit_tokens
-        return min(found, store.tier.count_units(self.hierarchy.keys(task, found), 0) * unit) if unit else 0
+        return min(found, store.tier.count_units(self.hierarchy.prompt_keys(task, found), 0) * unit) if unit else 0
 
     def _fetch_ns(self, tier: Tier, num_bytes: int) -> tuple[int, int]:
         """Latency, and an estimate of the rest of a fetch of `num_bytes` of KV cache beside those under way."""
@@ -232,7 +237,7 @@ class Offload:
             self._write(request.index, self._of_tier[tier], num_bytes, now)
         store = self._stores.get(request.store)
         if store is not None and not _is_stated(request, store.tier):
-            keys = self.hierarchy.keys(task, task.target_tokens)
+            keys = self.hierarchy.prompt_keys(task, task.target_tokens)
             num_bytes = store.tier.insert(keys, len(keys), self.hierarchy.token_bytes, now)
             self._write(request.index, store, num_bytes, now)
         self._spill(request.index, now)

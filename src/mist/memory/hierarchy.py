@@ -149,11 +149,15 @@ class Hierarchy:
         return bool(self.tiers) and self.tiers[0].spec.write == BACK
 
     def keys(self, task: Task, num_tokens: int) -> Sequence[int]:
-        """Keys of the whole units in the first `num_tokens` of the prompt; none of a text that isn't the prompt."""
+        """What the tiers call the whole units in the first `num_tokens` of the prompt; none of another text."""
+        keys = self.prompt_keys(task, num_tokens)
+        return [key + self._first_key for key in keys] if self._first_key else keys
+
+    def prompt_keys(self, task: Task, num_tokens: int) -> Sequence[int]:
+        """What the workload and KV stores, which are of one layout, call them."""
         if not self.unit_tokens:
             return ()
-        keys = task.prompt_keys[: min(num_tokens, task.request.input_tokens) // self.unit_tokens]
-        return [key + self._first_key for key in keys] if self._first_key else keys
+        return task.prompt_keys[: min(num_tokens, task.request.input_tokens) // self.unit_tokens]
 
     def _draw(self, task: Task, num_tokens: int) -> list[Found]:
         assert self._rng_of is not None
