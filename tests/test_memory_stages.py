@@ -69,3 +69,20 @@ def test_a_store_finds_what_it_has_whatever_pools_come_first(tmp_path: Path, gua
     result = load(mapping).run(check=True)
     assert result.metrics["memories"]["store"]["hits"] == 2
     assert ("prefill", 1024) in of_stages(result)
+
+
+@pytest.mark.parametrize("cache", [{"tiers": ["host"]}, {"prefix_tier": "cpu"}])
+def test_an_encoder_keeps_no_kv_cache(cache: dict[str, Any]) -> None:
+    mapping = changed(scenario(TOLD), model="bge-m3", serves=["embed"], kv_cache=cache) | {"pipeline": ["embed"]}
+    told = problem(mapping)
+    assert f"clients.gpu.kv_cache.{next(iter(cache))}" in told
+    assert "an encoder keeps no KV cache" in told
+
+
+def test_no_store_is_asked_for_what_an_encoder_reads() -> None:
+    mapping = changed(scenario(TOLD, tiers=(), pipeline=["kv_retrieve", "prefill"]), model="bge-m3", serves=["prefill"])
+    mapping["clients"]["gpu"]["kv_cache"] = {"enable_prefix_caching": False}
+    mapping["clients"]["store"] = {"memory": "platform-dram", "serves": ["kv_retrieve"], "fetch": "always"}
+    result = load(mapping).run(check=True)
+    assert of_stages(result) == {("kv_retrieve", 0), ("prefill", 0)}
+    assert not len(result.transfers["kind"])

@@ -95,7 +95,8 @@ class Scenario:
     @property
     def store_users(self) -> dict[str, Pool]:
         """Those that fetch from KV stores and write to them: all that compute prompts, where there is a store."""
-        return {name: pool for name, pool in self.pools.items() if PREFILL in pool.serves} if self.stores else {}
+        computing = {name: pool for name, pool in self.pools.items() if PREFILL in pool.serves}
+        return {name: pool for name, pool in computing.items() if not pool.model.is_encoder} if self.stores else {}
 
     def memory_of(self, store: StorePool) -> Memory:
         """What a KV store keeps KV caches in."""
