@@ -16,7 +16,7 @@ from mist.pipeline.parts import answer, find_kv
 from mist.registry import register
 from mist.request import Request, Stage
 from mist.scenario import load
-from test_memory_scenarios import changed, hashed, problem, scenario
+from test_memory_scenarios import built, changed, hashed, problem, scenario
 
 TOLD = {"host": {"memory": "ddr5", "hit_rate": 1.0}}
 
@@ -86,3 +86,18 @@ def test_no_store_is_asked_for_what_an_encoder_reads() -> None:
     result = load(mapping).run(check=True)
     assert of_stages(result) == {("kv_retrieve", 0), ("prefill", 0)}
     assert not len(result.transfers["kind"])
+
+
+@pytest.mark.parametrize("network", [{}, {"kv_transfer": {"bandwidth": "1 GB/s", "latency": "5 ms"}}])
+def test_what_is_written_to_the_host_takes_the_link_to_the_host(tmp_path: Path, network: dict[str, Any]) -> None:
+    mapping = scenario({"host": {"memory": "ddr5"}}, workload=hashed(tmp_path, [[1, 2], [1, 2]]))
+    cache = {"tiers": ["host"], "fetch": "always", "enable_prefix_caching": False}
+    made = load(changed(mapping, count=1, kv_cache=cache) | {"network": network})
+    moved = made.run(check=True).transfers
+    assert list(moved["kind"]) == ["kv_write", "prefix_fetch"]
+    written, fetched = (moved["end_s"] - moved["start_s"]).tolist()
+    device, num_bytes = made.pools["gpu"].device, moved["bytes"].tolist()[0]
+    assert written == pytest.approx(fetched)
+    assert written > num_bytes / device.host_link_bytes_per_s
+    _, links, _ = built(changed(mapping, kv_cache=cache))
+    assert not set(links.path(0, -2).channels) & set(links.path(-1, 0).channels), "each way has a channel of its own"

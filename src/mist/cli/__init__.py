@@ -109,9 +109,7 @@ def _clean_up_when_terminated() -> None:
 @click.option("--overwrite", is_flag=True, help="Let --out and --trace replace what is there.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a timeline for ui.perfetto.dev, such as out.json.gz.")  # fmt: skip
-@click.option(
-    "--check", is_flag=True, help="Recount the conservation laws while running, and all of them at the end (slower)."
-)
+@click.option("--check", is_flag=True, help="Recount the conservation laws while running, and all of them at the end (slower).")
 def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, check: bool, **options: Any) -> None:
     """Simulate SCENARIO and print what came out.
 
