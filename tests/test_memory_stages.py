@@ -16,7 +16,7 @@ from mist.pipeline.parts import answer, find_kv
 from mist.registry import register
 from mist.request import Request, Stage
 from mist.scenario import load
-from test_memory_scenarios import built, changed, hashed, problem, scenario
+from test_memory_scenarios import built, changed, hashed, problem, scenario, with_store
 
 TOLD = {"host": {"memory": "ddr5", "hit_rate": 1.0}}
 
@@ -101,3 +101,12 @@ def test_what_is_written_to_the_host_takes_the_link_to_the_host(tmp_path: Path, 
     assert written > num_bytes / device.host_link_bytes_per_s
     _, links, _ = built(changed(mapping, kv_cache=cache))
     assert not set(links.path(0, -2).channels) & set(links.path(-1, 0).channels), "each way has a channel of its own"
+
+
+def test_a_store_finds_what_is_there(tmp_path: Path) -> None:
+    """Writes take 2.7 s, and prompts come every ten seconds or every second."""
+    for rate_scale, found in ((1, [0, 1024]), (10, [0, 0])):
+        mapping = with_store() | {"workload": hashed(tmp_path, [[1, 2], [1, 2]]) | {"rate_scale": rate_scale}}
+        mapping["clients"]["gpu"]["kv_cache"] = {"enable_prefix_caching": False}
+        mapping["memories"]["rack"]["write_bandwidth"] = "0.05 GB/s"
+        assert load(mapping).run(check=True).requests["cached_tokens"].tolist() == found

@@ -49,7 +49,10 @@ def behind(*specs: MemoryTier, unit: int = UNIT, always: bool = True, layers: in
 
     def connect(network: Network, clients: list[Client]) -> None:
         memories = [Memory(-2 - i, Tier(spec, unit)) for i, spec in enumerate(specs)]
-        ways = [(Channel(f"{s.name}.read", s.bytes_per_s), Channel(f"{s.name}.write", s.bytes_per_s)) for s in specs]
+        ways = [
+            (Channel(f"{s.name}.read", s.bytes_per_s), Channel(f"{s.name}.write", s.write_bytes_per_s or s.bytes_per_s))
+            for s in specs
+        ]
         for one, (read, write) in zip(memories, ways, strict=True):
             latency = one.tier.spec.access_ns
             for client in clients:
@@ -260,15 +263,32 @@ def test_only_what_the_device_lacks_is_fetched() -> None:
 
 
 def test_what_the_device_evicts_goes_to_a_tier_that_is_written_back() -> None:
-    """Three blocks: the second prompt takes the place of the first, tail first; the near tier has one unit."""
+    """Three blocks: each prompt takes the place of the last, tail first; the near tier has one unit.
+
+    A tail that has to make room for its head while it is on its way is lost; the head goes on when the next one comes.
+    """
     connect = behind(memory("near", 1, write="back"), memory("far", write="back"))
-    run = by_keys((1, 2), (3, 4), (1, 2), connect=connect, caching=True, num_blocks=3)
-    assert column(run, "requests", "cached_tokens") == [0, 0, 32]
+    run = by_keys((1, 2), (3, 4), (5, 6), (1, 2), connect=connect, caching=True, num_blocks=3)
+    assert column(run, "requests", "cached_tokens") == [0, 0, 0, 16]
     rows_ = run.records.transfers.as_columns()
     written = rows_["kind"] == KV_WRITE
     ways = list(zip(rows_["sender"][written].tolist(), rows_["receiver"][written].tolist(), strict=True))
     assert ways.count((0, -2)) >= 2
     assert (-2, -3) in ways
+
+
+@pytest.mark.parametrize(
+    ("write", "prompts", "found"),
+    [("through", ((1, 2),) * 3, [0, 0, 32]), ("back", ((1, 2), (3, 4), (1, 2)), [0, 0, 0])],
+)
+def test_what_is_written_is_found_once_it_is_there(write: str, prompts: Any, found: list[int]) -> None:
+    """A write takes a fifth more than the gap between prompts: the second finds nothing, and isn't written again."""
+    took = FAR_APART * 6 // 5
+    spec = memory(write_bytes_per_s=2 * UNIT * TOKEN_BYTES * 1e9 / took, write=write)
+    run = by_keys(*prompts, connect=behind(spec), caching=write == "back", num_blocks=3)
+    assert column(run, "requests", "cached_tokens") == found
+    writers = [request for request, *_ in sent(run, KV_WRITE)]
+    assert writers == ([0] if write == "through" else [1, 2])
 
 
 def test_writes_go_on_behind_the_last_request() -> None:

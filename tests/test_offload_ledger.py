@@ -9,6 +9,7 @@ import pytest
 
 from kit import Run, play, table
 from mist.errors import InvariantError
+from mist.fabric import Path
 from mist.memory.hierarchy import Found, Hierarchy
 from mist.memory.tier import MemoryTier, Tier
 from mist.network import Network
@@ -74,6 +75,15 @@ def write_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Offload, "_write", lambda *_: None)
 
 
+def find_what_is_on_its_way(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Tier, "count_units", lambda self, keys, start: sum(key in self._entries for key in keys[start:]))
+    patch.setattr("test_offload.Path", lambda channels, latency_ns=0: Path(channels, latency_ns + 150_000))
+
+
+def never_find_what_came(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Tier, "written", lambda *_: None)
+
+
 def forget_a_fetch(patch: pytest.MonkeyPatch) -> None:
     original = Offload.fetch
 
@@ -133,7 +143,9 @@ SABOTAGES: dict[Sabotage, str] = {
     fetch_what_was_evicted: "32 tokens of request 0 from host aren't there",
     fetch_the_whole_prompt: "leave nothing to compute",
     send_fewer_bytes: "bytes fetched: ",
-    write_nothing: "host: bytes written: 0 is not",
+    find_what_is_on_its_way: "32 tokens of request 4 from host aren't there",
+    never_find_what_came: r"host: \d+ bytes can't be found, and 0 are on their way",
+    write_nothing: "host: 640 bytes can't be found, and 0 are on their way",
     forget_a_fetch: "tasks at the front end",
     lose_stored_bytes: "host: bytes held: ",
     keep_what_was_evicted: "host: bytes held: ",

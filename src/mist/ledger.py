@@ -268,13 +268,16 @@ class Ledger:
     # --- recounting ---
 
     def _check_memory(self, memory: Memory, *, recount: bool) -> None:
-        """memories: held = inserted - evicted <= capacity."""
+        """memories: held = inserted - evicted <= capacity; what can't be found yet is on its way there."""
         tier = memory.tier
         name, held = tier.spec.name, tier.held_bytes
         self._equal(f"{name}: bytes held", held, tier.inserted_bytes - tier.evicted_bytes)
         self._true(0 <= held <= tier.spec.capacity_bytes, f"{name}: {held} bytes in {tier.spec.capacity_bytes}")
         if recount:
             self._equal(f"{name}: bytes held", held, tier.count_held_bytes())
+            pending = tier.count_pending_bytes()
+            under_way = sum(t.num_bytes for t in self.coordinator.network.in_flight if t.receiver == memory.index)
+            self._true(pending <= under_way, f"{name}: {pending} bytes can't be found, and {under_way} are on their way")
 
     def _under_way(self) -> tuple[list[int], list[int]]:
         """Transfers that tasks wait for on their way to each client, and KV caches on their way from each."""

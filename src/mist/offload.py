@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from math import ceil, inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mist.memory.hierarchy import Found, Hierarchy, exposed_ns
-from mist.memory.tier import Tier
+from mist.memory.tier import BACK, Tier, Write
 from mist.network import Network
 from mist.records import KV_WRITE, PREFIX_FETCH
 from mist.request import Request, Task
@@ -37,8 +36,9 @@ class Memory:
     index: int
     tier: Tier
     always: bool = False
-    #: stored bytes that a memory above gave up to it, sent already
-    sent_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.tier.takes_time = True
 
 
 @dataclass(slots=True, eq=False)
@@ -232,36 +232,33 @@ class Offload:
 
     def computed(self, task: Task, now: int) -> None:
         """The prompt of `task` is computed: tiers that are written through get it, and the store that it asked."""
-        request = task.request
-        for tier, num_bytes in self.hierarchy.write_through(task, task.target_tokens, now):
-            self._write(request.index, self._of_tier[tier], num_bytes, now)
-        store = self._stores.get(request.store)
-        if store is not None and not _is_stated(request, store.tier):
+        self.hierarchy.write_through(task, task.target_tokens, now)
+        store = self._stores.get(task.request.store)
+        if store is not None and not _is_stated(task.request, store.tier):
             keys = self.hierarchy.prompt_keys(task, task.target_tokens)
-            num_bytes = store.tier.insert(keys, len(keys), self.hierarchy.token_bytes, now)
-            self._write(request.index, store, num_bytes, now)
-        self._spill(request.index, now)
+            store.tier.insert(keys, len(keys), self.hierarchy.token_bytes, now)
+            self._write(task.request, self._client.index, store, now)
+        self._write_tiers(task.request, now)
 
     def write_back(self, request: Request, now: int) -> None:
         """Send what the device evicted to make room for `request`, as far as anybody can tell."""
-        nearest = self._memories[0]
-        num_bytes = sum(self.hierarchy.write_back(key, now) for key in self.evicted)
+        for key in self.evicted:
+            self.hierarchy.write_back(key, now)
         self.evicted.clear()
-        nearest.sent_bytes += num_bytes
-        self._write(request.index, nearest, num_bytes, now)
-        self._spill(request.index, now)
+        self._write_tiers(request, now)
 
-    def _spill(self, request: int, now: int) -> None:
-        """Send what tiers gave up to those below them."""
-        for above, below in pairwise(self._memories):
-            num_bytes = below.tier.written_back_bytes - below.sent_bytes
-            if num_bytes:
-                below.sent_bytes += num_bytes
-                self._network.send(request, KV_WRITE, above.index, below.index, num_bytes, _nobody_waits, None, now)
+    def _write_tiers(self, request: Request, now: int) -> None:
+        """Send what came into the tiers: from the client, or from the memory above one that is written back to."""
+        above = self._client.index
+        for memory in self._memories:
+            self._write(request, above if memory.tier.spec.write == BACK else self._client.index, memory, now)
+            above = memory.index
 
-    def _write(self, request: int, memory: Memory, num_bytes: int, now: int) -> None:
-        if num_bytes:
-            self._network.send(request, KV_WRITE, self._client.index, memory.index, num_bytes, _nobody_waits, None, now)
+    def _write(self, request: Request, sender: int, memory: Memory, now: int) -> None:
+        write = memory.tier.begin_write()
+        if write.num_bytes:
+            deliver, argument = _is_written, (memory.tier, write)
+            self._network.send(request.index, KV_WRITE, sender, memory.index, write.num_bytes, deliver, argument, now)
 
 
 def _is_stated(request: Request, store: Tier) -> bool:
@@ -272,6 +269,12 @@ def _is_stated(request: Request, store: Tier) -> bool:
 def _decode_ns(tier: Tier, num_bytes: int) -> int:
     """What it takes to decode `num_bytes` of KV cache."""
     return round(num_bytes / tier.spec.decode_bytes_per_s * NS_PER_S)
+
+
+def _is_written(written: tuple[Tier, Write], now: int) -> None:
+    """What was written to a tier is there."""
+    tier, write = written
+    tier.written(write)
 
 
 def _nobody_waits(_: Any, now: int) -> None:
