@@ -309,6 +309,40 @@ def test_what_was_fetched_behind_content_that_the_device_lost_is_computed() -> N
     assert column(run, "requests", "cached_tokens") == [0, 0, 0, 0, 0]
 
 
+# --- room for what is fetched ---
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_is_fetched_ahead_fits_into_the_device(policy: Any, layers: int) -> None:
+    """Forty prompts at once; of the fetches that have begun, those not admitted hold no more than the device does."""
+    connect = behind(memory(hit_rate=1.0), layers=layers)
+    workload = table([0] * 40, [100] * 40, [5] * 40, cached_tokens=[80] * 40)
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 400}
+    run = play(workload, policy=lambda: policy(**limits), num_blocks=23, caching=True, connect=connect)
+    tasks = run.records.tasks.as_columns()
+    admitted = dict(zip(tasks["request"][::-1].tolist(), tasks["started_ns"][::-1].tolist(), strict=True))
+    begun: dict[int, int] = {}
+    for request, _, start, _ in sent(run, PREFIX_FETCH):
+        begun[request] = min(start, begun.get(request, start))
+    assert len(begun) == 40
+    assert sorted(begun, key=lambda request: (begun[request], request)) == list(range(40)), "first come, first served"
+    for start in begun.values():
+        assert sum(begun[request] <= start < admitted[request] for request in begun) * 5 <= 23
+
+
+def test_who_came_later_does_not_take_the_room_that_a_fetch_waits_for() -> None:
+    num_small = 30
+    at = [0, 1, *range(100, 100 + num_small)]
+    prompts, outputs = [100, 140, *[40] * num_small], [40, 2, *[30] * num_small]
+    workload = table(at, prompts, outputs, cached_tokens=[0, 120, *[0] * num_small])
+    run = play(workload, num_blocks=10, caching=True, connect=behind(memory(hit_rate=1.0)))
+    tasks = run.records.tasks.as_columns()
+    ((_, _, begun, _),) = sent(run, PREFIX_FETCH)
+    assert begun > 100 + num_small
+    assert not np.any((tasks["request"] > 1) & (tasks["started_ns"] < begun))
+
+
 # --- everything at once ---
 
 

@@ -37,14 +37,14 @@ def test_the_scenario_breaks_no_law_by_itself() -> None:
 
 
 def fetch_what_is_not_there(patch: pytest.MonkeyPatch) -> None:
-    def find(self: Hierarchy, task: Task, num_device_tokens: int, now: int) -> list[Found]:
+    def find(self: Hierarchy, task: Task, num_device_tokens: int, now: int, **_: Any) -> list[Found]:
         return [Found(self.tiers[0], UNIT)]
 
     patch.setattr(Hierarchy, "find", find)
 
 
 def fetch_what_was_evicted(patch: pytest.MonkeyPatch) -> None:
-    def find(self: Hierarchy, task: Task, num_device_tokens: int, now: int) -> list[Found]:
+    def find(self: Hierarchy, task: Task, num_device_tokens: int, now: int, **_: Any) -> list[Found]:
         keys = task.request.block_keys
         return [Found(self.tiers[0], 2 * UNIT)] if keys[0] not in self.tiers[0] or keys[1] not in self.tiers[0] else []
 
@@ -54,8 +54,8 @@ def fetch_what_was_evicted(patch: pytest.MonkeyPatch) -> None:
 def fetch_the_whole_prompt(patch: pytest.MonkeyPatch) -> None:
     original = Hierarchy.find
 
-    def find(self: Hierarchy, task: Task, num_device_tokens: int, now: int) -> list[Found]:
-        found = original(self, task, num_device_tokens, now)
+    def find(self: Hierarchy, task: Task, num_device_tokens: int, now: int, **_: Any) -> list[Found]:
+        found = original(self, task, num_device_tokens, now, **_)
         return [Found(tier, task.target_tokens) for tier, _ in found]
 
     patch.setattr(Hierarchy, "find", find)
@@ -159,3 +159,10 @@ def test_a_planted_bug_is_caught(sabotage: Sabotage, monkeypatch: pytest.MonkeyP
     sabotage(monkeypatch)
     with pytest.raises(InvariantError, match=SABOTAGES[sabotage]):
         run()
+
+
+def test_fetches_without_room_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Offload, "_has_room", lambda *_: True)
+    workload = table([0, 0, 0], [UNIT * 5] * 3, [1] * 3, cached_tokens=[UNIT * 4] * 3)
+    with pytest.raises(InvariantError, match="gpu-0: 0 blocks in use and 12 fetched, of 8"):
+        play(workload, caching=True, num_blocks=8, connect=behind(MemoryTier("host", 1 << 40, 1e9, hit_rate=1.0)))

@@ -132,6 +132,7 @@ class Ledger:
         self._now = now
         self._true(task.reads_prompt, f"{client.name}: KV of the prompt is fetched for the stage {task.stage.kind}")
         assert client.offload is not None
+        self._check_room(client)
         hierarchy, request, token = client.offload.hierarchy, task.request, first_token
         for tier, num_tokens in found:
             story = f"{client.name}: {num_tokens} tokens of request {request.index} from {tier.spec.name}"
@@ -148,6 +149,19 @@ class Ledger:
             to, num_bytes = (request.index, memory.index, client.index), num_tokens * hierarchy.token_bytes
             self._fetched_bytes[to] = self._fetched_bytes.get(to, 0) + tier.spec.stored_bytes(num_bytes)
             token += num_tokens
+
+    def _check_room(self, client: Client) -> None:
+        """memories: a fetch begins where there is room for all that is fetched, besides the blocks in use."""
+        residents, kv = client.residents, client.residents.kv
+        assert client.offload is not None
+        fetches = client.offload.fetching.values()
+        stretches = [(fetch.first_token, fetch.first_token + fetch.num_tokens) for fetch in fetches]
+        if len(residents.waiting) <= LONG_QUEUE:
+            tasks = [task for tasks in (residents.waiting, client.front_end.unseen) for task in tasks]
+            stretches += [(task.found_from, task.found_tokens) for task in tasks if task.found_tokens]
+        fetched = sum(kv.blocks_for(last) - kv.blocks_for(first) for first, last in stretches)
+        told = f"{client.name}: {kv.used} blocks in use and {fetched} fetched, of {kv.num_blocks}"
+        self._true(kv.used + fetched <= kv.num_blocks, told)
 
     # --- once the run is over ---
 
@@ -277,11 +291,13 @@ class Ledger:
             self._equal(f"{name}: bytes held", held, tier.count_held_bytes())
             pending = tier.count_pending_bytes()
             under_way = sum(t.num_bytes for t in self.coordinator.network.in_flight if t.receiver == memory.index)
-            self._true(pending <= under_way, f"{name}: {pending} bytes can't be found, and {under_way} are on their way")
+            self._true(
+                pending <= under_way, f"{name}: {pending} bytes can't be found, and {under_way} are on their way"
+            )
 
     def _under_way(self) -> tuple[list[int], list[int]]:
         """Transfers that tasks wait for on their way to each client, and KV caches on their way from each."""
-        to, leaving = [len(c.offload.fetching) if c.offload else 0 for c in self.clients], [0] * len(self.clients)
+        to, leaving = [c.offload.num_tasks if c.offload else 0 for c in self.clients], [0] * len(self.clients)
         for transfer in self.coordinator.network.in_flight:
             if transfer.receiver >= 0 and transfer.kind != PREFIX_FETCH:
                 to[transfer.receiver] += 1

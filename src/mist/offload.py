@@ -42,7 +42,7 @@ class Memory:
 
 
 @dataclass(slots=True, eq=False)
-class _Fetch:
+class Fetch:
     """What `task` waits for before it may be computed: stretches under way or being decoded, and whom to tell."""
 
     task: Task
@@ -56,7 +56,7 @@ class _Fetch:
 class _Stretch:
     """A piece of a fetch: tokens of KV cache from one memory; `later_bytes` follow while the task is computed."""
 
-    fetch: _Fetch
+    fetch: Fetch
     memory: Memory
     decode_ns: int
     later_bytes: int
@@ -113,7 +113,12 @@ class Offload:
     ) -> None:
         self.hierarchy = hierarchy
         #: tasks whose prefix is under way or being decoded
-        self.fetching: dict[Task, _Fetch] = {}
+        self.fetching: dict[Task, Fetch] = {}
+        #: tasks that wait until there is room for what they fetch, in order: the blocks it takes, and whom to tell
+        self.waiting: dict[Task, tuple[int, Callable[[Task, int], None]]] = {}
+        #: blocks that what is fetched, or under way, will take at the admission of its task
+        self._to_take: dict[Task, int] = {}
+        self._num_to_take = 0
         self._client = client
         self._network = network
         self._memories = tuple(memories)
@@ -127,6 +132,11 @@ class Offload:
         kv.holds_stated_hits = False
         if hierarchy.takes_evicted:
             kv.on_evict = self.evicted.append
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks whose prefix is under way, or will be."""
+        return len(self.fetching) + len(self.waiting)
 
     @property
     def memories(self) -> list[Memory]:
@@ -144,23 +154,71 @@ class Offload:
         """Fetch what is worth it of the front of `task`'s prompt; False if nothing is, else `deliver` comes at its end.
 
         What the device has itself isn't fetched; a task counts what came as found where the device still has that.
+        A fetch begins once there is room: blocks in use and those of all that is fetched for tasks that aren't
+        admitted fit into the device together. Until then it waits behind others, and so do tasks that came later.
         """
-        device = self._client.residents.kv.match(task).num_tokens
-        found = self._found(task, device, now)
+        first, found = self._look(task, now)
         if not found:
             return False
-        num_tokens = sum(tokens for _, tokens in found)
-        fetch = self.fetching[task] = _Fetch(task, device, num_tokens, len(found), deliver)
-        if self._client.watcher is not None:
-            self._client.watcher.fetches(self._client, task, device, found, now)
-        share = self._exposed(task, device, found)
-        for tier, tokens in found:
-            self._send(fetch, self._of_tier[tier], tokens * self.hierarchy.token_bytes, share, now)
+        num_blocks = self._blocks(first, found)
+        if self.waiting or not self._has_room(num_blocks):
+            self.waiting[task] = num_blocks, deliver
+            self._client.residents.fetch_waits_since(next(iter(self.waiting)).queued_ns)
+        else:
+            self._begin(task, first, found, deliver, now)
         return True
 
-    def _found(self, task: Task, num_device_tokens: int, now: int) -> list[Found]:
+    def begin_waiting(self, now: int) -> None:
+        """Blocks may have come back: let the fetches begin that there is room for."""
+        while self.waiting:
+            task, (num_blocks, deliver) = next(iter(self.waiting.items()))
+            if not self._has_room(num_blocks):
+                break
+            first, found = self._look(task, now, again=True)
+            num_blocks = self._blocks(first, found)
+            if found and not self._has_room(num_blocks):
+                self.waiting[task] = num_blocks, deliver
+                break
+            del self.waiting[task]
+            if found:
+                self._begin(task, first, found, deliver, now)
+            else:
+                deliver(task, now)
+        self._client.residents.fetch_waits_since(next(iter(self.waiting)).queued_ns if self.waiting else None)
+
+    def admitted(self, task: Task) -> None:
+        """`task` has blocks of its own for what was fetched."""
+        self._num_to_take -= self._to_take.pop(task, 0)
+
+    def _blocks(self, first_token: int, found: Sequence[Found]) -> int:
+        kv = self._client.residents.kv
+        return kv.blocks_for(first_token + sum(tokens for _, tokens in found)) - kv.blocks_for(first_token)
+
+    def _has_room(self, num_blocks: int) -> bool:
+        kv = self._client.residents.kv
+        return kv.used + self._num_to_take + num_blocks <= kv.num_blocks
+
+    def _look(self, task: Task, now: int, *, again: bool = False) -> tuple[int, list[Found]]:
+        """Tokens that the device has, and the stretches to fetch behind them."""
+        device = self._client.residents.kv.match(task).num_tokens
+        return device, self._found(task, device, now, again)
+
+    def _begin(
+        self, task: Task, first: int, found: Sequence[Found], deliver: Callable[[Task, int], None], now: int
+    ) -> None:
+        num_tokens = sum(tokens for _, tokens in found)
+        fetch = self.fetching[task] = Fetch(task, first, num_tokens, len(found), deliver)
+        self._to_take[task] = num_blocks = self._blocks(first, found)
+        self._num_to_take += num_blocks
+        if self._client.watcher is not None:
+            self._client.watcher.fetches(self._client, task, first, found, now)
+        share = self._exposed(task, first, found)
+        for tier, tokens in found:
+            self._send(fetch, self._of_tier[tier], tokens * self.hierarchy.token_bytes, share, now)
+
+    def _found(self, task: Task, num_device_tokens: int, now: int, again: bool) -> list[Found]:
         """The stretches to fetch behind what the device has, in order."""
-        found = self.hierarchy.find(task, num_device_tokens, now)
+        found = self.hierarchy.find(task, num_device_tokens, now, again=again)
         tokens = num_device_tokens + sum(found_tokens for _, found_tokens in found)
         store = self._stores.get(task.request.store)
         always = self._always
@@ -202,7 +260,7 @@ class Offload:
         compute = self._client.prefill_ns(first, task.target_tokens)
         return Fraction(exposed_ns(transfer, compute, self._num_layers), transfer) if transfer else Fraction(1)
 
-    def _send(self, fetch: _Fetch, memory: Memory, num_bytes: int, share: Fraction, now: int) -> None:
+    def _send(self, fetch: Fetch, memory: Memory, num_bytes: int, share: Fraction, now: int) -> None:
         stored = memory.tier.spec.stored_bytes(num_bytes)
         first = min(stored, ceil(stored * share))
         stretch = _Stretch(fetch, memory, ceil(_decode_ns(memory.tier, num_bytes) * share), stored - first)
@@ -219,7 +277,7 @@ class Offload:
         else:
             self._is_there(stretch.fetch, now)
 
-    def _is_there(self, fetch: _Fetch, now: int) -> None:
+    def _is_there(self, fetch: Fetch, now: int) -> None:
         fetch.num_open -= 1
         if not fetch.num_open:
             task = fetch.task

@@ -152,10 +152,11 @@ class Tier:
     def __contains__(self, key: int) -> bool:
         return key in self._entries and key not in self._pending
 
-    def lookup(self, keys: Sequence[int], start: int, now: int) -> int:
+    def lookup(self, keys: Sequence[int], start: int, now: int, *, again: bool = False) -> int:
         """How many consecutive units from `start` on are here, of the prompt of `keys`; what is here of it is used.
 
-        Entries count whole: one that `start` lies in gives the units behind it.
+        `again`: it was looked for before, and isn't counted a second time. Entries count whole: one that `start` lies
+        in gives the units behind it.
         """
         self._expire(now)
         size = self.entry_units
@@ -163,8 +164,9 @@ class Tier:
         for key in reversed(keys[size - 1 : (start + found) // size * size : size]):
             if key in self._entries:
                 self._policy.touch(key, now)
-        self.hits += found
-        self.misses += max(0, len(keys) - start - found)
+        if not again:
+            self.hits += found
+            self.misses += max(0, len(keys) - start - found)
         return found
 
     def count_units(self, keys: Sequence[int], start: int) -> int:
