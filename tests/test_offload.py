@@ -223,15 +223,17 @@ def test_compression_divides_the_bytes_and_decoding_comes_after() -> None:
     assert column(packed, "steps", "start_ns") == [400]
 
 
-@pytest.mark.parametrize("layers", [1, 4, 32])
+@pytest.mark.parametrize("layers", [1, 3, 4, 7, 32])
 def test_layers_overlap(layers: int) -> None:
     """The prefill begins when what can't be hidden behind it is there; all bytes are sent."""
     run = stated([1000], [640], behind(memory(latency_ns=100, hit_rate=1.0), layers=layers))
     compute = WHOLE.of(360, 0, 0, 1)
-    assert column(run, "steps", "start_ns") == [exposed_ns(6400, compute, layers, 100)]
+    exposed = exposed_ns(6400, compute, layers, 100) - 100
+    assert column(run, "steps", "start_ns") == [100 - -exposed // TOKEN_BYTES * TOKEN_BYTES], "in whole tokens"
     fetched = sent(run, PREFIX_FETCH)
     assert sum(num_bytes for _, num_bytes, *_ in fetched) == 6400
     assert len(fetched) == (1 if layers == 1 else 2)
+    assert not any(num_bytes % TOKEN_BYTES for _, num_bytes, *_ in fetched)
 
 
 # --- content ---

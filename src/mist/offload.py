@@ -214,7 +214,7 @@ class Offload:
             self._client.watcher.fetches(self._client, task, first, found, now)
         share = self._exposed(task, first, found)
         for tier, tokens in found:
-            self._send(fetch, self._of_tier[tier], tokens * self.hierarchy.token_bytes, share, now)
+            self._send(fetch, self._of_tier[tier], tokens, share, now)
 
     def _found(self, task: Task, num_device_tokens: int, now: int, again: bool) -> list[Found]:
         """The stretches to fetch behind what the device has, in order."""
@@ -260,10 +260,12 @@ class Offload:
         compute = self._client.prefill_ns(first, task.target_tokens)
         return Fraction(exposed_ns(transfer, compute, self._num_layers), transfer) if transfer else Fraction(1)
 
-    def _send(self, fetch: Fetch, memory: Memory, num_bytes: int, share: Fraction, now: int) -> None:
-        stored = memory.tier.spec.stored_bytes(num_bytes)
-        first = min(stored, ceil(stored * share))
-        stretch = _Stretch(fetch, memory, ceil(_decode_ns(memory.tier, num_bytes) * share), stored - first)
+    def _send(self, fetch: Fetch, memory: Memory, num_tokens: int, share: Fraction, now: int) -> None:
+        """Send `num_tokens`, those of `share` first, in whole tokens."""
+        spec, token_bytes = memory.tier.spec, self.hierarchy.token_bytes
+        num_bytes, first_bytes = num_tokens * token_bytes, ceil(num_tokens * share) * token_bytes
+        stored, first = spec.stored_bytes(num_bytes), spec.stored_bytes(first_bytes)
+        stretch = _Stretch(fetch, memory, _decode_ns(memory.tier, first_bytes), stored - first)
         request = fetch.task.request.index
         self._network.send(request, PREFIX_FETCH, memory.index, self._client.index, first, self._came, stretch, now)
 
