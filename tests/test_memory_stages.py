@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mist.errors import ScenarioError
 from mist.pipeline.parts import answer, find_kv
 from mist.registry import register
 from mist.request import Request, Stage
@@ -110,3 +111,28 @@ def test_a_store_finds_what_is_there(tmp_path: Path) -> None:
         mapping["clients"]["gpu"]["kv_cache"] = {"enable_prefix_caching": False}
         mapping["memories"]["rack"]["write_bandwidth"] = "0.05 GB/s"
         assert load(mapping).run(check=True).requests["cached_tokens"].tolist() == found
+
+
+@pytest.mark.parametrize(
+    ("far", "other", "is_told"),
+    [({}, None, True), ({"per": "cluster"}, None, False), ({"write": "through"}, None, False),
+     ({"per": "cluster"}, ["near"], True), ({"per": "cluster"}, ["near", "far"], False)],
+)  # fmt: skip
+def test_what_a_shared_tier_evicts_goes_to_one_memory(
+    tmp_path: Path, far: dict[str, Any], other: list[str] | None, is_told: bool
+) -> None:
+    """A cluster's tier above one of each client, or above one that another pool doesn't have."""
+    memories = {"near": {"memory": "ddr5", "per": "cluster"}, "far": {"memory": "nvme", "write": "back", **far}}
+    workload = hashed(tmp_path, [[1, 2], [1, 2]])
+    mapping = changed(scenario(memories, workload=workload), kv_cache={"tiers": ["near", "far"]})
+    if other is not None:
+        mapping["clients"]["more"] = changed(mapping, kv_cache={"tiers": other})["clients"]["gpu"]
+    if not is_told:
+        load(mapping).run(check=True)
+        return
+    with pytest.raises(ScenarioError) as caught:
+        load(mapping)
+    told = str(caught.value)
+    assert f"clients.{'gpu' if other is None else 'more'}.kv_cache.tiers" in told
+    assert "share near, and not the memory that takes what it evicts" in told
+    assert "give far write: through" in told

@@ -22,6 +22,7 @@ from mist.scenario import catalogue
 from mist.scenario.clients import Pool
 from mist.scenario.hosts import HostPool
 from mist.scenario.memory import Memory, misfits
+from mist.scenario.memory_groups import forks
 from mist.scenario.named import Located, Section, Spec
 from mist.scenario.network import Network
 from mist.scenario.nodes import is_text
@@ -247,6 +248,7 @@ class Scenario:
                 message = f"per: {memory.per}, and the network has no {memory.per}s"
                 hint = "give network a preset or nodes, or take per: client, per: cluster or shared_by: N"
                 yield ("memories", name, "per"), Problem(message, hint=hint)
+        yield from forks(self.pools, self.memories, self.placement)
         for name, store in self.stores.items():
             if store.memory not in self.memories and store.memory.lower() not in catalogue.aliases("memories"):
                 known = [*self.memories, *catalogue.names("memories")]
