@@ -118,8 +118,8 @@ def test_through_is_written_when_it_is_computed_and_back_when_it_is_evicted() ->
     assert units(seen.find(prompt(5, 6, 7, 8), 0, 0)) == [(near, 2), (far, 2)]
     assert units(seen.find(prompt(1, 2, 3, 4), 0, 0)) == [(far, 4)]
     assert units(seen.find(prompt(9, 10), 0, 0)) == []
-    assert near.written_back_bytes == 8 * UNIT * TOKEN_BYTES
-    assert far.written_back_bytes == near.evicted_bytes == 6 * UNIT * TOKEN_BYTES
+    assert near.inserted_bytes == 8 * UNIT * TOKEN_BYTES
+    assert far.inserted_bytes == near.evicted_bytes == 6 * UNIT * TOKEN_BYTES
 
 
 def test_a_tier_may_be_written_through_above_one_that_is_written_back() -> None:

@@ -22,6 +22,7 @@ from mist.scenario import catalogue
 from mist.scenario.clients import Pool
 from mist.scenario.hosts import HostPool
 from mist.scenario.memory import Memory, misfits
+from mist.scenario.memory_groups import forks
 from mist.scenario.named import Located, Section, Spec
 from mist.scenario.network import Network, numbered
 from mist.scenario.nodes import is_text
@@ -95,7 +96,8 @@ class Scenario:
     @property
     def store_users(self) -> dict[str, Pool]:
         """Those that fetch from KV stores and write to them: all that compute prompts, where there is a store."""
-        return {name: pool for name, pool in self.pools.items() if PREFILL in pool.serves} if self.stores else {}
+        computing = {name: pool for name, pool in self.pools.items() if PREFILL in pool.serves}
+        return {name: pool for name, pool in computing.items() if not pool.model.is_encoder} if self.stores else {}
 
     def memory_of(self, store: StorePool) -> Memory:
         """What a KV store keeps KV caches in."""
@@ -257,6 +259,7 @@ class Scenario:
                 message = f"per: {memory.per}, and the network has no {memory.per}s"
                 hint = "give network a preset or nodes, or take per: client, per: cluster or shared_by: N"
                 yield ("memories", name, "per"), Problem(message, hint=hint)
+        yield from forks(self.pools, self.memories, self.placement)
         for name, store in self.stores.items():
             if store.memory not in self.memories and store.memory.lower() not in catalogue.aliases("memories"):
                 known = [*self.memories, *catalogue.names("memories")]
