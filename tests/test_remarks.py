@@ -67,3 +67,17 @@ def test_kv_caches_that_are_converted(decoder: str) -> None:
         "fp8": [f"first, {name}: KV caches are converted from bf16 to fp8 at no cost." for name in ("then", "both")],
     }
     assert told("converted", clients=clients) == expected[decoder]
+
+
+@pytest.mark.parametrize(
+    ("own", "num_remarks"), [({"bits": 8}, 0), ({"bits": 4}, 1), ({"bits": 4, "fast_scan_lookup_ns": 0.3}, 0)]
+)
+def test_a_rate_of_another_machine(own: dict[str, Any], num_remarks: int) -> None:
+    index = {"num_vectors": 10**6, "dim": 768, "n_list": 1024, "n_probe": 8, "m": 64, **own}
+    clients = {"gpu": GPU, "index": {**INDEX, "perf": {"ivf_pq": index}}, "encoder": ENCODER}
+    found = told("can't be compared", clients=clients, pipeline="news_search")
+    assert (
+        found
+        == ["index: its rate with 4 bits is of another machine than that with 8, so the two can't be compared."]
+        * num_remarks
+    )

@@ -11,6 +11,7 @@ from mist.hardware import GENERIC_EFFICIENCY, Device
 from mist.request import DECODE
 from mist.scenario.bands import expected_error
 from mist.scenario.clients import Pool
+from mist.scenario.named import Spec, parameters
 from mist.scenario.value import Scenario
 
 
@@ -21,6 +22,7 @@ def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None, *, s
     """
     found = [remark for name, pool in scenario.pools.items() for remark in _memory(name, pool)]
     found += [remark for name, pool in scenario.pools.items() for remark in _speculation(name, pool)]
+    found += [remark for name, host in scenario.hosts.items() for remark in _search(name, host.perf)]
     found += [*_not_modelled(scenario), *_conversions(scenario), *_of_no_use(scenario)]
     computing = {pool.device.name for pool in scenario.pools.values()}
     devices = {pool.device.name: pool.device for pool in scenario.clients.values() if pool.device}
@@ -83,6 +85,14 @@ def _speculation(name: str, pool: Pool) -> Iterator[str]:
         yield f"{name}: a draft is assumed to take {settings.draft_cost:g} of the step that verifies it."
     elif settings.method in ("eagle", "mtp"):
         yield f"{name}: drafts are priced as passes of one decoder layer and the classifier: unverified."
+
+
+def _search(name: str, perf: Spec) -> Iterator[str]:
+    """A rate of FAISS's fast scan that the user hasn't measured."""
+    if perf.name != "ivf_pq" or perf.params["bits"] != 4:
+        return
+    if perf.params["fast_scan_lookup_ns"] == parameters("perf", perf.name).model_fields["fast_scan_lookup_ns"].default:
+        yield f"{name}: its rate with 4 bits is of another machine than that with 8, so the two can't be compared."
 
 
 #: how the keys of a device begin that only the steps of a model use
