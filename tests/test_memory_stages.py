@@ -136,3 +136,13 @@ def test_what_a_shared_tier_evicts_goes_to_one_memory(
     assert f"clients.{'gpu' if other is None else 'more'}.kv_cache.tiers" in told
     assert "share near, and not the memory that takes what it evicts" in told
     assert "give far write: through" in told
+
+
+@pytest.mark.parametrize("network", [{}, {"preset": "h100-nvl8"}])
+def test_channels_of_memories_are_links_of_the_run(tmp_path: Path, network: dict[str, Any]) -> None:
+    mapping = scenario({"host": {"memory": "ddr5"}}, workload=hashed(tmp_path, [[1, 2], [1, 2]]), network=network)
+    cache = {"tiers": ["host"], "fetch": "always", "enable_prefix_caching": False}
+    result = load(changed(mapping, count=1, kv_cache=cache)).run(check=True)
+    (read,) = [link for link in result.metrics["links"] if link["name"] == "host.read"]
+    moved = sum(result.metrics["memories"]["host"][key] for key in ("fetched_bytes", "written_bytes"))
+    assert read["carried_bytes"] == moved > 0

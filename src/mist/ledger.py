@@ -141,7 +141,7 @@ class Ledger:
             story = f"{client.name}: {num_tokens} tokens of request {request.index} from {tier.spec.name}"
             memory = next(memory for memory in client.offload.memories if memory.tier is tier)
             self._true(0 < num_tokens < task.target_tokens - token, f"{story} leave nothing to compute")
-            if tier.spec.hit_rate is not None or (request.store == memory.index and request.hit_tokens):
+            if memory.goes_by_statement(request):
                 self._true(token + num_tokens <= request.hit_tokens, f"{story} are more than it is said to have")
             else:
                 keys, unit = client.offload.keys(memory, task, token + num_tokens), hierarchy.unit_tokens

@@ -40,6 +40,14 @@ class Memory:
     def __post_init__(self) -> None:
         self.tier.takes_time = True
 
+    def goes_by_statement(self, request: Request) -> bool:
+        """Whether what it has of the request's prompt is the workload's word, not its content.
+
+        A tier is asked so by its `hit_rate`; a KV store, which the request knows, wherever the workload states hits.
+        """
+        is_asked = request.store == self.index
+        return self.tier.spec.hit_rate is not None or (is_asked and request.hit_tokens > 0)
+
 
 @dataclass(slots=True, eq=False)
 class Fetch:
@@ -79,7 +87,7 @@ class KVStore:
         request, tier = task.request, self.memory.tier
         request.store = self.memory.index
         wanted = task.stage.input_tokens
-        if _is_stated(request, tier):
+        if self.memory.goes_by_statement(request):
             rate = tier.spec.hit_rate
             found = min(wanted, request.hit_tokens)
             if rate is not None and self._rng_of(request.index).random() >= rate:
@@ -238,7 +246,7 @@ class Offload:
     def _in_store(self, task: Task, store: Memory) -> int:
         """Tokens that the store found of the prompt and still has."""
         found = task.stage.found_tokens
-        if _is_stated(task.request, store.tier):
+        if store.goes_by_statement(task.request):
             return found
         unit = self.hierarchy.unit_tokens
         return min(found, store.tier.count_units(self.hierarchy.prompt_keys(task, found), 0) * unit) if unit else 0
@@ -294,7 +302,7 @@ class Offload:
         """The prompt of `task` is computed: tiers that are written through get it, and the store that it asked."""
         self.hierarchy.write_through(task, task.target_tokens, now)
         store = self._stores.get(task.request.store)
-        if store is not None and not _is_stated(task.request, store.tier):
+        if store is not None and not store.goes_by_statement(task.request):
             keys = self.hierarchy.prompt_keys(task, task.target_tokens)
             store.tier.insert(keys, len(keys), self.hierarchy.token_bytes, now)
             self._write(task.request, self._client.index, store, now)
@@ -319,11 +327,6 @@ class Offload:
         if write.num_bytes:
             deliver, argument = _is_written, (memory.tier, write)
             self._network.send(request.index, KV_WRITE, sender, memory.index, write.num_bytes, deliver, argument, now)
-
-
-def _is_stated(request: Request, store: Tier) -> bool:
-    """Whether what a KV store has of the request's prompt is the workload's word, not its content."""
-    return store.spec.hit_rate is not None or request.hit_tokens > 0
 
 
 def _decode_ns(tier: Tier, num_bytes: int) -> int:

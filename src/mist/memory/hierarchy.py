@@ -102,16 +102,15 @@ class Hierarchy:
         self,
         found: Sequence[Found],
         recompute_ns: Callable[[int], int],
-        fetch_ns: Callable[[Tier, int], tuple[int, int]] | None = None,
+        fetch_ns: Callable[[Tier, int], tuple[int, int]],
         num_layers: int = 1,
     ) -> list[Found]:
         """The stretches at the front of `found` to fetch so that the prefill is estimated to end soonest.
 
         `recompute_ns(n)`: time of the prefill if n of the tokens found are fetched; `fetch_ns(tier, bytes)`: latency of
-        a fetch, and what the rest of it takes, left out that of the tier alone; `num_layers`: of the model, where its
+        a fetch, and what the rest of it takes; `num_layers`: of the model, where its
         layers are fetched one by one. Fetching wins ties.
         """
-        fetch_ns = fetch_ns or _alone
         latency = transfer = num_tokens = best = 0
         soonest = recompute_ns(0)
         for count, (tier, tokens) in enumerate(found, 1):
@@ -184,7 +183,3 @@ class Hierarchy:
                 if above.on_evict not in (None, tier.write_back):
                     raise ValueError(f"{above.spec.name} is written back to two memories")
                 above.on_evict = tier.write_back
-
-
-def _alone(tier: Tier, num_bytes: int) -> tuple[int, int]:
-    return tier.spec.access_ns, tier.spec.fetch_ns(num_bytes) - tier.spec.access_ns

@@ -56,13 +56,13 @@ class MemoryTier:
         """Bytes that `num_bytes` of KV cache take here and on the wire."""
         return num_bytes if self.compression == 1 else ceil(num_bytes / self.compression)
 
-    def fetch_ns(self, num_bytes: int, num_readers: int = 0) -> int:
-        """An estimate of how long a client waits for `num_bytes` of KV cache while `num_readers` others read, ns.
+    def fetch_ns(self, num_bytes: int) -> int:
+        """How long a client that reads alone waits for `num_bytes` of KV cache, ns.
 
-        L + (S/c) / min(B/(n+1), link) + S/decode rate: latency, wire at a fair share, then decoding; without other
-        readers or compression the L + S/B of `hierarchy.expected_ns`.
+        L + (S/c) / min(B, link) + S/decode rate: latency, wire, then decoding; without compression the L + S/B of
+        `hierarchy.expected_ns`.
         """
-        rate = min(self.bytes_per_s / (num_readers + 1), self.link_bytes_per_s or inf)
+        rate = min(self.bytes_per_s, self.link_bytes_per_s or inf)
         transfer_s = self.stored_bytes(num_bytes) / rate + num_bytes / self.decode_bytes_per_s
         return self.access_ns + round(transfer_s * NS_PER_S)
 
