@@ -67,9 +67,7 @@ def forks(pools: Mapping[str, Pool], memories: Mapping[str, Memory], placement: 
 
 
 def _fork(pool: str, at: int, above: str, below: str, clients: tuple[str, str]) -> Located:
-    message = (
-        f"{clients[0]} and {clients[1]} share {above}, and not the memory that takes what it evicts"
-    )
+    message = f"{clients[0]} and {clients[1]} share {above}, and not the memory that takes what it evicts"
     hint = f"give {below} write: through; or let the same clients share {above} and {below}, in the same tiers"
     return ("clients", pool, "kv_cache", "tiers", at), Problem(message, hint=hint)
 
