@@ -9,10 +9,12 @@ import pytest
 
 from mist.batching.continuous import Continuous
 from mist.errors import InvariantError
+from mist.fabric import Path
 from mist.metrics.stages import stage_times
 from mist.pipeline import RequestRandom
 from mist.records import FINISHED, REJECTED
 from mist.request import DECODE, PREFILL, All, Pipeline, Request, Stage, StageResult
+from mist.sharing import Channel
 from mist.testing.cluster import KVLink, LinearSteps, Run, play, table
 
 STEPS = LinearSteps(base=100, per_prefill_token=10, per_decode=0, per_context=0, per_prefill=0)
@@ -84,6 +86,16 @@ def test_the_critical_path_leaves_out_who_was_not_waited_for() -> None:
     result = run(Guarded(200), [10], [4], [ANSWER, GUARD])
     requests, tasks = result.records.requests.as_columns(), result.records.tasks.as_columns()
     assert stage_times(requests, tasks, 3)[0].tolist() == [[0, 2100, 0], [0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("guard_tokens", [1, 20, 90])
+def test_times_until_the_first_token_sum_to_the_ttft(guard_tokens: int) -> None:
+    result = run(Guarded(guard_tokens, gates=True), [10, 20, 9], [4, 1, 7], [ANSWER, GUARD])
+    requests, tasks = result.records.requests.as_columns(), result.records.tasks.as_columns()
+    order = np.argsort(tasks["request"], kind="stable")
+    times = stage_times(requests, {k: v[order] for k, v in tasks.items()}, 3, None, "first_token_ns")
+    assert times.min() >= 0
+    assert times.sum(axis=(1, 2)).tolist() == (requests["first_token_ns"] - requests["arrival_ns"]).tolist()
 
 
 def test_a_guard_that_ends_while_the_cache_is_on_its_way_was_not_waited_for() -> None:
@@ -217,3 +229,36 @@ def test_only_prefill_and_decode_find_the_prompts_prefix() -> None:
     guards = tasks["kind"] == 0
     assert tasks["cached_tokens"][guards].tolist() == [0, 0]
     assert tasks["cached_tokens"][tasks["kind"] == 1].tolist() == [0, 32]
+
+
+class OneLink:
+    """Every path is one channel of 1 byte per ns."""
+
+    carries_all = True
+
+    def __init__(self) -> None:
+        self.channel = Channel("link", 1e9)
+
+    def path(self, sender: int, receiver: int) -> Path:
+        return Path((self.channel,), 0)
+
+
+@dataclass
+class HandedOn:
+    """What a tokeniser leaves goes to a prefill, as the next stage or as a branch."""
+
+    branches: bool
+    kinds: tuple[str, ...] = field(default=("tokenize", PREFILL), init=False)
+    is_fixed: bool = field(default=False, init=False)
+
+    def __call__(self, request: Request, rng: RequestRandom) -> Pipeline:
+        yield Stage("tokenize", input_tokens=10)
+        prefill = Stage(PREFILL, input_tokens=10, input_bytes=700)
+        yield All([prefill]) if self.branches else prefill
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_what_is_handed_on_is_sent_to_a_branch_as_to_a_stage(branches: bool) -> None:
+    result = run(HandedOn(branches), [10], [0], [("tokenize",), (PREFILL,)], paths=OneLink())
+    assert result.records.transfers.as_columns()["bytes"].tolist() == [700]
+    assert ends(result) == [200 + 700 + 200]

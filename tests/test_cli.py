@@ -329,19 +329,28 @@ def test_schema_is_json(scenario: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["devices", "models", "engines", "steps", "memories", "policies", "workloads", "networks", "pipelines"]
+    "what",
+    ["devices", "models", "engines", "steps", "memories", "policies", "perf", "workloads", "networks", "pipelines"],
 )
 def test_lists(what: str) -> None:
     rows = json.loads(invoke("list", what, "--json").stdout)
     text = invoke("list", what).stdout
     assert rows
-    if what in ("policies", "pipelines"):
+    assert "Undefined" not in text
+    if what in ("policies", "pipelines", "perf"):
         assert max(map(len, text.splitlines())) <= 100
         assert all(word in text for row in rows for word in row["description"].split())
     else:
         assert len(text.splitlines()) == len(rows) + 1
     assert all(row["name"] in text for row in rows)
     assert len({tuple(row) for row in rows}) == 1
+
+
+def test_performance_models_are_listed_with_the_defaults_that_are_made_for_them() -> None:
+    rows = {row["name"]: row for row in json.loads(invoke("list", "perf", "--json").stdout)}
+    assert {row["kind"] for row in rows.values()} == {"perf"}
+    assert {"kernels", "roofline", "ivf_pq", "cpu_text"} <= set(rows)
+    assert "tokenize={ns_per_token: 1400.0, " in rows["cpu_text"]["parameters"]
 
 
 def test_lists_name_what_the_first_release_promises() -> None:

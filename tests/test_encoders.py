@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from measured import invoke
 from mist.engine import EngineProfile
 from mist.hardware import BASE_POWER, Device
 from mist.model import ModelSpec
@@ -212,3 +213,12 @@ def test_a_small_decoder_on_a_host_is_bound_by_its_memory(tmp_path: Path) -> Non
     priced = roofline(scenario.clients["encoder"].deployment())
     decode = Step(num_decodes=1, num_sampled=1, decode_context=500)
     assert 1 < priced.step_time(decode) / priced.floor_time(decode) < 2
+
+
+def test_an_encoder_shows_no_kv_cache(tmp_path: Path) -> None:
+    scenario = sentences(tmp_path, num=4)
+    pool = run(scenario, check=True).metrics["clients"]["encoder"]
+    assert (pool["kv_tokens_capacity"], pool["kv_peak"], pool["kv_mean"]) == (0, None, None)
+    told = invoke("check", tmp_path / "case.yaml").stdout
+    assert "no KV cache" in told
+    assert "tokens of KV" not in told

@@ -27,6 +27,11 @@ shares = st.fractions(0, 1, max_denominator=50)
 times = st.fractions(0, 1000, max_denominator=50)
 
 
+def alone(tier: Tier, num_bytes: int) -> tuple[int, int]:
+    """A fetch that shares its way with nobody."""
+    return tier.spec.access_ns, tier.spec.fetch_ns(num_bytes) - tier.spec.access_ns
+
+
 def tier(num_units: int = 100, **more: Any) -> Tier:
     """Room for so many units, at a byte per ns."""
     return Tier(MemoryTier("host", num_units * UNIT * TOKEN_BYTES, **{"bytes_per_s": 1e9, **more}), UNIT)
@@ -118,8 +123,8 @@ def test_through_is_written_when_it_is_computed_and_back_when_it_is_evicted() ->
     assert units(seen.find(prompt(5, 6, 7, 8), 0, 0)) == [(near, 2), (far, 2)]
     assert units(seen.find(prompt(1, 2, 3, 4), 0, 0)) == [(far, 4)]
     assert units(seen.find(prompt(9, 10), 0, 0)) == []
-    assert near.written_back_bytes == 8 * UNIT * TOKEN_BYTES
-    assert far.written_back_bytes == near.evicted_bytes == 6 * UNIT * TOKEN_BYTES
+    assert near.inserted_bytes == 8 * UNIT * TOKEN_BYTES
+    assert far.inserted_bytes == near.evicted_bytes == 6 * UNIT * TOKEN_BYTES
 
 
 def test_a_tier_may_be_written_through_above_one_that_is_written_back() -> None:
@@ -218,10 +223,8 @@ def test_draws_have_the_expected_time() -> None:
 def test_a_fetch_takes_latency_wire_and_decoding() -> None:
     plain = MemoryTier("host", 10**12, 2 * GB, 500)
     assert [plain.fetch_ns(size) for size in (0, 1, 2_000)] == [500, 500, 1_500]
-    assert plain.fetch_ns(2_000, num_readers=3) == 500 + 4_000
     linked = MemoryTier("rack", 10**12, 2 * GB, 500, link_bytes_per_s=1 * GB, link_latency_ns=9)
-    assert linked.fetch_ns(2_000) == linked.fetch_ns(2_000, num_readers=1) == 509 + 2_000
-    assert linked.fetch_ns(2_000, num_readers=2) == 509 + 3_000
+    assert linked.fetch_ns(2_000) == 509 + 2_000
     packed = MemoryTier("host", 10**12, 2 * GB, 500, compression=4.0, decode_bytes_per_s=10 * GB)
     assert packed.fetch_ns(2_000) == 500 + 250 + 200
 
@@ -255,13 +258,15 @@ def test_it_is_fetched_where_that_is_sooner() -> None:
     def recompute(num_found: int) -> int:
         return (6 * UNIT - num_found) * 200 // UNIT
 
-    assert seen.worth_fetching(found, recompute) == found[:1]
-    assert seen.worth_fetching(found, lambda n: 20 * recompute(n)) == found
+    assert seen.worth_fetching(found, recompute, alone) == found[:1]
+    assert seen.worth_fetching(found, lambda n: 20 * recompute(n), alone) == found
     shared = seen.worth_fetching(found, recompute, lambda one, size: (one.spec.access_ns, round(2 * size)))
     assert shared == []
-    assert seen.worth_fetching(found, lambda n: 0) == []
-    assert seen.worth_fetching(found, lambda n: (6 * UNIT - n) * 160 // UNIT) == found[:1]  # as soon, and less work
-    assert seen.worth_fetching([], recompute) == []
+    assert seen.worth_fetching(found, lambda n: 0, alone) == []
+    assert (
+        seen.worth_fetching(found, lambda n: (6 * UNIT - n) * 160 // UNIT, alone) == found[:1]
+    )  # as soon, and less work
+    assert seen.worth_fetching([], recompute, alone) == []
 
 
 def test_layers_that_overlap_make_fetching_worth_it() -> None:
@@ -272,5 +277,5 @@ def test_layers_that_overlap_make_fetching_worth_it() -> None:
     def recompute(num_found: int) -> int:
         return (8 * UNIT - num_found) * 150 // UNIT
 
-    assert seen.worth_fetching(found, recompute) == []  # 100 + 640 + 600 > 1,200
-    assert seen.worth_fetching(found, recompute, num_layers=32) == found
+    assert seen.worth_fetching(found, recompute, alone) == []  # 100 + 640 + 600 > 1,200
+    assert seen.worth_fetching(found, recompute, alone, num_layers=32) == found

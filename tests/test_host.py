@@ -47,7 +47,7 @@ class Made:
 
     def demand(self, step: Step) -> Demand:
         took = self.step_time(step)
-        return Demand(took * self.cores, self.cores, round(took * self.bytes_per_s / NS_PER_S))
+        return Demand(took * self.cores, round(took * self.bytes_per_s / NS_PER_S))
 
     def explain(self, step: Step) -> list[OperatorTime]:
         return []

@@ -121,6 +121,20 @@ def test_stage_means_sum_to_the_mean_e2e(story):
     summary = summarise(story.records, clients=story.clients)
     means = [parts[part]["mean"] for parts in summary["stages"].values() for part in PARTS]
     assert sum(means) == pytest.approx(summary["e2e_s"]["mean"], rel=1e-12)
+    means = [parts["ttft_s"]["mean"] for parts in summary["stages"].values()]
+    assert sum(means) == pytest.approx(summary["ttft_s"]["mean"], rel=1e-12)
+
+
+def test_stage_parts_until_the_first_token_sum_to_the_ttft(story):
+    requests = story.records.requests.as_columns()
+    spoken = (requests["status"] == FINISHED) & (requests["first_token_ns"] >= 0)
+    requests = {name: column[spoken] for name, column in requests.items()}
+    whole, until = (
+        stage_times(requests, in_order(story.records), 2, None, end) for end in ("end_ns", "first_token_ns")
+    )
+    assert (until >= 0).all()
+    assert (until <= whole).all()
+    assert until.sum(axis=(1, 2)).tolist() == (requests["first_token_ns"] - requests["arrival_ns"]).tolist()
 
 
 def test_littles_identity(story):
@@ -389,3 +403,15 @@ def test_play_of_several_replicas_has_figures_per_replica():
     assert len(pool["replicas"]) == 2
     assert pool["output_tokens"] == 80
     assert pool["prefill_tokens"] == 160
+
+
+def test_hidden_tokens_are_no_throughput():
+    """Ten tokens of a draft and five of an answer in ten seconds: half a token a second is seen."""
+    records = Records(client_names=["gpu"], stage_kinds=["draft", "decode"])
+    records.tasks.append((0, 0, 0, 0, 0, 0, 10**9, 5 * 10**9, 0, 8, 0, 0, 9, 10))
+    records.tasks.append((0, 1, 1, 0, 5 * 10**9, 5 * 10**9, 6 * 10**9, 10**10, 0, 8, 0, 9, 13, 5))
+    for step in range(13):
+        records.steps.append((0, step * 10**9 // 2, (step + 1) * 10**9 // 2, 0, 0, 1, 9, 1, 0))
+    records.requests.append((0, 0, 6 * 10**9, 10**10, FINISHED, -1, 8, 5, 0, 0))
+    summary = summarise(records, clients=[ClientInfo("gpu", "gpu")])
+    assert summary["throughput"]["output_tokens_per_s"] == pytest.approx(0.5)

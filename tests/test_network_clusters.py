@@ -131,7 +131,7 @@ def random_cluster(seed: int) -> Callable[[], Run]:
 
 def demand(step: Step, cores: int, bytes_per_ns: int) -> Demand:
     took, used = LinearSteps().step_time(step), min(cores, CPU.num_cores)
-    return Demand(took * used, max(1, used), took * bytes_per_ns)
+    return Demand(took * used, took * bytes_per_ns)
 
 
 def sent_over(run: Run) -> dict[str, int]:

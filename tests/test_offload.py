@@ -49,7 +49,10 @@ def behind(*specs: MemoryTier, unit: int = UNIT, always: bool = True, layers: in
 
     def connect(network: Network, clients: list[Client]) -> None:
         memories = [Memory(-2 - i, Tier(spec, unit)) for i, spec in enumerate(specs)]
-        ways = [(Channel(f"{s.name}.read", s.bytes_per_s), Channel(f"{s.name}.write", s.bytes_per_s)) for s in specs]
+        ways = [
+            (Channel(f"{s.name}.read", s.bytes_per_s), Channel(f"{s.name}.write", s.write_bytes_per_s or s.bytes_per_s))
+            for s in specs
+        ]
         for one, (read, write) in zip(memories, ways, strict=True):
             latency = one.tier.spec.access_ns
             for client in clients:
@@ -220,15 +223,17 @@ def test_compression_divides_the_bytes_and_decoding_comes_after() -> None:
     assert column(packed, "steps", "start_ns") == [400]
 
 
-@pytest.mark.parametrize("layers", [1, 4, 32])
+@pytest.mark.parametrize("layers", [1, 3, 4, 7, 32])
 def test_layers_overlap(layers: int) -> None:
     """The prefill begins when what can't be hidden behind it is there; all bytes are sent."""
     run = stated([1000], [640], behind(memory(latency_ns=100, hit_rate=1.0), layers=layers))
     compute = WHOLE.of(360, 0, 0, 1)
-    assert column(run, "steps", "start_ns") == [exposed_ns(6400, compute, layers, 100)]
+    exposed = exposed_ns(6400, compute, layers, 100) - 100
+    assert column(run, "steps", "start_ns") == [100 - -exposed // TOKEN_BYTES * TOKEN_BYTES], "in whole tokens"
     fetched = sent(run, PREFIX_FETCH)
     assert sum(num_bytes for _, num_bytes, *_ in fetched) == 6400
     assert len(fetched) == (1 if layers == 1 else 2)
+    assert not any(num_bytes % TOKEN_BYTES for _, num_bytes, *_ in fetched)
 
 
 # --- content ---
@@ -260,15 +265,32 @@ def test_only_what_the_device_lacks_is_fetched() -> None:
 
 
 def test_what_the_device_evicts_goes_to_a_tier_that_is_written_back() -> None:
-    """Three blocks: the second prompt takes the place of the first, tail first; the near tier has one unit."""
+    """Three blocks: each prompt takes the place of the last, tail first; the near tier has one unit.
+
+    A tail that has to make room for its head while it is on its way is lost; the head goes on when the next one comes.
+    """
     connect = behind(memory("near", 1, write="back"), memory("far", write="back"))
-    run = by_keys((1, 2), (3, 4), (1, 2), connect=connect, caching=True, num_blocks=3)
-    assert column(run, "requests", "cached_tokens") == [0, 0, 32]
+    run = by_keys((1, 2), (3, 4), (5, 6), (1, 2), connect=connect, caching=True, num_blocks=3)
+    assert column(run, "requests", "cached_tokens") == [0, 0, 0, 16]
     rows_ = run.records.transfers.as_columns()
     written = rows_["kind"] == KV_WRITE
     ways = list(zip(rows_["sender"][written].tolist(), rows_["receiver"][written].tolist(), strict=True))
     assert ways.count((0, -2)) >= 2
     assert (-2, -3) in ways
+
+
+@pytest.mark.parametrize(
+    ("write", "prompts", "found"),
+    [("through", ((1, 2),) * 3, [0, 0, 32]), ("back", ((1, 2), (3, 4), (1, 2)), [0, 0, 0])],
+)
+def test_what_is_written_is_found_once_it_is_there(write: str, prompts: Any, found: list[int]) -> None:
+    """A write takes a fifth more than the gap between prompts: the second finds nothing, and isn't written again."""
+    took = FAR_APART * 6 // 5
+    spec = memory(write_bytes_per_s=2 * UNIT * TOKEN_BYTES * 1e9 / took, write=write)
+    run = by_keys(*prompts, connect=behind(spec), caching=write == "back", num_blocks=3)
+    assert column(run, "requests", "cached_tokens") == found
+    writers = [request for request, *_ in sent(run, KV_WRITE)]
+    assert writers == ([0] if write == "through" else [1, 2])
 
 
 def test_writes_go_on_behind_the_last_request() -> None:
@@ -287,6 +309,40 @@ def test_what_was_fetched_behind_content_that_the_device_lost_is_computed() -> N
     run = play(workload, connect=behind(memory(bytes_per_s=1e6)), **options)
     assert [(request, size) for request, size, *_ in sent(run, PREFIX_FETCH)] == [(3, 160)]
     assert column(run, "requests", "cached_tokens") == [0, 0, 0, 0, 0]
+
+
+# --- room for what is fetched ---
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_is_fetched_ahead_fits_into_the_device(policy: Any, layers: int) -> None:
+    """Forty prompts at once; of the fetches that have begun, those not admitted hold no more than the device does."""
+    connect = behind(memory(hit_rate=1.0), layers=layers)
+    workload = table([0] * 40, [100] * 40, [5] * 40, cached_tokens=[80] * 40)
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 400}
+    run = play(workload, policy=lambda: policy(**limits), num_blocks=23, caching=True, connect=connect)
+    tasks = run.records.tasks.as_columns()
+    admitted = dict(zip(tasks["request"][::-1].tolist(), tasks["started_ns"][::-1].tolist(), strict=True))
+    begun: dict[int, int] = {}
+    for request, _, start, _ in sent(run, PREFIX_FETCH):
+        begun[request] = min(start, begun.get(request, start))
+    assert len(begun) == 40
+    assert sorted(begun, key=lambda request: (begun[request], request)) == list(range(40)), "first come, first served"
+    for start in begun.values():
+        assert sum(begun[request] <= start < admitted[request] for request in begun) * 5 <= 23
+
+
+def test_who_came_later_does_not_take_the_room_that_a_fetch_waits_for() -> None:
+    num_small = 30
+    at = [0, 1, *range(100, 100 + num_small)]
+    prompts, outputs = [100, 140, *[40] * num_small], [40, 2, *[30] * num_small]
+    workload = table(at, prompts, outputs, cached_tokens=[0, 120, *[0] * num_small])
+    run = play(workload, num_blocks=10, caching=True, connect=behind(memory(hit_rate=1.0)))
+    tasks = run.records.tasks.as_columns()
+    ((_, _, begun, _),) = sent(run, PREFIX_FETCH)
+    assert begun > 100 + num_small
+    assert not np.any((tasks["request"] > 1) & (tasks["started_ns"] < begun))
 
 
 # --- everything at once ---

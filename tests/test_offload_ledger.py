@@ -9,6 +9,7 @@ import pytest
 
 from kit import Run, play, table
 from mist.errors import InvariantError
+from mist.fabric import Path
 from mist.memory.hierarchy import Found, Hierarchy
 from mist.memory.tier import MemoryTier, Tier
 from mist.network import Network
@@ -36,14 +37,14 @@ def test_the_scenario_breaks_no_law_by_itself() -> None:
 
 
 def fetch_what_is_not_there(patch: pytest.MonkeyPatch) -> None:
-    def find(self: Hierarchy, task: Task, num_device_tokens: int, now: int) -> list[Found]:
+    def find(self: Hierarchy, task: Task, num_device_tokens: int, now: int, **_: Any) -> list[Found]:
         return [Found(self.tiers[0], UNIT)]
 
     patch.setattr(Hierarchy, "find", find)
 
 
 def fetch_what_was_evicted(patch: pytest.MonkeyPatch) -> None:
-    def find(self: Hierarchy, task: Task, num_device_tokens: int, now: int) -> list[Found]:
+    def find(self: Hierarchy, task: Task, num_device_tokens: int, now: int, **_: Any) -> list[Found]:
         keys = task.request.block_keys
         return [Found(self.tiers[0], 2 * UNIT)] if keys[0] not in self.tiers[0] or keys[1] not in self.tiers[0] else []
 
@@ -53,8 +54,8 @@ def fetch_what_was_evicted(patch: pytest.MonkeyPatch) -> None:
 def fetch_the_whole_prompt(patch: pytest.MonkeyPatch) -> None:
     original = Hierarchy.find
 
-    def find(self: Hierarchy, task: Task, num_device_tokens: int, now: int) -> list[Found]:
-        found = original(self, task, num_device_tokens, now)
+    def find(self: Hierarchy, task: Task, num_device_tokens: int, now: int, **_: Any) -> list[Found]:
+        found = original(self, task, num_device_tokens, now, **_)
         return [Found(tier, task.target_tokens) for tier, _ in found]
 
     patch.setattr(Hierarchy, "find", find)
@@ -72,6 +73,15 @@ def send_fewer_bytes(patch: pytest.MonkeyPatch) -> None:
 
 def write_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Offload, "_write", lambda *_: None)
+
+
+def find_what_is_on_its_way(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Tier, "count_units", lambda self, keys, start: sum(key in self._entries for key in keys[start:]))
+    patch.setattr("test_offload.Path", lambda channels, latency_ns=0: Path(channels, latency_ns + 150_000))
+
+
+def never_find_what_came(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Tier, "written", lambda *_: None)
 
 
 def forget_a_fetch(patch: pytest.MonkeyPatch) -> None:
@@ -133,7 +143,9 @@ SABOTAGES: dict[Sabotage, str] = {
     fetch_what_was_evicted: "32 tokens of request 0 from host aren't there",
     fetch_the_whole_prompt: "leave nothing to compute",
     send_fewer_bytes: "bytes fetched: ",
-    write_nothing: "host: bytes written: 0 is not",
+    find_what_is_on_its_way: "32 tokens of request 4 from host aren't there",
+    never_find_what_came: r"host: \d+ bytes can't be found, and 0 are on their way",
+    write_nothing: "host: 640 bytes can't be found, and 0 are on their way",
     forget_a_fetch: "tasks at the front end",
     lose_stored_bytes: "host: bytes held: ",
     keep_what_was_evicted: "host: bytes held: ",
@@ -147,3 +159,10 @@ def test_a_planted_bug_is_caught(sabotage: Sabotage, monkeypatch: pytest.MonkeyP
     sabotage(monkeypatch)
     with pytest.raises(InvariantError, match=SABOTAGES[sabotage]):
         run()
+
+
+def test_fetches_without_room_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Offload, "_has_room", lambda *_: True)
+    workload = table([0, 0, 0], [UNIT * 5] * 3, [1] * 3, cached_tokens=[UNIT * 4] * 3)
+    with pytest.raises(InvariantError, match="gpu-0: 0 blocks in use and 12 fetched, of 8"):
+        play(workload, caching=True, num_blocks=8, connect=behind(MemoryTier("host", 1 << 40, 1e9, hit_rate=1.0)))

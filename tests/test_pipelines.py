@@ -25,7 +25,7 @@ from mist.pipeline.news_search import NewsSearch
 from mist.pipeline.question_answering import QuestionAnswering
 from mist.pipeline.reasoning import Reasoning
 from mist.pipeline.stages import StageList
-from mist.records import FINISHED
+from mist.records import FINISHED, REFUSED
 from mist.registry import lookup, names
 from mist.request import DECODE, PREFILL, Fork, Pipeline, Request, Stage, StageResult
 from mist.scenario.value import load
@@ -217,6 +217,28 @@ def test_a_re_ranker_reads_each_candidate_with_the_question() -> None:
 
 
 @pytest.mark.parametrize(
+    ("parameters", "pair"), [({}, 512), ({"max_pair_tokens": 514}, 514), ({"passage_tokens": 9}, 59)]
+)
+@pytest.mark.parametrize("pipeline", [NewsSearch, ChatSupport])
+def test_a_pair_is_cut_to_what_the_re_ranker_reads(pipeline: Any, parameters: dict[str, int], pair: int) -> None:
+    found = stages_of(pipeline(candidates=20, **parameters), request(50))
+    rerank = next(stage for stage in found if stage.kind == "rerank")
+    assert rerank.input_tokens == rerank.num_sequences * pair
+
+
+def test_a_re_ranker_of_514_positions_serves_the_default_passages() -> None:
+    served = {
+        "encoder": {"device": "l4", "model": "bge-reranker-base", "serves": ["embed", "rerank"]},
+        "index": {"device": "epyc-9554", "perf": {"flat_search": {"num_vectors": 1000, "dim": 768}},
+                  "serves": ["retrieve"]},
+        "gpu": {"device": "h100-sxm", "model": "llama-3.1-8b"},
+    }  # fmt: skip
+    workload = {"arrivals": "all_at_once", "num_requests": 2, "input_tokens": 600, "output_tokens": 2}
+    scenario = load({"workload": workload, "clients": served, "pipeline": {"news_search": {"candidates": 20}}})
+    assert scenario.run(check=True).metrics["requests"]["finished"] == 2
+
+
+@pytest.mark.parametrize(
     ("parameters", "sizes", "expected"),
     [
         ({}, {}, 80),
@@ -309,6 +331,7 @@ def test_chat_support_searches_then_asks_for_the_conversation() -> None:
         ("guarded_qa", {"output_guards": [], "hold_answer": True}, "hold_answer needs output_guards"),
         ("news_search", {"passages": 0}, "passages is 0"),
         ("news_search", {"passage_tokens": 0}, "passage_tokens is 0"),
+        ("news_search", {"max_pair_tokens": 0}, "max_pair_tokens is 0"),
         ("news_search", {"query_tokens": 0}, "query_tokens is 0"),
         ("news_search", {"candidates": 4}, "candidates is 4, below the 5 passages"),
         ("news_search", {"retrieve": "prefill"}, "retrieve is 'prefill'"),
@@ -354,7 +377,7 @@ def run(pipeline: PipelineFactory, serves: list[tuple[str, ...]], num: int = 20,
     workload = table([4000 * i for i in range(num)], inputs, outputs)
     workload.sizes = how.pop("sizes", {})
     result = play(workload, pipeline=pipeline, perf=STEPS, num_clients=len(serves), serves=serves, **how)
-    assert (result.records.requests.as_columns()["status"] == FINISHED).all()
+    assert np.isin(result.records.requests.as_columns()["status"], (FINISHED, REFUSED)).all()
     return result
 
 
@@ -380,7 +403,7 @@ def test_the_prompt_grows_by_the_passages() -> None:
         kind: tasks["computed_tokens"][tasks["kind"] == index][np.argsort(tasks["request"][tasks["kind"] == index])]
         for index, kind in enumerate(result.records.stage_kinds)
     }
-    inputs = np.array(column(result, "input_tokens"))
+    inputs = np.array(column(result, "input_tokens")) - 60  # that of a request is its prompt with the passages
     assert np.array_equal(computed["embed"], inputs)
     assert computed["retrieve"].tolist() == [1] * 20
     assert np.array_equal(computed["rerank"], 3 * (inputs + 30))

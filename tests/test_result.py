@@ -20,7 +20,7 @@ from mist.errors import ScenarioError
 from mist.metrics import ClientInfo, summarise
 from mist.records import FINISHED, Records
 from mist.scenario.result import PLAIN_WIDTH, Result, check_output_folder
-from mist.scenario.result_table import _rate
+from mist.scenario.result_table import _rate, _size
 
 FILES = ["requests.parquet", "scenario.yaml", "steps.parquet", "summary.json", "transfers.parquet"]
 
@@ -177,13 +177,35 @@ def test_a_narrow_page_lists_figures_with_their_units(result):
     lines = [line.rstrip() for line in page.splitlines()]
     first = lines.index("TTFT")
     assert re.fullmatch(r"  mean [0-9.]+ (s|ms|µs)", lines[first + 1])
-    assert re.fullmatch(r"  share of E2E [0-9.]+%", next(line for line in lines if "share" in line))
+    for share in ("share of E2E", "share of TTFT"):
+        assert re.fullmatch(rf"  {share} [0-9.]+%", next(line for line in lines if share in line))
+
+
+def test_each_stage_has_a_unit_and_shares_that_sum_to_all():
+    result = make(random_story(2))
+    stages = result.metrics["stages"]
+    total = {"e2e_s": 10.0, "ttft_s": 0.004}
+    for metric, mean in total.items():
+        result.metrics[metric]["mean"] = mean
+    for kind, (served, before) in {"prefill": (3e-3, 3e-3), "decode": (9.997, 1e-3)}.items():
+        stages[kind] = {part: {"mean": 0.0} for part in ("wait_s", "transfer_s")}
+        stages[kind] |= {"serve_s": {"mean": served}, "ttft_s": {"mean": before}}
+    rows = {line.split()[0]: line.split()[1:] for line in at_width(result, 120).splitlines() if line.strip()}
+    assert rows["prefill"] == ["-", "3.00", "-", "ms", "<0.1%", "75%"]
+    assert rows["decode"] == ["-", "10.00", "-", "s", ">99.9%", "25%"]
 
 
 def test_rates_have_three_digits():
     rates = [0.0, 0.00123, 0.5, 1.0, 9.996, 12.0, 12.1, 20.98, 99.96, 1234.5]
     assert [_rate(rate) for rate in rates] == [
         "0", "0.00123", "0.5", "1.00", "10.0", "12.0", "12.1", "21.0", "100", "1,234",
+    ]  # fmt: skip
+
+
+def test_sizes_have_the_unit_that_suits_them():
+    sizes = [0, 17, 2_000, 999_400, 999_500, 1.234e9, 9.9996e11, 1.132e13, 1.2345e15]
+    assert [_size(int(size)) for size in sizes] == [
+        "-", "17 B", "2.00 kB", "999 kB", "1.00 MB", "1.23 GB", "1.00 TB", "11.3 TB", "1,234 TB",
     ]  # fmt: skip
 
 

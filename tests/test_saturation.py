@@ -212,4 +212,4 @@ def test_a_link_that_cannot_carry_the_load_is_saturation():
 def test_a_prefill_held_up_by_its_link_says_so():
     held_up = summarise(hand_over_records(poisson(3, 1000, 4.0)[0], 1.3, holding=20), clients=HAND_OVER)
     assert held_up["saturation_reason"].startswith("the queue of prefill grew")
-    assert "20 KV caches under way" in held_up["saturation_reason"]
+    assert "20 transfers under way" in held_up["saturation_reason"]

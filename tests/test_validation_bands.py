@@ -94,6 +94,11 @@ def test_a_result_says_how_far_off_its_kind_was(banded: Mapping[str, Any]) -> No
         ({"clients.gpu.serves": ["decode"],
           "clients.first": {**SCENARIO["clients"]["gpu"], "serves": ["prefill"]}},  # type: ignore[index]
          "there is no band for a pool for prefill only"),
+        ({"pipeline": {"question_answering": {"before": ["tokenize"], "after": ["detokenize"]}},
+          "clients.text": {"device": "epyc-9554", "perf": "cpu_text", "serves": ["tokenize", "detokenize"]}},
+         "there is no band for pipelines with tokenize, detokenize"),
+        ({"pipeline": "kv_reuse", "clients.store": {"memory": "ddr5", "serves": ["kv_retrieve"]}},
+         "there is no band for prefixes from a KV store"),
     ],
 )  # fmt: skip
 def test_what_nobody_checked_says_so(banded: Mapping[str, Any], changes: dict[str, Any], reason: str) -> None:

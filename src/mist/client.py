@@ -165,11 +165,14 @@ class Client:
             if self.shares is not None:
                 self.shares.work(self.demand_of(self.step), end - now, self._shared_step_ends, None, now)
                 return
-            if end >= kernel.horizon() or (self.emits and self._ends_a_task()):
+            if end >= kernel.horizon() or (self.emits and self._ends_a_task()) or self._has_waiting_fetches():
                 kernel.step_ends(self, end)
                 return
             self.finish_step(end)
             now = end
+
+    def _has_waiting_fetches(self) -> bool:
+        return self.offload is not None and bool(self.offload.waiting)
 
     def _shared_step_ends(self, _: None, now: int) -> None:
         self.finish_step(now)
@@ -184,6 +187,8 @@ class Client:
         residents.begin()
         if residents.handed_over:
             self._take_over(now)
+        if self.offload is not None and self.offload.waiting:
+            self.offload.begin_waiting(now)
         batch = self.batching.next_batch(residents, cohort, residents, now)
         if self.offload is not None and self.offload.evicted and residents.running:
             self.offload.write_back(next(reversed(residents.running.values())).request, now)
@@ -280,6 +285,8 @@ class Client:
             step.num_prefill_tokens += num_tokens
             if task.started_ns < 0:
                 task.started_ns = now
+                if self.offload is not None:
+                    self.offload.admitted(task)
             num_sequences = task.stage.num_sequences
             if num_sequences > 1:
                 has_several = True
@@ -315,7 +322,7 @@ class Client:
 
     def _target_reached(self, task: Task, now: int) -> None:
         """All of a task's target is computed: one that generates has sampled a token and goes on, others are done."""
-        if self.offload is not None and task.stage.input_tokens:
+        if self.offload is not None and task.reads_prompt and task.stage.input_tokens:
             self.offload.computed(task, now)
         if task.generates:
             self._join(task, now)
@@ -389,7 +396,7 @@ class Client:
     def sent(self, task: Task) -> None:
         """The KV cache of `task` has reached the client that decodes on."""
         self.residents.sent(task)
-        if self.idle and self.residents.num_waiting:
+        if self.idle and (self.residents.num_waiting or self._has_waiting_fetches()):
             self.waker.wake(self)
 
     def _take_over(self, now: int) -> None:
@@ -448,6 +455,8 @@ class Client:
             self._drop(task, now)
 
     def _drop(self, task: Task, now: int) -> None:
+        if self.offload is not None:
+            self.offload.forget(task)
         if task in self.front_end.incoming:
             self.front_end.forget(task)
         else:

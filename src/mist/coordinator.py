@@ -17,8 +17,22 @@ from mist.errors import InvariantError
 from mist.kernel import Kernel
 from mist.network import Network
 from mist.pipeline import PipelineFactory
-from mist.records import FINISHED, HAND_OFF, KV_TRANSFER, REJECTED, UNFINISHED, Records
-from mist.request import DECODE, Branch, ClientView, FirstOf, Fork, Join, Pipeline, Request, Stage, StageResult, Task
+from mist.records import FINISHED, HAND_OFF, KV_TRANSFER, REFUSED, REJECTED, UNFINISHED, Records
+from mist.request import (
+    DECODE,
+    PREFILL,
+    TURNED_AWAY,
+    Branch,
+    ClientView,
+    FirstOf,
+    Fork,
+    Join,
+    Pipeline,
+    Request,
+    Stage,
+    StageResult,
+    Task,
+)
 from mist.residents import share_prefix
 from mist.routing import RoutingPolicy
 from mist.workload import RequestTable
@@ -144,6 +158,8 @@ class Coordinator:
             return ()
         if not isinstance(stage, Stage):
             return self._fork(branch, stage, here, now)
+        if stage.kind == PREFILL and stage.visible:
+            request.prompt_tokens = stage.input_tokens
         task = Task(request, stage, request.num_stages, stage.input_tokens, now, branch)
         branch.task = task
         request.num_stages += 1
@@ -175,7 +191,7 @@ class Coordinator:
 
     def _start(self, branch: Branch, result: StageResult | None, here: Client | None, now: int) -> None:
         """Go on where no KV cache is at hand: at a pipeline's begin, or after branches have joined."""
-        if self.advance(branch, result, None if result is None else here, now):
+        if self.advance(branch, result, here, now):
             story = f"request {branch.request.index}"
             raise InvariantError(f"{story}: a decode must directly follow the stage that leaves its KV cache")
 
@@ -203,13 +219,14 @@ class Coordinator:
         join, request = branch.joins, branch.request
         if join is None:
             request.is_answered = True
+            request.is_refused = result is TURNED_AWAY
         else:
             join.results[branch.place] = result
             join.num_needed -= 1
             if not join.num_needed:
                 self._join(join, here, now)
         if request.is_answered and not request.num_tasks and request.index in self.in_system:
-            self._leave(request, FINISHED, now)
+            self._leave(request, REFUSED if request.is_refused else FINISHED, now)
 
     def _join(self, join: Join, here: Client | None, now: int) -> None:
         """Enough branches have ended: their results, in the order of the branches, go to the pipeline that forked."""
@@ -327,7 +344,8 @@ class Coordinator:
             self.on_progress(self.num_left)
         self.records.requests.append(
             (request.index, request.arrival_ns, first_token_ns, now, status, self._reason(reason),
-             request.input_tokens, request.output_tokens, request.cached_tokens, request.num_preemptions)
+             request.prompt_tokens or request.input_tokens, request.output_tokens, request.cached_tokens,
+             request.num_preemptions)
         )  # fmt: skip
         if self.workload.concurrency is not None and status != UNFINISHED and self._num_posted < len(self.workload):
             self._post_next(now)

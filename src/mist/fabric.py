@@ -24,7 +24,7 @@ class Path:
 
 
 class PlainLinks:
-    """A link of its own for each client's KV caches, and one to its host's memory; other stages hand on at no cost.
+    """A link of its own for each client's KV caches, and one each way to its host's memory; all else comes at no cost.
 
     `links` and `host_links` by client; with efficiency 1 and no latency an infinite one takes no time.
     """
@@ -34,12 +34,17 @@ class PlainLinks:
     def __init__(self, links: Sequence[Link], host_links: Sequence[Link]) -> None:
         self._paths = [Path((Channel(f"{i}.out", link.reached_bytes_per_s),), link.latency_ns)
                        for i, link in enumerate(links)]  # fmt: skip
-        self._host_paths = [Path((Channel(f"{i}.host", link.reached_bytes_per_s),), link.latency_ns)
-                            for i, link in enumerate(host_links)]  # fmt: skip
+        self._from_host, self._to_host = (
+            [Path((Channel(f"{i}.{way}", link.reached_bytes_per_s),), link.latency_ns)
+             for i, link in enumerate(host_links)]
+            for way in ("from_host", "to_host")
+        )  # fmt: skip
 
     def path(self, sender: int, receiver: int) -> Path:
-        """Out of the sender; from host memory over the receiver's own link."""
-        return self._host_paths[receiver] if sender < 0 else self._paths[sender]
+        """Out of the sender; from and to host memory over the link of the client that reads or writes there."""
+        if sender < 0:
+            return self._from_host[receiver]
+        return self._to_host[sender] if receiver < 0 else self._paths[sender]
 
 
 class Fabric:

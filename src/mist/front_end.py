@@ -89,8 +89,8 @@ class FrontEnd:
     def _fetch(self, task: Task, now: int) -> None:
         if task not in self.incoming:
             return
-        offload = self._client.offload
-        if offload is None or not task.remaining_tokens or not offload.fetch(task, self._enqueue, now):
+        offload, reads = self._client.offload, task.reads_prompt and task.remaining_tokens > 0
+        if offload is None or not reads or not offload.fetch(task, self._enqueue, now):
             self._enqueue(task, now)
 
     def _enqueue(self, task: Task, now: int) -> None:

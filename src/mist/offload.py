@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from math import ceil, inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mist.memory.hierarchy import Found, Hierarchy, exposed_ns
-from mist.memory.tier import Tier
+from mist.memory.tier import BACK, Tier, Write
 from mist.network import Network
 from mist.records import KV_WRITE, PREFIX_FETCH
 from mist.request import Request, Task
@@ -37,12 +36,21 @@ class Memory:
     index: int
     tier: Tier
     always: bool = False
-    #: stored bytes that a memory above gave up to it, sent already
-    sent_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.tier.takes_time = True
+
+    def goes_by_statement(self, request: Request) -> bool:
+        """Whether what it has of the request's prompt is the workload's word, not its content.
+
+        A tier is asked so by its `hit_rate`; a KV store, which the request knows, wherever the workload states hits.
+        """
+        is_asked = request.store == self.index
+        return self.tier.spec.hit_rate is not None or (is_asked and request.hit_tokens > 0)
 
 
 @dataclass(slots=True, eq=False)
-class _Fetch:
+class Fetch:
     """What `task` waits for before it may be computed: stretches under way or being decoded, and whom to tell."""
 
     task: Task
@@ -56,7 +64,7 @@ class _Fetch:
 class _Stretch:
     """A piece of a fetch: tokens of KV cache from one memory; `later_bytes` follow while the task is computed."""
 
-    fetch: _Fetch
+    fetch: Fetch
     memory: Memory
     decode_ns: int
     later_bytes: int
@@ -79,7 +87,7 @@ class KVStore:
         request, tier = task.request, self.memory.tier
         request.store = self.memory.index
         wanted = task.stage.input_tokens
-        if _is_stated(request, tier):
+        if self.memory.goes_by_statement(request):
             rate = tier.spec.hit_rate
             found = min(wanted, request.hit_tokens)
             if rate is not None and self._rng_of(request.index).random() >= rate:
@@ -113,7 +121,12 @@ class Offload:
     ) -> None:
         self.hierarchy = hierarchy
         #: tasks whose prefix is under way or being decoded
-        self.fetching: dict[Task, _Fetch] = {}
+        self.fetching: dict[Task, Fetch] = {}
+        #: tasks that wait until there is room for what they fetch, in order: the blocks it takes, and whom to tell
+        self.waiting: dict[Task, tuple[int, Callable[[Task, int], None]]] = {}
+        #: blocks that what is fetched, or under way, will take at the admission of its task
+        self._to_take: dict[Task, int] = {}
+        self._num_to_take = 0
         self._client = client
         self._network = network
         self._memories = tuple(memories)
@@ -129,9 +142,19 @@ class Offload:
             kv.on_evict = self.evicted.append
 
     @property
+    def tasks(self) -> list[Task]:
+        """Tasks whose prefix is under way, or will be."""
+        return [*self.fetching, *self.waiting]
+
+    @property
     def memories(self) -> list[Memory]:
         """All that it may fetch from and write to."""
         return list(self._of_tier.values())
+
+    def keys(self, memory: Memory, task: Task, num_tokens: int) -> Sequence[int]:
+        """What `memory` calls the whole units in the first `num_tokens` of the prompt."""
+        is_store = memory.index in self._stores
+        return (self.hierarchy.prompt_keys if is_store else self.hierarchy.keys)(task, num_tokens)
 
     # --- fetching ---
 
@@ -139,23 +162,76 @@ class Offload:
         """Fetch what is worth it of the front of `task`'s prompt; False if nothing is, else `deliver` comes at its end.
 
         What the device has itself isn't fetched; a task counts what came as found where the device still has that.
+        A fetch begins once there is room: blocks in use and those of all that is fetched for tasks that aren't
+        admitted fit into the device together. Until then it waits behind others, and so do tasks that came later.
         """
-        device = self._client.residents.kv.match(task).num_tokens
-        found = self._found(task, device, now)
+        first, found = self._look(task, now)
         if not found:
             return False
-        num_tokens = sum(tokens for _, tokens in found)
-        fetch = self.fetching[task] = _Fetch(task, device, num_tokens, len(found), deliver)
-        if self._client.watcher is not None:
-            self._client.watcher.fetches(self._client, task, device, found, now)
-        share = self._exposed(task, device, found)
-        for tier, tokens in found:
-            self._send(fetch, self._of_tier[tier], tokens * self.hierarchy.token_bytes, share, now)
+        num_blocks = self._blocks(first, found)
+        if self.waiting or not self._has_room(num_blocks):
+            self.waiting[task] = num_blocks, deliver
+            self._client.residents.fetch_waits_since(next(iter(self.waiting)).queued_ns)
+        else:
+            self._begin(task, first, found, deliver, now)
         return True
 
-    def _found(self, task: Task, num_device_tokens: int, now: int) -> list[Found]:
+    def begin_waiting(self, now: int) -> None:
+        """Blocks may have come back: let the fetches begin that there is room for."""
+        while self.waiting:
+            task, (num_blocks, deliver) = next(iter(self.waiting.items()))
+            if not self._has_room(num_blocks):
+                break
+            first, found = self._look(task, now, again=True)
+            num_blocks = self._blocks(first, found)
+            if found and not self._has_room(num_blocks):
+                self.waiting[task] = num_blocks, deliver
+                break
+            del self.waiting[task]
+            if found:
+                self._begin(task, first, found, deliver, now)
+            else:
+                deliver(task, now)
+        self._client.residents.fetch_waits_since(next(iter(self.waiting)).queued_ns if self.waiting else None)
+
+    def admitted(self, task: Task) -> None:
+        """`task` has blocks of its own for what was fetched."""
+        self._num_to_take -= self._to_take.pop(task, 0)
+
+    def forget(self, task: Task) -> None:
+        """`task` was cancelled: what it waits for isn't fetched any more, and what is under way comes for nobody."""
+        self.waiting.pop(task, None)
+        self.admitted(task)
+
+    def _blocks(self, first_token: int, found: Sequence[Found]) -> int:
+        kv = self._client.residents.kv
+        return kv.blocks_for(first_token + sum(tokens for _, tokens in found)) - kv.blocks_for(first_token)
+
+    def _has_room(self, num_blocks: int) -> bool:
+        kv = self._client.residents.kv
+        return kv.used + self._num_to_take + num_blocks <= kv.num_blocks
+
+    def _look(self, task: Task, now: int, *, again: bool = False) -> tuple[int, list[Found]]:
+        """Tokens that the device has, and the stretches to fetch behind them."""
+        device = self._client.residents.kv.match(task).num_tokens
+        return device, self._found(task, device, now, again)
+
+    def _begin(
+        self, task: Task, first: int, found: Sequence[Found], deliver: Callable[[Task, int], None], now: int
+    ) -> None:
+        num_tokens = sum(tokens for _, tokens in found)
+        fetch = self.fetching[task] = Fetch(task, first, num_tokens, len(found), deliver)
+        self._to_take[task] = num_blocks = self._blocks(first, found)
+        self._num_to_take += num_blocks
+        if self._client.watcher is not None:
+            self._client.watcher.fetches(self._client, task, first, found, now)
+        share = self._exposed(task, first, found)
+        for tier, tokens in found:
+            self._send(fetch, self._of_tier[tier], tokens, share, now)
+
+    def _found(self, task: Task, num_device_tokens: int, now: int, again: bool) -> list[Found]:
         """The stretches to fetch behind what the device has, in order."""
-        found = self.hierarchy.find(task, num_device_tokens, now)
+        found = self.hierarchy.find(task, num_device_tokens, now, again=again)
         tokens = num_device_tokens + sum(found_tokens for _, found_tokens in found)
         store = self._stores.get(task.request.store)
         always = self._always
@@ -175,10 +251,10 @@ class Offload:
     def _in_store(self, task: Task, store: Memory) -> int:
         """Tokens that the store found of the prompt and still has."""
         found = task.stage.found_tokens
-        if _is_stated(task.request, store.tier):
+        if store.goes_by_statement(task.request):
             return found
         unit = self.hierarchy.unit_tokens
-        return min(found, store.tier.count_units(self.hierarchy.keys(task, found), 0) * unit) if unit else 0
+        return min(found, store.tier.count_units(self.hierarchy.prompt_keys(task, found), 0) * unit) if unit else 0
 
     def _fetch_ns(self, tier: Tier, num_bytes: int) -> tuple[int, int]:
         """Latency, and an estimate of the rest of a fetch of `num_bytes` of KV cache beside those under way."""
@@ -197,10 +273,12 @@ class Offload:
         compute = self._client.prefill_ns(first, task.target_tokens)
         return Fraction(exposed_ns(transfer, compute, self._num_layers), transfer) if transfer else Fraction(1)
 
-    def _send(self, fetch: _Fetch, memory: Memory, num_bytes: int, share: Fraction, now: int) -> None:
-        stored = memory.tier.spec.stored_bytes(num_bytes)
-        first = min(stored, ceil(stored * share))
-        stretch = _Stretch(fetch, memory, ceil(_decode_ns(memory.tier, num_bytes) * share), stored - first)
+    def _send(self, fetch: Fetch, memory: Memory, num_tokens: int, share: Fraction, now: int) -> None:
+        """Send `num_tokens`, those of `share` first, in whole tokens."""
+        spec, token_bytes = memory.tier.spec, self.hierarchy.token_bytes
+        num_bytes, first_bytes = num_tokens * token_bytes, ceil(num_tokens * share) * token_bytes
+        stored, first = spec.stored_bytes(num_bytes), spec.stored_bytes(first_bytes)
+        stretch = _Stretch(fetch, memory, _decode_ns(memory.tier, first_bytes), stored - first)
         request = fetch.task.request.index
         self._network.send(request, PREFIX_FETCH, memory.index, self._client.index, first, self._came, stretch, now)
 
@@ -214,7 +292,7 @@ class Offload:
         else:
             self._is_there(stretch.fetch, now)
 
-    def _is_there(self, fetch: _Fetch, now: int) -> None:
+    def _is_there(self, fetch: Fetch, now: int) -> None:
         fetch.num_open -= 1
         if not fetch.num_open:
             task = fetch.task
@@ -227,46 +305,44 @@ class Offload:
 
     def computed(self, task: Task, now: int) -> None:
         """The prompt of `task` is computed: tiers that are written through get it, and the store that it asked."""
-        request = task.request
-        for tier, num_bytes in self.hierarchy.write_through(task, task.target_tokens, now):
-            self._write(request.index, self._of_tier[tier], num_bytes, now)
-        store = self._stores.get(request.store)
-        if store is not None and not _is_stated(request, store.tier):
-            keys = self.hierarchy.keys(task, task.target_tokens)
-            num_bytes = store.tier.insert(keys, len(keys), self.hierarchy.token_bytes, now)
-            self._write(request.index, store, num_bytes, now)
-        self._spill(request.index, now)
+        self.hierarchy.write_through(task, task.target_tokens, now)
+        store = self._stores.get(task.request.store)
+        if store is not None and not store.goes_by_statement(task.request):
+            keys = self.hierarchy.prompt_keys(task, task.target_tokens)
+            store.tier.insert(keys, len(keys), self.hierarchy.token_bytes, now)
+            self._write(task.request, self._client.index, store, now)
+        self._write_tiers(task.request, now)
 
     def write_back(self, request: Request, now: int) -> None:
         """Send what the device evicted to make room for `request`, as far as anybody can tell."""
-        nearest = self._memories[0]
-        num_bytes = sum(self.hierarchy.write_back(key, now) for key in self.evicted)
+        for key in self.evicted:
+            self.hierarchy.write_back(key, now)
         self.evicted.clear()
-        nearest.sent_bytes += num_bytes
-        self._write(request.index, nearest, num_bytes, now)
-        self._spill(request.index, now)
+        self._write_tiers(request, now)
 
-    def _spill(self, request: int, now: int) -> None:
-        """Send what tiers gave up to those below them."""
-        for above, below in pairwise(self._memories):
-            num_bytes = below.tier.written_back_bytes - below.sent_bytes
-            if num_bytes:
-                below.sent_bytes += num_bytes
-                self._network.send(request, KV_WRITE, above.index, below.index, num_bytes, _nobody_waits, None, now)
+    def _write_tiers(self, request: Request, now: int) -> None:
+        """Send what came into the tiers: from the client, or from the memory above one that is written back to."""
+        above = self._client.index
+        for memory in self._memories:
+            self._write(request, above if memory.tier.spec.write == BACK else self._client.index, memory, now)
+            above = memory.index
 
-    def _write(self, request: int, memory: Memory, num_bytes: int, now: int) -> None:
-        if num_bytes:
-            self._network.send(request, KV_WRITE, self._client.index, memory.index, num_bytes, _nobody_waits, None, now)
-
-
-def _is_stated(request: Request, store: Tier) -> bool:
-    """Whether what a KV store has of the request's prompt is the workload's word, not its content."""
-    return store.spec.hit_rate is not None or request.hit_tokens > 0
+    def _write(self, request: Request, sender: int, memory: Memory, now: int) -> None:
+        write = memory.tier.begin_write()
+        if write.num_bytes:
+            deliver, argument = _is_written, (memory.tier, write)
+            self._network.send(request.index, KV_WRITE, sender, memory.index, write.num_bytes, deliver, argument, now)
 
 
 def _decode_ns(tier: Tier, num_bytes: int) -> int:
     """What it takes to decode `num_bytes` of KV cache."""
     return round(num_bytes / tier.spec.decode_bytes_per_s * NS_PER_S)
+
+
+def _is_written(written: tuple[Tier, Write], now: int) -> None:
+    """What was written to a tier is there."""
+    tier, write = written
+    tier.written(write)
 
 
 def _nobody_waits(_: Any, now: int) -> None:

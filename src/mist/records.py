@@ -16,8 +16,8 @@ import numpy.typing as npt
 IntColumn = npt.NDArray[np.int64]
 
 #: `status` of a request's row, in this order
-STATUSES = ("finished", "rejected", "cancelled", "timed_out", "unfinished")
-FINISHED, REJECTED, CANCELLED, TIMED_OUT, UNFINISHED = range(5)
+STATUSES = ("finished", "rejected", "cancelled", "timed_out", "unfinished", "refused")
+FINISHED, REJECTED, CANCELLED, TIMED_OUT, UNFINISHED, REFUSED = range(6)
 
 #: what a transfer moves, in this order: a KV cache to where it is decoded, a prefix from a memory, what a stage hands
 #: on, a KV cache to a memory that keeps it
@@ -56,7 +56,8 @@ def _table(*columns: str) -> Table:
 class Records:
     """All tables of one run, and the names that their index columns refer to.
 
-    requests: one row per request, written when it leaves the system (or at the end, `unfinished`).
+    requests: one row per request, written when it leaves the system (or at the end, `unfinished`). `input_tokens` are
+      those of the prompt that its last visible prefill computed, passages included.
     tasks: one row per segment of a task: from its queueing to its end or preemption. It has emitted a token at
       `joined_ns` (-1: it sampled none when its context was computed), then one at the end of each decode step
       `join_step` + 1 .. `last_step` (-1: it never joined) of its client, counting that client's steps with

@@ -72,6 +72,10 @@ class StageResult:
     parts: tuple[StageResult, ...] = ()
 
 
+#: what a pipeline returns for a request that it turned away in the end: it has left, and isn't counted as served
+TURNED_AWAY = object()
+
+
 @dataclass(slots=True)
 class All:
     """Branches of a pipeline that run side by side: stages, or pipelines of their own; it goes on when all have ended.
@@ -154,6 +158,8 @@ class Request:
     cached_tokens: int = 0
     num_preemptions: int = 0
     num_stages: int = 0
+    #: of the prompt that it was answered from, what was found for it included
+    prompt_tokens: int = 0
     #: its tasks that are placed and not over
     num_tasks: int = 0
     #: when its last gate so far opened: nothing is shown before
@@ -164,6 +170,8 @@ class Request:
     rejected_for: str = ""
     #: its pipeline is over; it leaves when its other tasks are
     is_answered: bool = False
+    #: its pipeline turned it away
+    is_refused: bool = False
 
 
 @dataclass(slots=True, eq=False)

@@ -25,25 +25,9 @@ class Residents:
     """
 
     __slots__ = (
-        "_admissions",
-        "_generates",
-        "_grown",
-        "_has_preempted",
-        "_promised",
-        "_promises",
-        "_scheduled",
-        "cohort",
-        "handed_over",
-        "kv",
-        "num_preemptions",
-        "on_preempt",
-        "pending_tokens",
-        "prefilling_tasks",
-        "prefixes",
-        "reserves_output",
-        "running",
-        "sending",
-        "waiting",
+        "_admissions", "_fetch_waits_since", "_generates", "_grown", "_has_preempted", "_promised", "_promises",
+        "_scheduled", "cohort", "handed_over", "kv", "num_preemptions", "on_preempt", "pending_tokens",
+        "prefilling_tasks", "prefixes", "reserves_output", "running", "sending", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +59,7 @@ class Residents:
         self.pending_tokens = 0
         self.num_preemptions = 0
         self._admissions = 0
+        self._fetch_waits_since: int | None = None
         self._grown = False
         self._has_preempted = False
         self._scheduled: dict[int, int] = {}
@@ -130,7 +115,7 @@ class Residents:
 
     def admit(self, task: Task, max_tokens: int, *, whole: bool = False) -> int:
         """Admit a waiting task with its first chunk; the chunk's tokens, or 0 and nothing has changed."""
-        if self._has_preempted:
+        if self._has_preempted or self._comes_after_a_fetch(task):
             return 0
         kv = self.kv
         hit = kv.match(task)
@@ -177,6 +162,17 @@ class Residents:
             self.pending_tokens += task.remaining_tokens
         else:
             self.handed_over.append(task)
+
+    def fetch_waits_since(self, time_ns: int | None) -> None:
+        """Since when the first task has been here that can't be fetched for until blocks come back; None: all can."""
+        self._fetch_waits_since = time_ns
+
+    def _comes_after_a_fetch(self, task: Task) -> bool:
+        """Whether `task` would take the blocks that an earlier one waits for; nobody has to while nothing runs."""
+        since = self._fetch_waits_since
+        if since is None or task.queued_ns <= since or not self.running:
+            return False
+        return not task.found_tokens and not task.request.num_preemptions
 
     def take_over(self, max_num_seqs: int) -> Task | None:
         """Admit the first decode that was handed over if it fits with its next token; None if not.

@@ -109,7 +109,7 @@ def _clean_up_when_terminated() -> None:
 @click.option("--overwrite", is_flag=True, help="Let --out and --trace replace what is there.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a timeline for ui.perfetto.dev, such as out.json.gz.")  # fmt: skip
-@click.option("--check", is_flag=True, help="Recount every conservation law while running (slower).")
+@click.option("--check", is_flag=True, help="Recount the conservation laws while running and at the end (slower).")
 def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, check: bool, **options: Any) -> None:
     """Simulate SCENARIO and print what came out.
 
@@ -176,6 +176,9 @@ def check(resolved: bool, **options: Any) -> None:
         click.echo(f"  {name}: {devices}, {client.model.name} in {client.weights_dtype}, {client.engine.name}")
         batching = ", ".join(f"{key} {value}" for key, value in client.batching.params.items())
         click.echo(f"    batching {client.batching.name}: {batching}")
+        if client.model.is_encoder:
+            click.echo("    no KV cache: an encoder keeps nothing")
+            continue
         blocks = client.kv_cache.num_blocks
         given = f"{blocks:,} blocks of {client.kv_cache.block_size} as given" if blocks else client.kv_capacity()
         click.echo(f"    KV in {client.kv_dtype}: {given}")
@@ -259,7 +262,8 @@ def schema(plugins: tuple[str, ...]) -> None:
 
 
 _LISTED = (
-    "devices", "models", "engines", "steps", "memories", "acceptance", "policies", "workloads", "networks", "pipelines",
+    "devices", "models", "engines", "steps", "memories", "acceptance", "policies", "perf", "workloads", "networks",
+    "pipelines",
 )  # fmt: skip
 
 
@@ -282,7 +286,7 @@ def list_names(what: str, as_json: bool, plugins: tuple[str, ...]) -> None:
     if as_json:
         print_json(found)
     else:
-        click.echo(table(folded(found) if what in ("policies", "pipelines") else found))
+        click.echo(table(folded(found) if what in ("policies", "pipelines", "perf") else found))
 
 
 def _load(

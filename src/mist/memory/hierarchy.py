@@ -77,22 +77,22 @@ class Hierarchy:
         if not any(rated):
             self._join()
 
-    def find(self, task: Task, num_device_tokens: int, now: int) -> list[Found]:
+    def find(self, task: Task, num_device_tokens: int, now: int, *, again: bool = False) -> list[Found]:
         """What the tiers hold of the front of `task`'s target, behind its `num_device_tokens`, in order.
 
         Each tier is asked once, for what those before it don't have; at least one token is left to compute. By given
-        rates, one tier has the request's `hit_tokens`, or none.
+        rates, one tier has the request's `hit_tokens`, or none. `again`: as before, and not counted a second time.
         """
         most = task.target_tokens - 1
         if self.tiers and self.tiers[0].spec.hit_rate is not None:
-            return self._draw(task, min(task.request.hit_tokens, most) - num_device_tokens)
+            return self._draw(task, min(task.request.hit_tokens, most) - num_device_tokens, 0 if again else 1)
         if not self.unit_tokens:
             return []
         keys = self.keys(task, most)
         unit, tokens = num_device_tokens // self.unit_tokens, num_device_tokens
         found = []
         for tier in self.tiers:
-            unit += tier.lookup(keys, unit, now)
+            unit += tier.lookup(keys, unit, now, again=again)
             if unit * self.unit_tokens > tokens:
                 found.append(Found(tier, unit * self.unit_tokens - tokens))
                 tokens = unit * self.unit_tokens
@@ -102,16 +102,15 @@ class Hierarchy:
         self,
         found: Sequence[Found],
         recompute_ns: Callable[[int], int],
-        fetch_ns: Callable[[Tier, int], tuple[int, int]] | None = None,
+        fetch_ns: Callable[[Tier, int], tuple[int, int]],
         num_layers: int = 1,
     ) -> list[Found]:
         """The stretches at the front of `found` to fetch so that the prefill is estimated to end soonest.
 
         `recompute_ns(n)`: time of the prefill if n of the tokens found are fetched; `fetch_ns(tier, bytes)`: latency of
-        a fetch, and what the rest of it takes, left out that of the tier alone; `num_layers`: of the model, where its
+        a fetch, and what the rest of it takes; `num_layers`: of the model, where its
         layers are fetched one by one. Fetching wins ties.
         """
-        fetch_ns = fetch_ns or _alone
         latency = transfer = num_tokens = best = 0
         soonest = recompute_ns(0)
         for count, (tier, tokens) in enumerate(found, 1):
@@ -149,21 +148,25 @@ class Hierarchy:
         return bool(self.tiers) and self.tiers[0].spec.write == BACK
 
     def keys(self, task: Task, num_tokens: int) -> Sequence[int]:
-        """Keys of the whole units in the first `num_tokens` of the prompt."""
-        if not self.unit_tokens:
-            return ()
-        keys = task.request.block_keys[: min(num_tokens, task.request.input_tokens) // self.unit_tokens]
+        """What the tiers call the whole units in the first `num_tokens` of the prompt; none of another text."""
+        keys = self.prompt_keys(task, num_tokens)
         return [key + self._first_key for key in keys] if self._first_key else keys
 
-    def _draw(self, task: Task, num_tokens: int) -> list[Found]:
+    def prompt_keys(self, task: Task, num_tokens: int) -> Sequence[int]:
+        """What the workload and KV stores, which are of one layout, call them."""
+        if not self.unit_tokens:
+            return ()
+        return task.prompt_keys[: min(num_tokens, task.request.input_tokens) // self.unit_tokens]
+
+    def _draw(self, task: Task, num_tokens: int, count: int) -> list[Found]:
         assert self._rng_of is not None
         draws = self._rng_of(task.request.index).random(len(self.tiers)) if num_tokens > 0 else ()
         for tier, draw in zip(self.tiers, draws, strict=False):
             assert tier.spec.hit_rate is not None
             if draw < tier.spec.hit_rate:
-                tier.hits += 1
+                tier.hits += count
                 return [Found(tier, num_tokens)]
-            tier.misses += 1
+            tier.misses += count
         return []
 
     def _join(self) -> None:
@@ -180,7 +183,3 @@ class Hierarchy:
                 if above.on_evict not in (None, tier.write_back):
                     raise ValueError(f"{above.spec.name} is written back to two memories")
                 above.on_evict = tier.write_back
-
-
-def _alone(tier: Tier, num_bytes: int) -> tuple[int, int]:
-    return tier.spec.access_ns, tier.spec.fetch_ns(num_bytes) - tier.spec.access_ns

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import ceil, inf
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from mist.hardware import MappingReader
 from mist.memory.eviction import Eviction
@@ -56,13 +56,13 @@ class MemoryTier:
         """Bytes that `num_bytes` of KV cache take here and on the wire."""
         return num_bytes if self.compression == 1 else ceil(num_bytes / self.compression)
 
-    def fetch_ns(self, num_bytes: int, num_readers: int = 0) -> int:
-        """An estimate of how long a client waits for `num_bytes` of KV cache while `num_readers` others read, ns.
+    def fetch_ns(self, num_bytes: int) -> int:
+        """How long a client that reads alone waits for `num_bytes` of KV cache, ns.
 
-        L + (S/c) / min(B/(n+1), link) + S/decode rate: latency, wire at a fair share, then decoding; without other
-        readers or compression the L + S/B of `hierarchy.expected_ns`.
+        L + (S/c) / min(B, link) + S/decode rate: latency, wire, then decoding; without compression the L + S/B of
+        `hierarchy.expected_ns`.
         """
-        rate = min(self.bytes_per_s / (num_readers + 1), self.link_bytes_per_s or inf)
+        rate = min(self.bytes_per_s, self.link_bytes_per_s or inf)
         transfer_s = self.stored_bytes(num_bytes) / rate + num_bytes / self.decode_bytes_per_s
         return self.access_ns + round(transfer_s * NS_PER_S)
 
@@ -96,6 +96,14 @@ _QUANTITIES = {
 }  # fmt: skip
 
 
+class Write(NamedTuple):
+    """Entries on their way into a tier together, as `num_bytes` stored bytes."""
+
+    number: int
+    keys: tuple[int, ...]
+    num_bytes: int
+
+
 class Tier:
     """One instance of a memory: which chunks of prompts it holds, by their chained keys, and their bytes.
 
@@ -103,14 +111,17 @@ class Tier:
     `chunk_tokens` asks for, named by its last key; chunks are counted from a prompt's front. Laws: held = inserted -
     evicted <= capacity.
 
+    Where writes take time (`takes_time`), an entry has its room from the start of its write on and is found from its
+    end on (`begin_write`, `written`); one that has to make room meanwhile is lost, and goes to no memory below.
+
     An entry whose prompt lost its head can't be reached, so the tail goes first: of entries that are used at the same
     instant the head counts as the last one used, and what a prompt has here is used with it, also what the device
     found in its own cache. Nothing enforces it under a policy that looks at more than uses and their order.
     """
 
     __slots__ = (
-        "_entries", "_policy", "entry_tokens", "entry_units", "evicted_bytes", "held_bytes", "hits", "inserted_bytes",
-        "misses", "on_evict", "spec", "written_back_bytes",
+        "_entries", "_new", "_new_bytes", "_num_writes", "_pending", "_policy", "entry_tokens", "entry_units",
+        "evicted_bytes", "held_bytes", "hits", "inserted_bytes", "misses", "on_evict", "spec", "takes_time",
     )  # fmt: skip
 
     def __init__(self, spec: MemoryTier, unit_tokens: int = 0) -> None:
@@ -127,19 +138,25 @@ class Tier:
         #: told (key, bytes of KV cache, now) of every entry that has to make room; what expires is gone
         self.on_evict: Callable[[int, int, int], object] | None = None
         #: stored bytes, and units that were asked for
-        self.held_bytes = self.inserted_bytes = self.evicted_bytes = self.written_back_bytes = 0
+        self.held_bytes = self.inserted_bytes = self.evicted_bytes = 0
         self.hits = self.misses = 0
+        self.takes_time = False
+        #: entries whose write isn't over -> its number; those of the next write, and its bytes
+        self._pending: dict[int, int] = {}
+        self._new: list[int] = []
+        self._new_bytes = self._num_writes = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __contains__(self, key: int) -> bool:
-        return key in self._entries
+        return key in self._entries and key not in self._pending
 
-    def lookup(self, keys: Sequence[int], start: int, now: int) -> int:
+    def lookup(self, keys: Sequence[int], start: int, now: int, *, again: bool = False) -> int:
         """How many consecutive units from `start` on are here, of the prompt of `keys`; what is here of it is used.
 
-        Entries count whole: one that `start` lies in gives the units behind it.
+        `again`: it was looked for before, and isn't counted a second time. Entries count whole: one that `start` lies
+        in gives the units behind it.
         """
         self._expire(now)
         size = self.entry_units
@@ -147,15 +164,16 @@ class Tier:
         for key in reversed(keys[size - 1 : (start + found) // size * size : size]):
             if key in self._entries:
                 self._policy.touch(key, now)
-        self.hits += found
-        self.misses += max(0, len(keys) - start - found)
+        if not again:
+            self.hits += found
+            self.misses += max(0, len(keys) - start - found)
         return found
 
     def count_units(self, keys: Sequence[int], start: int) -> int:
         """What `lookup` gives, but nothing counts as used or asked for."""
         size = self.entry_units
         first = end = start // size
-        while (end + 1) * size <= len(keys) and keys[(end + 1) * size - 1] in self._entries:
+        while (end + 1) * size <= len(keys) and keys[(end + 1) * size - 1] in self:
             end += 1
         return end * size - start if end > first else 0
 
@@ -170,9 +188,24 @@ class Tier:
 
     def write_back(self, key: int, num_bytes: int, now: int) -> int:
         """Take an entry of `num_bytes` of KV cache that the memory above gives up; bytes stored, 0 if it is here."""
-        written = self._put((key,), num_bytes, now)
-        self.written_back_bytes += written
-        return written
+        return self._put((key,), num_bytes, now)
+
+    def begin_write(self) -> Write:
+        """All that came in since the last call, to be sent here now; it is found once `written` gets it back."""
+        write = Write(self._num_writes, tuple(self._new), self._new_bytes)
+        self._num_writes += 1
+        self._new, self._new_bytes = [], 0
+        return write
+
+    def written(self, write: Write) -> None:
+        """The bytes of `write` are here."""
+        for key in write.keys:
+            if self._pending.get(key) == write.number:
+                del self._pending[key]
+
+    def count_pending_bytes(self) -> int:
+        """Stored bytes of entries whose write isn't over (for the ledger)."""
+        return sum(self.spec.stored_bytes(self._entries[key]) for key in self._pending)
 
     def count_held_bytes(self) -> int:
         """Stored bytes, counted anew: equals `held_bytes` (for the ledger)."""
@@ -189,17 +222,26 @@ class Tier:
         while self.held_bytes + missing * stored > self.spec.capacity_bytes:
             victim = self._policy.evict(now, full=True)
             assert victim is not None
+            is_here = victim in self
             num_victim_bytes = self._drop(victim)
             if victim in own:  # it comes back with the others, its uses counted anew
                 missing += 1
-            elif self.on_evict is not None:
+            elif is_here and self.on_evict is not None:
                 self.on_evict(victim, num_victim_bytes, now)
         for key in reversed(keys):
-            self._entries.setdefault(key, num_bytes)
+            if key not in self._entries:
+                self._enter(key, num_bytes)
             self._policy.touch(key, now)
         self.held_bytes += missing * stored
         self.inserted_bytes += missing * stored
         return missing * stored
+
+    def _enter(self, key: int, num_bytes: int) -> None:
+        self._entries[key] = num_bytes
+        if self.takes_time:
+            self._pending[key] = self._num_writes
+            self._new.append(key)
+            self._new_bytes += self.spec.stored_bytes(num_bytes)
 
     def _expire(self, now: int) -> None:
         while (key := self._policy.evict(now, full=False)) is not None:
@@ -207,6 +249,7 @@ class Tier:
 
     def _drop(self, key: int) -> int:
         num_bytes = self._entries.pop(key)
+        self._pending.pop(key, None)
         stored = self.spec.stored_bytes(num_bytes)
         self.held_bytes -= stored
         self.evicted_bytes += stored

@@ -84,14 +84,12 @@ def summarise(
         **figures,
         **summarise_transfers(transfers, requests, chosen, percentiles),
         "offered": offered_load(requests, chosen, oracle_output_tokens) if open_loop else None,
-        "throughput": _throughput(requests, int(emitted.sum()), span),
+        "throughput": _throughput(requests, _visible(int(emitted.sum()), requests, tasks), span),
         "duration_s": (span.last_ns - span.first_ns) / NS_PER_S,
         "window": {name: getattr(span, f"{name[:-2]}_ns") / NS_PER_S for name in ("start_s", "end_s", "span_s")},
         "clients": summarise_clients(clients, sums, span),
         "memories": summarise_memories(memories, transfers),
-        "stages": summarise_stages(
-            stage_times(finished, tasks, len(records.stage_kinds), transfers), records.stage_kinds
-        ),
+        "stages": _stages(finished, tasks, records.stage_kinds, transfers),
         "quality": summarise_quality(quality or {}, finished, tasks, records.stage_kinds),
         "slo": summarise_slo(targets, times, figures, requests, chosen, span) if targets else None,
         "open_loop": open_loop,
@@ -130,9 +128,22 @@ def _latencies(
     return {"ttft_s": of["ttft_s"], "tpot_s": of["tpot_s"], "itl_s": itl, "e2e_s": of["e2e_s"]}
 
 
+def _stages(finished: Columns, tasks: Columns, kinds: Sequence[str], transfers: Columns) -> dict[str, Any]:
+    """Where the time of finished requests went, and until the first token of those that have one."""
+    spoken = {name: column[finished["first_token_ns"] >= 0] for name, column in finished.items()}
+    before_token = stage_times(spoken, tasks, len(kinds), transfers, "first_token_ns")
+    return summarise_stages(stage_times(finished, tasks, len(kinds), transfers), kinds, before_token)
+
+
 def _counts(requests: Columns, chosen: BoolColumn) -> dict[str, int]:
     by_status = np.bincount(requests["status"][chosen], minlength=len(STATUSES))
     return {"arrived": int(by_status.sum()), **{name: int(by_status[i]) for i, name in enumerate(STATUSES)}}
+
+
+def _visible(emitted: int, requests: Columns, tasks: Columns) -> int:
+    """Of the tokens emitted in a window those that users see: of all that were generated, the share of the answers."""
+    generated, shown = int(tasks["generated_tokens"].sum()), int(requests["output_tokens"].sum())
+    return emitted if shown >= generated else round(emitted * shown / generated)
 
 
 def _throughput(requests: Columns, output_tokens: int, window: Window) -> dict[str, float | None]:

@@ -248,7 +248,7 @@ def _queue_sentence(
     sending = found.get(LINK + pool)
     if sending is not None and (under_way := round(sending[1][1])):
         # they keep their blocks until they are there, so that a slow link holds up the pool before it
-        facts.append(f"{counted(under_way, 'KV cache')} under way")
+        facts.append(f"{counted(under_way, 'transfer')} under way")
     return (
         f"the queue of {pool} grew from about {growth.at_start:,.0f} to {counted(round(growth.at_end), 'request')} "
         f"waiting while {growth.arrivals:,} came to it: {share(growth.share)} of them piled up"

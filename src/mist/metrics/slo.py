@@ -14,7 +14,7 @@ import numpy as np
 from mist.metrics.clients import ratio
 from mist.metrics.distribution import Distribution, FloatColumn
 from mist.metrics.window import BoolColumn, Columns, Window
-from mist.records import FINISHED, IntColumn
+from mist.records import FINISHED, REFUSED, IntColumn
 from mist.units import NS_PER_S
 
 #: target seconds by percentile ("p99", "mean") by metric ("ttft_s", "tpot_s", "itl_s", "e2e_s")
@@ -47,12 +47,13 @@ def summarise_slo(
             )
             met_all &= times_ns[metric] <= target_s * NS_PER_S
     good = int(np.count_nonzero(met_all & window.holds(requests["end_ns"])))
+    wanted = chosen & (requests["status"] != REFUSED)
     all_met = [verdict["met"] for verdict in verdicts]
     return {
         "met": False if False in all_met else None if None in all_met else True,
         "targets": verdicts,
         "goodput_requests_per_s": ratio(good * NS_PER_S, window.span_ns),
-        "attainment": ratio(int(np.count_nonzero(met_all & chosen)), int(np.count_nonzero(chosen))),
+        "attainment": ratio(int(np.count_nonzero(met_all & chosen)), int(np.count_nonzero(wanted))),
     }
 
 

@@ -7,6 +7,7 @@ those that were waited for do (the critical path). It never looks inside a stage
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -17,7 +18,9 @@ from mist.records import DROPPED, IntColumn
 PARTS = ("wait_s", "serve_s", "transfer_s")
 
 
-def stage_times(requests: Columns, tasks: Columns, num_kinds: int, transfers: Columns | None = None) -> IntColumn:
+def stage_times(
+    requests: Columns, tasks: Columns, num_kinds: int, transfers: Columns | None = None, until: str = "end_ns"
+) -> IntColumn:
     """Nanoseconds per request, stage kind and part (`PARTS`), int64[requests, num_kinds, 3].
 
     `requests` are the finished ones to look at; `tasks` has a request's rows together and in order, and may hold
@@ -25,7 +28,8 @@ def stage_times(requests: Columns, tasks: Columns, num_kinds: int, transfers: Co
     one before (at first: the arrival) to its queueing, its wait to its start, its service to its end; a way back to
     the user after the last segment is that one's transfer. Of segments side by side only those count that the end
     was waiting for (none that was cancelled): from the last one back, always the latest that had ended when what the
-    next one works on was sent, which `transfers` tell.
+    next one works on was sent, which `transfers` tell. What comes after `until`, a column of `requests`, is left out:
+    with "first_token_ns" of requests that have one, the entries sum to the TTFT.
     """
     times = np.zeros((len(requests["request"]), num_kinds, len(PARTS)), np.int64)
     row_of = np.full(_largest(requests["request"], tasks["request"]) + 1, -1, np.int64)
@@ -40,16 +44,28 @@ def stage_times(requests: Columns, tasks: Columns, num_kinds: int, transfers: Co
     is_first = np.append(True, request[1:] != request[:-1])
     is_last = np.append(is_first[1:], True)
     before = np.where(is_first, requests["arrival_ns"][request], np.append(0, ended[:-1]))
-    way_back = np.where(is_last, requests["end_ns"][request] - ended, 0)
+    end = np.where(is_last, requests["end_ns"][request], ended)
+    last = requests[until][request]
+    edges = [np.minimum(edge, last) for edge in (before, queued, started, ended, end)]
+    handed, waited, served, way_back = (after - edge for edge, after in pairwise(edges))
     cell = (request * num_kinds + kind) * len(PARTS)
-    for part, time in enumerate((started - queued, ended - started, queued - before + way_back)):
+    for part, time in enumerate((waited, served, handed + way_back)):
         np.add.at(times.reshape(-1), cell + part, time)
     return times
 
 
-def summarise_stages(times: IntColumn, kinds: Sequence[str]) -> dict[str, dict[str, Distribution]]:
-    """Distributions of `stage_times` over all its requests, a stage that a request didn't have counting as zero."""
-    return {kind: {part: distribution(times[:, k, p]) for p, part in enumerate(PARTS)} for k, kind in enumerate(kinds)}
+def summarise_stages(
+    times: IntColumn, kinds: Sequence[str], before_token: IntColumn | None = None
+) -> dict[str, dict[str, Distribution]]:
+    """Distributions of `stage_times` over all its requests, a stage that a request didn't have counting as zero.
+
+    `before_token`: those until the first token, of the requests that have one; all parts together they are `ttft_s`.
+    """
+    found = {kind: {part: distribution(times[:, k, p]) for p, part in enumerate(PARTS)} for k, kind in enumerate(kinds)}
+    if before_token is not None:
+        for k, kind in enumerate(kinds):
+            found[kind]["ttft_s"] = distribution(before_token[:, k].sum(axis=1))
+    return found
 
 
 def awaited(sent: Sequence[int], ended: Sequence[int]) -> list[bool]:

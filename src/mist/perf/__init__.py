@@ -133,10 +133,9 @@ class HostDeployment:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a step asks of a host that others share: `core_ns` of work, on up to `num_cores` cores, and DRAM traffic."""
+    """What a step asks of a host that others share: time of its cores, all together, and DRAM traffic."""
 
     core_ns: int = 0
-    num_cores: int = 1
     dram_bytes: int = 0
 
 

@@ -84,7 +84,7 @@ class CpuText:
     def demand(self, step: Step) -> Demand:
         """The work of all tasks, on a core each at most, and the bytes of text and tokens."""
         times = self._task_times(step)
-        return Demand(sum(times), min(len(times), self._num_cores), self._num_bytes(step))
+        return Demand(sum(times), self._num_bytes(step))
 
     def explain(self, step: Step) -> list[OperatorTime]:
         """The step's time shared out among its stage kinds as their work is."""

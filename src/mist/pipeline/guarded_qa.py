@@ -7,11 +7,12 @@ serves its stage. It never shows a token of a prompt that the guards have not pa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from mist.pipeline import RequestRandom
 from mist.pipeline.parts import BYTES_PER_TOKEN, GUARD_INPUT, GUARD_OUTPUT, Answer, answer, require_names
 from mist.registry import register
-from mist.request import DECODE, PREFILL, All, Pipeline, Request, Stage, StageResult
+from mist.request import DECODE, PREFILL, TURNED_AWAY, All, Pipeline, Request, Stage, StageResult
 
 
 @register("pipeline", "guarded_qa")
@@ -20,11 +21,13 @@ class GuardedQA:
     """Input guards, prefill, decode, output guards; guards of a list follow each other.
 
     `verdict_tokens`: tokens that a guard writes, by its stage; one that isn't named only reads. `refused`: share of
-    requests that the input guards refuse; such a request ends with them. `beside`: the input guards run beside prefill
-    and decode, whose tokens are held back until they have passed; the tokens of a refused request are never shown.
+    requests that the input guards refuse; such a request ends with them, and isn't counted as served. `beside`: the
+    input guards run beside prefill and decode, whose tokens are held back until they have passed; the tokens of a
+    refused request are never shown.
     `hold_answer`: the answer is held back until the output guards have passed, else it is streamed while it is written.
     """
 
+    sizes: ClassVar[tuple[str, ...]] = ()
     input_guards: tuple[str, ...] = (GUARD_INPUT,)
     output_guards: tuple[str, ...] = (GUARD_OUTPUT,)
     beside: bool = False
@@ -66,11 +69,12 @@ class GuardedQA:
         elif self.input_guards:
             yield from self._guards(self.input_guards, request.input_tokens, gates=True)
         if is_refused:
-            return
+            return TURNED_AWAY
         if not self.beside:
             result = yield from answer(request, request.input_tokens)
         if result.output_tokens:
             yield from self._guards(self.output_guards, result.output_tokens, gates=self.hold_answer)
+        return None
 
     def _guards(self, kinds: tuple[str, ...], tokens: int, *, gates: bool) -> Answer:
         """Guards that read the same text, one after another; the result of the last."""

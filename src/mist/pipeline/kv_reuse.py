@@ -6,6 +6,7 @@ The store is a client; what it finds is sent along to the prefill. It never says
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mist.pipeline import RequestRandom
 from mist.pipeline.parts import KV_RETRIEVE, answer, find_kv, require_names
@@ -21,6 +22,7 @@ class KVReuse:
     That is the workload's `cached_tokens`, else its block keys; without either there is nothing to ask for.
     """
 
+    sizes: ClassVar[tuple[str, ...]] = ()
     kv_retrieve: str = KV_RETRIEVE
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ The plainest pipeline. It never looks into the text: what a stage before or afte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mist.pipeline import RequestRandom
 from mist.pipeline.parts import BYTES_PER_TOKEN, answer, require_names
@@ -20,6 +21,7 @@ class QuestionAnswering:
     whole, such as [detokenize]. ValueError where one of them is a prefill or decode.
     """
 
+    sizes: ClassVar[tuple[str, ...]] = ()
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
 

@@ -7,6 +7,7 @@ much of it there is to read and send.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mist.pipeline.parts import (
     BYTES_PER_DIM,
@@ -27,21 +28,25 @@ class Search:
 
     `query_tokens` of the question are embedded, `max_query_tokens` at most, the encoder's limit; None is all of the
     prompt but its passages. Where the workload tells `query_tokens`, `num_passages` or `passage_tokens` (of all
-    passages together) of a request, these count. `embedding_dim` is the embedding's.
+    passages together) of a request, these count. `max_pair_tokens`: the re-ranker's limit, to which question and
+    passage together are cut. `embedding_dim` is the embedding's.
     """
 
+    sizes: ClassVar[tuple[str, ...]] = ("query_tokens", "num_passages", "passage_tokens")
     passages: int = 5
     passage_tokens: int = 512
     candidates: int = 0
     query_tokens: int | None = None
     max_query_tokens: int = 512
+    max_pair_tokens: int = 512
     embedding_dim: int = 768
     embed: str = EMBED
     retrieve: str = RETRIEVE
     rerank: str = RERANK
 
     def __post_init__(self) -> None:
-        for name in ("passages", "passage_tokens", "max_query_tokens", "embedding_dim", "query_tokens"):
+        limits = ("max_query_tokens", "max_pair_tokens")
+        for name in ("passages", "passage_tokens", *limits, "embedding_dim", "query_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: give a number of at least 1")
@@ -73,7 +78,7 @@ class Search:
             found_bytes = candidates * (BYTES_PER_ID + passage_tokens * BYTES_PER_TOKEN)
             yield Stage(
                 self.rerank,
-                input_tokens=candidates * (query_tokens + passage_tokens),
+                input_tokens=candidates * min(query_tokens + passage_tokens, self.max_pair_tokens),
                 num_sequences=candidates,
                 input_bytes=query_tokens * BYTES_PER_TOKEN + found_bytes,
             )

@@ -6,6 +6,7 @@ The default. Every request goes through the same list: it asks nothing of a requ
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from mist.pipeline import RequestRandom
 from mist.registry import register
@@ -21,6 +22,7 @@ class StageList:
     no tokens is left out. ValueError for a list that isn't so.
     """
 
+    sizes: ClassVar[tuple[str, ...]] = ()
     kinds: tuple[str, ...] = (PREFILL, DECODE)
     is_fixed: bool = field(default=True, init=False)
 

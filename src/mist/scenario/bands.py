@@ -19,6 +19,7 @@ from mist.metrics.words import counted
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.clients import Pool
+from mist.scenario.value import Scenario
 
 #: kinds of metrics that have a band, as a reader calls them
 KINDS = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E", "throughput": "throughput"}
@@ -27,16 +28,17 @@ KINDS = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E", "throughput": "throughput
 Expected = dict[str, Any]
 
 
-def expected_error(pool: Pool, perf: str = "", *, saturated: bool = False) -> Expected:
-    """The band of `pool`, whose step times are by the performance model `perf` ("": not known yet).
+def expected_error(scenario: Scenario, name: str, perf: str = "", *, saturated: bool = False) -> Expected:
+    """The band of the pool `name`, whose step times are by the performance model `perf` ("": not known yet).
 
     `saturated`: the run was, and the checked ones weren't. `errors` by kind, in percent, is empty where nothing was
     checked; `statement` says it in a sentence or two.
     """
+    pool = scenario.pools[name]
     engine, device = pool.engine.name, pool.device.name
     band = _bands().get(engine, {}).get(device)
     found: Expected = {"engine": engine, "device": device, "perf": perf or None}
-    why = _unvalidated(pool, band)
+    why = _unvalidated(scenario, pool, band)
     if saturated and not why:
         why = "this run is saturated, and what was checked isn't"
     if why or band is None:
@@ -46,7 +48,7 @@ def expected_error(pool: Pool, perf: str = "", *, saturated: bool = False) -> Ex
     return found | {"points": band["points"], "errors": errors, "statement": " ".join(sentences)}
 
 
-def _unvalidated(pool: Pool, band: Mapping[str, Any] | None) -> str:
+def _unvalidated(scenario: Scenario, pool: Pool, band: Mapping[str, Any] | None) -> str:
     """Why no band is of this pool; "" where one is."""
     engine, device = pool.engine.name, pool.device.name
     for kind, name, value in (("engines", engine, pool.engine), ("devices", device, pool.device)):
@@ -54,7 +56,7 @@ def _unvalidated(pool: Pool, band: Mapping[str, Any] | None) -> str:
             return f"{name} is not as it ships"
     if band is None:
         return f"no checked point of {engine} on {device}"
-    beyond = list(_beyond(pool))
+    beyond = [*_beyond(pool), *_around(scenario)]
     return f"there is no band for {', '.join(beyond)}" if beyond else ""
 
 
@@ -73,6 +75,15 @@ def _beyond(pool: Pool) -> Iterator[str]:
         yield "memory tiers"
     if not {PREFILL, DECODE} <= set(pool.serves):
         yield f"a pool for {' and '.join(pool.serves)} only"
+
+
+def _around(scenario: Scenario) -> Iterator[str]:
+    """What requests go through beside prefill and decode."""
+    asked = {stage for store in scenario.stores.values() for stage in store.serves}
+    if others := [stage for stage in scenario.stages if stage not in (PREFILL, DECODE) and stage not in asked]:
+        yield f"pipelines with {', '.join(others)}"
+    if scenario.stores:
+        yield "prefixes from a KV store"
 
 
 def _sentence(engine: str, device: str, band: Mapping[str, Any], errors: Mapping[str, Any]) -> str:

@@ -86,8 +86,8 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         *remarks(scenario, fleet.priced_by, saturated=metrics["saturated"]),
     ]
     metrics["expected_error"] = {
-        name: expected_error(pool, fleet.priced_by[name], saturated=metrics["saturated"])
-        for name, pool in scenario.pools.items()
+        name: expected_error(scenario, name, fleet.priced_by[name], saturated=metrics["saturated"])
+        for name in scenario.pools
     }
     ended = time.perf_counter()
     return Result(

@@ -29,7 +29,7 @@ from mist.perf import Deployment
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.catalogued import Catalogued, left_out
-from mist.scenario.encoders import cut_sequences, default_batching, engine_of
+from mist.scenario.encoders import cut_sequences, default_batching, engine_of, kept_caches
 from mist.scenario.memory import TierSettings
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems
 from mist.scenario.pricing import runs_without_model
@@ -342,6 +342,7 @@ class Pool(Section):
         yield from refused
         yield from self._unmergeable()
         yield from cut_sequences(self.model, self.batching)
+        yield from kept_caches(self.model, self.kv_cache.tiers, self.kv_cache.prefix_tier)
         if reason := self.model.parallel_problem(self.tp, self.pp, self.ep, self.attn_dp) or self.platform.problem():
             key = next((key for key in ("pp", "ep", "attn_dp") if f"{key} = " in reason), "tp")
             yield (key,), Problem(reason, hint=self._tp_hint() if key == "tp" else f"lower {key}, or leave it out")

@@ -1,12 +1,13 @@
 """Clients whose model is an encoder: which engine they default to, and that they compute sequences whole.
 
 A part of the schema, called by the section of a client. Attention in both directions needs a sequence at once, so a
-policy that cuts sequences into chunks is refused. It never looks at the pipeline or at other clients.
+policy that cuts sequences into chunks is refused, and so are memories for KV caches. It never looks at the pipeline or
+at other clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mist.engine import EngineProfile
@@ -41,3 +42,11 @@ def cut_sequences(model: ModelSpec, batching: Spec) -> Iterator[Located]:
         message = f"{model.name} is an encoder: every token attends to all others, so no sequence can be cut"
         hint = f"take {CUTTING[batching.name]}, or leave batching out"
         yield ("batching", batching.name), Problem(message, hint=hint)
+
+
+def kept_caches(model: ModelSpec, tiers: Sequence[str], prefix_tier: str) -> Iterator[Located]:
+    """Memories for the KV caches of an encoder, as a problem where they are named."""
+    if model.is_encoder and (tiers or prefix_tier != "hbm"):
+        message = f"{model.name} is an encoder: an encoder keeps no KV cache"
+        key = "tiers" if tiers else "prefix_tier"
+        yield ("kv_cache", key), Problem(message, hint=f"leave {key} out")

@@ -36,9 +36,10 @@ from mist.scenario.pricing import host_beside, price
 from mist.scenario.seeds import random_of
 from mist.scenario.stores import StorePool
 from mist.scenario.value import Scenario
-from mist.sharing import Sharing
+from mist.sharing import Channel, Sharing
 from mist.speculation import Speculation
 from mist.topology import Link, Place
+from mist.units import NS_PER_S
 from mist.workload import RequestTable
 
 #: blocks of a client that keeps no KV cache: more than any run takes
@@ -98,7 +99,8 @@ def _add_replicas(
             merges_shared_reads=pool.kv_cache.merge_shared_reads,
         )
         limit_seqs = client.batching.max_num_seqs
-        info = ClientInfo(name, pool_name, num_blocks, pool.kv_cache.block_size, limit_seqs)
+        shown_blocks = 0 if pool.model.is_encoder else num_blocks
+        info = ClientInfo(name, pool_name, shown_blocks, pool.kv_cache.block_size, limit_seqs)
         if pool.device.num_cores:
             client.demand_of = _HostWork(perf, pool.device, pool.model.weight_bytes(pool.weights_dtype), token_bytes)
         _add(fleet, client, info, records)
@@ -110,7 +112,7 @@ def _add_replicas(
 
 def _add_hosts(fleet: Fleet, pool_name: str, pool: HostPool, kernel: Kernel, records: Records) -> None:
     perf, fleet.priced_by[pool_name] = pool.prepared(), pool.perf.name
-    for name in numbered(pool_name, pool.count):
+    for name in _client_names(pool_name, pool):
         batching = pool.batching.build()
         _add_without_engine(fleet, pool_name, name, pool.serves, batching, perf, kernel, records)
 
@@ -154,8 +156,8 @@ def _add(fleet: Fleet, client: Client, info: ClientInfo, records: Records) -> No
     fleet.infos.append(info)
 
 
-def _client_names(pool_name: str, pool: Pool) -> list[str]:
-    """gpu; gpu-0, gpu-1 for replicas; gpu-0.0, gpu-0.1 for the lanes of each."""
+def _client_names(pool_name: str, pool: Pool | HostPool) -> list[str]:
+    """gpu; gpu-0, gpu-1 for replicas; gpu-0.0, gpu-0.1 for the lanes, or workers, of each."""
     replicas = [f"{pool_name}-{i}" for i in range(pool.count)] if pool.count > 1 else [pool_name]
     return [f"{name}.{lane}" for name in replicas for lane in range(pool.lanes)] if pool.lanes > 1 else replicas
 
@@ -178,7 +180,10 @@ def _kv_cache(scenario: Scenario, name: str, pool: Pool, num_blocks: int, hash_b
 
 @dataclass(frozen=True, slots=True)
 class _HostWork:
-    """What the steps of a model on a CPU ask of it: all cores, and the weights and KV caches that they read, once."""
+    """What the steps of a model on a CPU ask of it: all cores, and the weights and KV caches that they read, once.
+
+    Experts that nobody goes to aren't read: never more than DRAM carries in that time.
+    """
 
     perf: PerfModel
     device: Device
@@ -186,25 +191,42 @@ class _HostWork:
     kv_bytes_per_token: int
 
     def __call__(self, step: Step) -> Demand:
-        num_cores = self.device.num_cores
+        took = self.perf.step_time(step)
         num_bytes = self.weight_bytes + step.decode_context * self.kv_bytes_per_token
-        return Demand(self.perf.step_time(step) * num_cores, num_cores, round(num_bytes))
+        carried = took * self.device.memory_bytes_per_s / NS_PER_S
+        return Demand(took * self.device.num_cores, int(min(num_bytes, carried)))
 
 
 def network_of(scenario: Scenario, fleet: Fleet, kernel: Kernel, records: Records) -> Network:
     """What the clients send over; those on one host share its cores and memory from now on."""
     sharing = Sharing(kernel)
     if scenario.placement is None:
+        _share_cores(scenario, fleet, sharing)
         return Network(_plain_links(scenario, fleet), sharing, records)
     places: list[Place] = []
     for name, pool in scenario.clients.items():
-        lanes = pool.lanes if isinstance(pool, Pool) else 1
+        lanes = 1 if isinstance(pool, StorePool) else pool.lanes
         places += [place for place in scenario.placement.places[name] for _ in range(lanes)]
     fabric = Fabric(scenario.placement.topology, places)
     for client, place in zip(fleet.clients, places, strict=True):
         if place.on_host:
             client.shares = Host(fabric.cores(client.index), fabric.dram(client.index), sharing)
     return Network(fabric, sharing, records)
+
+
+def _share_cores(scenario: Scenario, fleet: Fleet, sharing: Sharing) -> None:
+    """Let the workers of a client without a node share its cores and its memory channels."""
+    for name, pool in scenario.hosts.items():
+        workers = [client for client, info in zip(fleet.clients, fleet.infos, strict=True) if info.pool == name]
+        for first in range(0, len(workers), pool.workers):
+            if pool.workers > 1:
+                host = Host(
+                    Channel(f"{workers[first].name}: cores", pool.cores * NS_PER_S),
+                    Channel(f"{workers[first].name}: DRAM", pool.device.memory_bytes_per_s),
+                    sharing,
+                )
+                for client in workers[first : first + pool.workers]:
+                    client.shares = host
 
 
 def _plain_links(scenario: Scenario, fleet: Fleet) -> PlainLinks:

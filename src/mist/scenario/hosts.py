@@ -19,6 +19,7 @@ from mist.pipeline.parts import EMBED, RERANK
 from mist.request import DECODE, PREFILL
 from mist.scenario.catalogued import Catalogued, left_out
 from mist.scenario.clients import Count, Stages
+from mist.scenario.encoders import CUTTING
 from mist.scenario.named import Located, Section, Spec, SpecOf, problems
 from mist.scenario.pricing import host_models, runs_without_model
 from mist.units import GIB
@@ -41,6 +42,8 @@ class HostPool(Section):
     """clients"""
     cores: Count = left_out()
     """cores of the CPU that one client may use; left out, all"""
+    workers: Annotated[int, Field(ge=1, le=4096)] = 1
+    """batches that one client works on at a time, each on its share of the cores, all with one index"""
     serves: Stages
     """stages of the pipeline that run here"""
     perf: Annotated[Spec, SpecOf("perf")]
@@ -60,7 +63,12 @@ class HostPool(Section):
 
     def deployment(self) -> HostDeployment:
         """What step times are asked for."""
-        return HostDeployment(self.device, self.cores, self.batching.build().max_num_seqs)
+        return HostDeployment(self.device, max(1, self.cores // self.workers), self.batching.build().max_num_seqs)
+
+    @property
+    def lanes(self) -> int:
+        """Clients of the simulation that one replica is: its workers."""
+        return self.workers
 
     def prepared(self) -> HostModel:
         """A fresh performance model, ready for steps."""
@@ -71,7 +79,8 @@ class HostPool(Section):
     def __str__(self) -> str:
         kept = self.prepared().memory_bytes()
         keeps = f", {kept / GIB:,.1f} GiB in memory" if kept else ""
-        return f"{self.count} x {self.cores} cores of {self.device.name}, {self.perf.name}{keeps}"
+        workers = f"{self.workers} workers on " if self.workers > 1 else ""
+        return f"{self.count} x {workers}{self.cores} cores of {self.device.name}, {self.perf.name}{keeps}"
 
     def _misfits(self) -> Iterator[Located]:
         if not runs_without_model(self.perf.name):
@@ -81,10 +90,16 @@ class HostPool(Section):
         if not self.device.num_cores:
             yield ("device",), Problem(f"{self.device.name} is not a CPU", hint="take one, such as epyc-9554")
             return
+        if self.batching.name in CUTTING:
+            message = f"{self.batching.name} cuts tasks into chunks, and a search or a text is one piece"
+            yield ("batching", self.batching.name), Problem(message, hint=f"take {CUTTING[self.batching.name]}")
         if self.cores > self.device.num_cores:
             message = f"{self.device.name} has {self.device.num_cores} cores, not {self.cores:,}"
             yield ("cores",), Problem(message, hint="lower it, or leave it out for all")
             return
+        if self.workers > self.cores:
+            message = f"{self.workers:,} workers share {self.cores} cores"
+            yield ("workers",), Problem(message, hint="at most one for each core")
         model: HostModel = self.perf.build()
         if reason := model.supports(self.deployment()):
             yield ("perf", self.perf.name), Problem(reason, hint="change its parameters, or take another device")

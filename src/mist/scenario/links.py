@@ -16,20 +16,20 @@ from mist.units import NS_PER_S
 
 
 def shared(network: Network, start_ns: int, end_ns: int) -> dict[str, list[dict[str, Any]]]:
-    """`links` and `cores` of a run from `start_ns` to `end_ns`, by name; nothing of a network without nodes.
+    """`links` and `cores` of a run from `start_ns` to `end_ns`, by name; without nodes, the channels of memories alone.
 
     Utilisation is the mean: carried / (capacity x time).
     """
     found: dict[str, list[dict[str, Any]]] = {"links": [], "cores": []}
-    paths = network.paths
-    if not isinstance(paths, Fabric):
-        return found
-    carried: dict[Channel, float] = {channel: channel.carried for channel in paths.channels.values()}
+    channels = [channel for path in network.memory_paths.values() for channel in path.channels]
+    if isinstance(network.paths, Fabric):
+        channels += network.paths.channels.values()
+    carried: dict[Channel, float] = {channel: channel.carried for channel in channels}
     for flow in network.sharing.flows:
-        for channel in flow.channels:
+        for channel in carried.keys() & flow.channels:
             carried[channel] += flow.size - flow.remaining(end_ns)
-    for name, channel in sorted(paths.channels.items()):
-        capacity, amount = channel.capacity_per_s, carried[channel]
+    for channel in sorted(carried, key=lambda channel: channel.name):
+        name, capacity, amount = channel.name, channel.capacity_per_s, carried[channel]
         if not isfinite(capacity):
             continue
         span = capacity * (end_ns - start_ns) / NS_PER_S

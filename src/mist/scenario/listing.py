@@ -6,7 +6,7 @@ Behind `mist list`, beside the schema: it reads the catalogues and the registry.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ def rows(what: str) -> list[Row]:
     """One row per name of what `mist list` takes; all rows have the same keys."""
     if what == "policies":
         return [row for kind in POLICIES for row in _registered(kind)]
-    if what == "pipelines":
-        return _registered("pipeline")
+    if what in ("pipelines", "perf"):
+        return _registered(what.removesuffix("s"))
     describe = _DESCRIBED[what]
     return [
         {
@@ -43,16 +43,22 @@ def _registered(kind: str) -> list[Row]:
     for name in registry.names(kind):
         model = parameters(kind, name)
         doc = inspect.getdoc(registry.lookup(kind, name)) or ""
-        fields = ", ".join(
-            key if field.is_required() or field.default is None else f"{key}={_written(field.default)}"
+        defaults = {
+            key: None if field.is_required() else field.get_default(call_default_factory=True)
             for key, field in model.model_fields.items()
+        }
+        fields = ", ".join(
+            key if default is None else f"{key}={_written(default)}" for key, default in defaults.items()
         )
         found.append({"kind": kind, "name": name, "parameters": fields, "description": doc.partition("\n")[0]})
     return found
 
 
 def _written(default: Any) -> str:
-    return f"[{', '.join(map(str, default))}]" if isinstance(default, tuple) else str(default)
+    """A default as a scenario would have it."""
+    if isinstance(default, Mapping):
+        return f"{{{', '.join(f'{key}: {_written(value)}' for key, value in default.items())}}}"
+    return f"[{', '.join(map(_written, default))}]" if isinstance(default, tuple | list) else str(default)
 
 
 def _device(device: Any) -> Row:

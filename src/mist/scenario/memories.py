@@ -24,7 +24,7 @@ from mist.offload import KVStore, Memory, Offload
 from mist.records import Records
 from mist.scenario.clients import Pool
 from mist.scenario.fleet import Fleet
-from mist.scenario.memory import Memory as Section
+from mist.scenario.memory_groups import Where, shared, where
 from mist.scenario.network import numbered
 from mist.scenario.seeds import random_of
 from mist.scenario.value import Scenario
@@ -73,12 +73,10 @@ def nothing_to_find(scenario: Scenario, workload: RequestTable) -> Iterator[str]
 
 @dataclass(frozen=True, slots=True)
 class _Replica:
-    """Clients that are one replica of a pool, its lanes, and where they are: its nodes and rack."""
+    """Clients that are one replica of a pool, its lanes, and where they are."""
 
-    pool: str
     clients: Sequence[Client]
-    nodes: tuple[int, ...] = ()
-    rack: int = -1
+    where: Where
 
 
 @dataclass(slots=True, eq=False)
@@ -164,12 +162,13 @@ class _Builder:
         """An instance of the memory `name` for each group that shares one; the instance of each client."""
         section = self.scenario.memories[name]
         users = {n: pool for n, pool in self.scenario.pools.items() if name in pool.kv_cache.tiers}
-        groups = _groups(section, list(self._replicas(users)))
+        everyone = list(self._replicas(users))
+        groups = [[everyone[i] for i in group] for group in shared(section, [one.where for one in everyone])]
         found: dict[int, _Instance] = {}
         spec = section.tier(name)
         for label, replicas in zip(numbered(name, len(groups)), groups, strict=False):
-            nodes = {node for replica in replicas for node in replica.nodes}
-            is_outside = section.per in ("rack", "cluster") or len(nodes) > max(len(r.nodes) for r in replicas)
+            nodes = {node for replica in replicas for node in replica.where.nodes}
+            is_outside = section.per in ("rack", "cluster") or len(nodes) > max(len(r.where.nodes) for r in replicas)
             made = self._instance(name, label, spec, ("memories", name), is_outside=is_outside)
             for replica in replicas:
                 link = _Link(spec, f"{label}.{replica.clients[0].name}")
@@ -234,16 +233,11 @@ class _Builder:
 
     def _replicas(self, pools: Mapping[str, Pool]) -> Iterator[_Replica]:
         """The replicas of `pools`, in order."""
-        placement = self.scenario.placement
         for name, pool in pools.items():
             clients = self._of_pool(name)
             for number, first in enumerate(range(0, len(clients), pool.lanes)):
-                lanes = clients[first : first + pool.lanes]
-                if placement is None:
-                    yield _Replica(name, lanes)
-                else:
-                    nodes = placement.places[name][number].nodes
-                    yield _Replica(name, lanes, nodes, placement.topology.nodes[nodes[0]].rack)
+                place = where(self.scenario.placement, name, number)
+                yield _Replica(clients[first : first + pool.lanes], place)
 
 
 class _Link:
@@ -253,18 +247,6 @@ class _Link:
         rate = spec.link_bytes_per_s
         self.to_client = () if rate is None else (Channel(f"{name}.to_client", rate),)
         self.to_memory = () if rate is None else (Channel(f"{name}.to_memory", rate),)
-
-
-def _groups(section: Section, replicas: list[_Replica]) -> list[list[_Replica]]:
-    """Who shares one instance."""
-    if section.per in ("client", None):
-        size = section.tier("").shared_by if section.per is None else 1
-        return [replicas[i : i + size] for i in range(0, len(replicas), size)]
-    places: dict[int, list[_Replica]] = {}
-    for replica in replicas:
-        place = {"node": replica.nodes[0] if replica.nodes else 0, "rack": replica.rack}.get(section.per, 0)
-        places.setdefault(place, []).append(replica)
-    return list(places.values())
 
 
 def _joined(spec: MemoryTier, first: Sequence[Channel], path: Path, last: Sequence[Channel] = ()) -> Path:

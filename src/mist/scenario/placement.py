@@ -125,7 +125,8 @@ class _Packing:
         """The nodes of each replica, taken; `given` are the names of nodes or groups that the user chose."""
         choices = [[node for node in self.nodes if each in (node.name, node.group)] for each in given or ()]
         together = [node for nodes in choices for node in nodes]
-        spans = _num_devices(pool) > max((node.num_devices for node in together), default=0)
+        num_devices = _num_devices(pool)
+        spans = num_devices > max((node.num_devices for node in together), default=0)
         for index, replica in enumerate(numbered(name, pool.count)):
             if given is None:
                 candidates = self.nodes
@@ -134,10 +135,12 @@ class _Packing:
             else:
                 candidates = choices[index * len(choices) // pool.count]
             device = _device(pool)
+            if device.num_cores and num_devices > 1:
+                raise _Unplaced(f"{replica} takes {num_devices} {device.name}, and a node has one host")
             if device.num_cores:
                 yield [self._on_host(replica, name, device, candidates, given is not None)]
             else:
-                yield self._on_devices(replica, device, _num_devices(pool), candidates)
+                yield self._on_devices(replica, device, num_devices, candidates)
 
     def placement(self, taken: Mapping[str, list[list[_Slots]]], pools: Mapping[str, AnyClient]) -> Placement:
         """What the packing came to, as values."""

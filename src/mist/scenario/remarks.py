@@ -8,27 +8,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from mist.hardware import GENERIC_EFFICIENCY, Device
+from mist.request import DECODE
 from mist.scenario.bands import expected_error
 from mist.scenario.clients import Pool
+from mist.scenario.named import Spec, parameters
 from mist.scenario.value import Scenario
 from mist.speculation import AcceptedLengths
 
 
 def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None, *, saturated: bool = False) -> list[str]:
-    """Sentences about the pools' memory, about figures that nobody measured or confirmed, and the expected error.
+    """Sentences on memory, what has no cost or no use, figures that nobody measured or confirmed, the expected error.
 
     `priced_by` names the performance model of each pool, where it is known already; `saturated`: the run was.
     """
     found = [remark for name, pool in scenario.pools.items() for remark in _memory(name, pool)]
     found += [remark for name, pool in scenario.pools.items() for remark in _speculation(name, pool)]
-    found += _not_modelled(scenario)
+    found += [remark for name, host in scenario.hosts.items() for remark in _search(name, host.perf)]
+    found += [*_not_modelled(scenario), *_conversions(scenario), *_of_no_use(scenario)]
     computing = {pool.device.name for pool in scenario.pools.values()}
     devices = {pool.device.name: pool.device for pool in scenario.clients.values() if pool.device}
     found += [remark for name, device in devices.items() for remark in _figures(device, name in computing)]
     priced_by = priced_by or {}
-    expected = [
-        expected_error(pool, priced_by.get(name, ""), saturated=saturated) for name, pool in scenario.pools.items()
-    ]
+    expected = [expected_error(scenario, name, priced_by.get(name, ""), saturated=saturated) for name in scenario.pools]
     return [*found, *dict.fromkeys(each["statement"] for each in expected)]
 
 
@@ -38,6 +39,29 @@ def _not_modelled(scenario: Scenario) -> Iterator[str]:
     is_free = scenario.network.kv_transfer is None and scenario.placement is None
     if is_free and any(pool.hands_over(scenario.stages) for pool in pools):
         yield "KV caches go from prefill to decode clients in no time: network.kv_transfer gives them a link."
+
+
+def _of_no_use(scenario: Scenario) -> Iterator[str]:
+    """What the scenario tells and nobody reads."""
+    read = {tier for pool in scenario.pools.values() for tier in pool.kv_cache.tiers}
+    read |= {store.memory for store in scenario.stores.values()}
+    for name in scenario.memories:
+        if name not in read:
+            yield f"memories.{name}: no client's tiers or KV store name it."
+    known = getattr(scenario.pipeline.build(), "sizes", None)
+    unread = [name for name in scenario.workload.sizes or () if known is not None and name not in known]
+    if unread:
+        reads = f"reads {', '.join(known)}" if known else "reads none"
+        yield f"workload.sizes: {scenario.pipeline.name} {reads}, so the others change nothing: {', '.join(unread)}."
+
+
+def _conversions(scenario: Scenario) -> Iterator[str]:
+    """KV caches that are decoded in another dtype than they were computed in."""
+    for name, pool in scenario.pools.items():
+        for other, decoder in scenario.pools.items() if pool.hands_over(scenario.stages) else ():
+            if DECODE in decoder.serves and decoder.kv_dtype != pool.kv_dtype:
+                dtypes = f"{pool.kv_dtype} to {decoder.kv_dtype}"
+                yield f"{name}, {other}: KV caches are converted from {dtypes} at no cost."
 
 
 def _memory(name: str, pool: Pool) -> Iterator[str]:
@@ -66,6 +90,14 @@ def _speculation(name: str, pool: Pool) -> Iterator[str]:
         yield f"{name}: a draft is assumed to take {settings.draft_cost:g} of the step that verifies it."
     elif settings.method in ("eagle", "mtp"):
         yield f"{name}: drafts are priced as passes of one decoder layer and the classifier: unverified."
+
+
+def _search(name: str, perf: Spec) -> Iterator[str]:
+    """A rate of FAISS's fast scan that the user hasn't measured."""
+    if perf.name != "ivf_pq" or perf.params["bits"] != 4:
+        return
+    if perf.params["fast_scan_lookup_ns"] == parameters("perf", perf.name).model_fields["fast_scan_lookup_ns"].default:
+        yield f"{name}: its rate with 4 bits is of another machine than that with 8, so the two can't be compared."
 
 
 #: how the keys of a device begin that only the steps of a model use

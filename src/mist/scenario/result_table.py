@@ -15,7 +15,7 @@ from rich.text import Text
 
 from mist.metrics.words import counted, share
 from mist.scenario.fitted import Fitted
-from mist.units import GB
+from mist.units import GB, KB, MB, TB
 
 Summary = Mapping[str, Any]
 
@@ -109,27 +109,29 @@ def _memories(summary: Summary) -> RenderableType:
     table = Fitted("Memories", ["hits", "misses", "hit rate", "held", "fetched", "written", "evicted"])
     for name, memory in summary["memories"].items():
         label = f"{memory['instances']} x {name}" if memory["instances"] > 1 else name
-        sizes = [_gb(memory[f"{what}_bytes"]) for what in ("held", "fetched", "written", "evicted")]
+        sizes = [_size(memory[f"{what}_bytes"]) for what in ("held", "fetched", "written", "evicted")]
         table.add_row(label, f"{memory['hits']:,}", f"{memory['misses']:,}", _percent(memory["hit_rate"]), *sizes)
     return table
 
 
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / GB:,.4g} GB" if num_bytes else _NOTHING
+def _size(num_bytes: int) -> str:
+    """Bytes with three digits, in the unit that suits them."""
+    for unit, name in ((TB, "TB"), (GB, "GB"), (MB, "MB"), (KB, "kB")):
+        if num_bytes >= 0.9995 * unit:
+            return f"{_rate(num_bytes / unit)} {name}"
+    return f"{num_bytes} B" if num_bytes else _NOTHING
 
 
 def _stages(summary: Summary) -> RenderableType:
-    """Means per request and stage, which add up to the mean E2E, and their share of it."""
-    total = summary["e2e_s"]["mean"]
-    table = Fitted("Where time went", ["wait", "serve", "transfer", "", "share of E2E"])
-    rows = {
-        kind: [parts[part]["mean"] for part in ("wait_s", "serve_s", "transfer_s")]
-        for kind, parts in summary["stages"].items()
-    }
-    known = [value for means in rows.values() for value in means]
-    cells, unit = _scaled(known, zero=_NOTHING)
-    for i, (kind, means) in enumerate(rows.items()):
-        table.add_row(kind, *cells[3 * i : 3 * i + 3], unit, _percent(sum(means) / total if total else None))
+    """Means per request and stage, which add up to the mean E2E, and their shares of it and of the mean TTFT."""
+    totals = {whole: summary[whole]["mean"] for whole in ("e2e_s", "ttft_s")}
+    table = Fitted("Where time went", ["wait", "serve", "transfer", "", "share of E2E", "share of TTFT"])
+    for kind, parts in summary["stages"].items():
+        means = [parts[part]["mean"] for part in ("wait_s", "serve_s", "transfer_s")]
+        cells, unit = _scaled(means, zero=_NOTHING)
+        spent = {"e2e_s": sum(mean or 0.0 for mean in means), "ttft_s": parts["ttft_s"]["mean"]}
+        shares = [_percent(spent[whole] / total if total else None) for whole, total in totals.items()]
+        table.add_row(kind, *cells, unit, *shares)
     return table
 
 

@@ -22,8 +22,9 @@ from mist.scenario import catalogue
 from mist.scenario.clients import Pool
 from mist.scenario.hosts import HostPool
 from mist.scenario.memory import Memory, misfits
+from mist.scenario.memory_groups import forks
 from mist.scenario.named import Located, Section, Spec
-from mist.scenario.network import Network
+from mist.scenario.network import Network, numbered
 from mist.scenario.nodes import is_text
 from mist.scenario.placement import Placement, place
 from mist.scenario.pools import AnyClient
@@ -96,7 +97,8 @@ class Scenario:
     @property
     def store_users(self) -> dict[str, Pool]:
         """Those that fetch from KV stores and write to them: all that compute prompts, where there is a store."""
-        return {name: pool for name, pool in self.pools.items() if PREFILL in pool.serves} if self.stores else {}
+        computing = {name: pool for name, pool in self.pools.items() if PREFILL in pool.serves}
+        return {name: pool for name, pool in computing.items() if not pool.model.is_encoder} if self.stores else {}
 
     def memory_of(self, store: StorePool) -> Memory:
         """What a KV store keeps KV caches in."""
@@ -222,9 +224,20 @@ class Scenario:
             for at, found in misfits(client.kv_cache.tiers, self.memories):
                 yield ("clients", name, "kv_cache", "tiers", *at), found
         yield from self._memory_conflicts()
+        yield from self._same_names()
         if self.window_s is not None and self.warmup_s > self.window_s[0]:
             message = f"the warm-up of {self.warmup_s:g} s ends after the window begins"
             yield ("window_s",), Problem(message, hint="let the window begin later, or leave warmup_s out")
+
+    def _same_names(self) -> Iterator[Located]:
+        """Pools of which replicas would be called the same: gpu-0 of a pool gpu, and a pool gpu-0."""
+        owner: dict[str, str] = {}
+        for pool, client in self.clients.items():
+            for name in numbered(pool, client.count):
+                if owner.setdefault(name, pool) != pool:
+                    message = f"{owner[name]} has a replica {name!r} already"
+                    yield ("clients", pool), Problem(message, hint="call the pool otherwise")
+                    break
 
     def _unknown_stages(self, name: str, serves: Iterable[str]) -> Iterator[Located]:
         known = {PREFILL, DECODE, *self.stages}
@@ -247,6 +260,7 @@ class Scenario:
                 message = f"per: {memory.per}, and the network has no {memory.per}s"
                 hint = "give network a preset or nodes, or take per: client, per: cluster or shared_by: N"
                 yield ("memories", name, "per"), Problem(message, hint=hint)
+        yield from forks(self.pools, self.memories, self.placement)
         for name, store in self.stores.items():
             if store.memory not in self.memories and store.memory.lower() not in catalogue.aliases("memories"):
                 known = [*self.memories, *catalogue.names("memories")]

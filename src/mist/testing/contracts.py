@@ -19,7 +19,7 @@ from mist.memory.eviction import Eviction
 from mist.model import LayerGroup, ModelSpec
 from mist.perf import BOUNDS, ORIGINS, Deployment, PerfModel
 from mist.pipeline import PipelineFactory
-from mist.records import FINISHED, REJECTED, UNFINISHED, Records
+from mist.records import FINISHED, REFUSED, REJECTED, UNFINISHED, Records
 from mist.request import DECODE, Batch, ClientView, Fork, Pipeline, Request, Stage, StageResult, Step, Task, Wait
 from mist.routing import RoutingPolicy
 from mist.testing.cluster import Run, SmallScenario, random_scenario, record_bytes
@@ -33,7 +33,7 @@ def _all_leave(run: Run, what: str) -> None:
     status = run.records.requests.as_columns()["status"]
     stuck = int((status == UNFINISHED).sum())
     assert not stuck, f"{what}: {stuck} requests are still in the system after {LIVELOCK_NS} ns"
-    assert bool(np.isin(status, (FINISHED, REJECTED)).all()), f"{what}: status {sorted(set(status.tolist()))}"
+    assert bool(np.isin(status, (FINISHED, REJECTED, REFUSED)).all()), f"{what}: status {sorted(set(status.tolist()))}"
 
 
 def _same_until_it_knows(what: str, scenario: SmallScenario, play_it: Callable[[SmallScenario], Run]) -> None:

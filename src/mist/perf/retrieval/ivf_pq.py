@@ -6,6 +6,7 @@ probed lists and, if asked for, exact distances to the best. It computes no dist
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,9 +34,10 @@ from mist.registry import register
 class IvfPq(Search):
     """IVF-PQ (Jégou, Douze and Schmid, TPAMI 2011): n_probe of n_list lists are scanned, m look-ups per code in them.
 
-    `m` sub-quantisers of `bits` bits; 4 bits are FAISS's fast scan (look-ups in registers), with its own rate. `coarse`
-    finds the lists: `flat` compares with every centroid, `hnsw` walks a graph of them (`hnsw_m`, `ef_search`), of which
-    it visits hnsw_m (log(n_list) / log(hnsw_m) + ef_search^visited_exponent).
+    `m` sub-quantisers of `bits` bits, which share the dimensions out evenly: `m` divides them. 4 bits are FAISS's fast
+    scan (look-ups in registers), with its own rate. `coarse` finds the lists: `flat` compares with every centroid,
+    `hnsw` walks a graph of them (`hnsw_m`, `ef_search`), of which it visits
+    hnsw_m (log(n_list) / log(hnsw_m) + ef_search^visited_exponent).
     `opq_dim`: the dimension to which OPQ rotates a query first, 0 without. `k` results; `rerank_exact` best candidates
     are compared exactly, for which the FP32 vectors are kept in memory. `by_residual`: codes are of the difference to
     the centroid, so that each probed list needs look-up tables of its own. `id_bytes` of each vector are read with it.
@@ -83,6 +85,10 @@ class IvfPq(Search):
                    stream_bytes_per_s=self.stream_bytes_per_s, visited_exponent=self.visited_exponent)  # fmt: skip
         if self.n_probe > self.n_list:
             raise ValueError(f"n_probe is at most n_list, {self.n_list}, not {self.n_probe}")
+        if self._dim % self.m:
+            of = "opq_dim" if self.opq_dim else "dim"
+            would_do = " or ".join(map(str, _divisors_beside(self.m, self._dim)))
+            raise ValueError(f"m is {self.m}, which doesn't divide {of}, {self._dim}: take {would_do}")
         if not 0 <= self.scan_spread <= 1:
             raise ValueError(f"scan_spread is a fraction of the mean, 0 to 1, not {self.scan_spread:g}")
 
@@ -154,3 +160,10 @@ class IvfPq(Search):
         return walk(
             name, visited, dim, FLOAT_BYTES * dim, num_vectors, host, self.stream_bytes_per_s, self.random_read_ns
         )
+
+
+def _divisors_beside(number: int, whole: int) -> list[int]:
+    """The largest divisor of `whole` below `number`, and the smallest above it where there is one."""
+    small = [i for i in range(1, math.isqrt(whole) + 1) if not whole % i]
+    divisors = sorted({*small, *(whole // i for i in small)})
+    return [*[d for d in divisors if d < number][-1:], *[d for d in divisors if d > number][:1]]

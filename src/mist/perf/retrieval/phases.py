@@ -188,7 +188,6 @@ class Search:
             return Demand()
         return Demand(
             core_ns=int(sum(p.core_work_ns(n, self._host) for p in self._phases)),
-            num_cores=max(p.num_cores(n, self._host) for p in self._phases),
             dram_bytes=int(sum(p.dram_bytes(n) for p in self._phases)),
         )
 
