@@ -466,6 +466,8 @@ class Client:
                 self.waker.wake(self)  # there is room now
         self.view.num_outstanding -= 1
         self.coordinator.dropped(task, now)
+        if self.offload is not None:
+            self.offload.begin_waiting(now)
 
     def _is_in_flight(self, task: Task) -> bool:
         if self.idle or task.admission < 0:

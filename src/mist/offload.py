@@ -199,9 +199,10 @@ class Offload:
         self._num_to_take -= self._to_take.pop(task, 0)
 
     def forget(self, task: Task) -> None:
-        """`task` was cancelled: what it waits for isn't fetched any more, and what is under way comes for nobody."""
+        """`task` was cancelled: what it waits for isn't fetched any more; what is under way still needs its room."""
         self.waiting.pop(task, None)
-        self.admitted(task)
+        if task not in self.fetching:
+            self.admitted(task)
 
     def _blocks(self, first_token: int, found: Sequence[Found]) -> int:
         kv = self._client.residents.kv
@@ -299,6 +300,9 @@ class Offload:
             del self.fetching[task]
             task.found_from = fetch.first_token
             task.found_tokens = fetch.first_token + fetch.num_tokens
+            if task not in self._client.front_end.incoming:
+                self.admitted(task)  # it was cancelled: nobody comes for it
+                self.begin_waiting(now)
             fetch.deliver(task, now)
 
     # --- writing ---
