@@ -274,7 +274,7 @@ def test_a_run_behind_an_evicted_unit_is_lost() -> None:
     other = task(1, 4, keys=(1,))
     one.target_tokens = 13
     assert kv.match(one).num_tokens == 12
-    kv._evictable.pop(1)  # as if only the unit had gone
+    kv._evictable.pop(kv._segments.pop(1))  # as if only the unit had gone
     kv.cached -= 1
     kv.free += 1
     assert kv.match(one).num_tokens == 0

@@ -72,7 +72,9 @@ class Coordinator:
         self._followers: dict[int, list[tuple[int, int]]] = {}
         if workload.after is not None and workload.think_ns is not None:
             self._openers = np.flatnonzero(workload.after < 0).tolist()
-            for index, (before, think_ns) in enumerate(zip(workload.after.tolist(), workload.think_ns.tolist(), strict=True)):
+            for index, (before, think_ns) in enumerate(
+                zip(workload.after.tolist(), workload.think_ns.tolist(), strict=True)
+            ):
                 if before >= 0:
                     self._followers.setdefault(before, []).append((index, think_ns))
         waits = workload.concurrency is not None or workload.after is not None

@@ -93,9 +93,7 @@ class KVCacheTester:
                 rows.problems.add(f"no key {name!r}", line=1, hint="a session has id, block_size and requests")
         rows.problems.raise_any()
         unit_tokens = self._unit_tokens(rows)
-        sessions = [
-            list(_turns(rows, row, unit_tokens)) for row in range(len(rows.lines))[: self.num_sessions]
-        ]
+        sessions = [list(_turns(rows, row, unit_tokens)) for row in range(len(rows.lines))[: self.num_sessions]]
         rows.problems.raise_any()
         if not any(sessions):
             rows.problems.fail("no requests in it", hint="a session has a list of requests")
