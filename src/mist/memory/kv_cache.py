@@ -1,7 +1,7 @@
 """The paged KV cache of one client: blocks by number, prefix content by hash, least recently used evicted first.
 
-Blocks are interchangeable, so only their number is kept; content that may be hit again is kept as *entries*: a stretch of
-a prompt's hashed units, or a request's own *run* of blocks behind them. It never picks a victim task.
+Blocks are interchangeable, so only their number is kept; content that may be hit again is kept as *entries*: a stretch
+of a prompt's hashed units, or a request's own *run* of blocks behind them. It never picks a victim task.
 """
 
 from __future__ import annotations

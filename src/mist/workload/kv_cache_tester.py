@@ -7,7 +7,6 @@ numbers each session's blocks anew.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from mist.workload.sessions import by_arrival
 
 _TIME, _INPUT, _OUTPUT, _AGENT, _BLOCKS, _HIT, _API, _THINK = "t", "i", "o", "agent", "nb", "hit", "api", "think"
 _MAIN = "0"
+_MAX_S = 2**32
 _COLUMNS = ("block_size", "requests")
 
 
@@ -149,7 +149,7 @@ def _turns(rows: Rows, row: int, unit_tokens: int) -> Iterator[_Turn]:
             rows.complain(row, "requests", f"request {place}: {reason}", "times in s, tokens and blocks whole numbers")
             continue
         found.append(_Turn(each[_AGENT], each[_TIME], each[_INPUT], each[_OUTPUT], each[_BLOCKS] // per_unit,
-                           each[_HIT] // per_unit, each[_API], each[_THINK]))  # fmt: skip
+                           each[_HIT] // per_unit, each.get(_API), each.get(_THINK)))  # fmt: skip
     yield from sorted(found, key=lambda turn: turn.time_s)
 
 
@@ -157,22 +157,23 @@ def _reason_against(request: Any, block_tokens: int) -> str:
     """Why a request can't be used, "" if it can."""
     if not isinstance(request, dict):
         return f"{str(request)[:60]!r} is no object"
-    for name, least, most in ((_INPUT, 1, MAX_TOKENS), (_OUTPUT, 0, MAX_TOKENS), (_BLOCKS, 0, MAX_TOKENS),
-                              (_HIT, 0, MAX_TOKENS)):  # fmt: skip
+    for name, least in ((_INPUT, 1), (_OUTPUT, 0), (_BLOCKS, 0), (_HIT, 0)):
         value = request.get(name)
-        if type(value) is not int or not least <= value < most:
+        if type(value) is not int or not least <= value < MAX_TOKENS:
             return f"{name} is {str(value)[:60]!r}"
     if request[_BLOCKS] > -(-request[_INPUT] // block_tokens) or request[_HIT] > request[_BLOCKS]:
         return f"{request[_HIT]} blocks hit of {request[_BLOCKS]} in {request[_INPUT]} tokens"
     if not isinstance(request.get(_AGENT), str):
         return f"{_AGENT} is {str(request.get(_AGENT))[:60]!r}"
     for name in (_TIME, _API, _THINK):
-        value = request.get(name)
-        if value is None and name != _TIME:
-            request[name] = None
-        elif type(value) not in (int, float) or not 0 <= value < math.inf or value > MAX_TOKENS // NS_PER_S * 1000:
-            return f"{name} is {str(value)[:60]!r}"
+        seconds = request.get(name)
+        if (name == _TIME or seconds is not None) and not _is_time(seconds):
+            return f"{name} is {str(seconds)[:60]!r}"
     return ""
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MAX_S
 
 
 def _follow(turns: Sequence[_Turn]) -> None:
