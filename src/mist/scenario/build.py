@@ -33,7 +33,7 @@ from mist.scenario.seeds import random_of, seed_of
 from mist.scenario.value import Scenario
 from mist.units import NS_PER_S, seconds_to_ns
 from mist.workload import RequestTable
-from mist.workload.sessions import begin_sessions
+from mist.workload.sessions import begin_sessions, draw_sessions
 from mist.workload.synthetic import draw_table
 from mist.workload.trace import limit, rate_scale, read_trace
 
@@ -130,8 +130,21 @@ def build_workload(scenario: Scenario) -> RequestTable:
 def _draw(scenario: Scenario) -> RequestTable:
     workload, process = scenario.workload, scenario.workload.arrival_process
     assert process is not None
-    assert workload.num_requests is not None
     inputs, outputs = (workload.length_distribution(key).build() for key in ("input_tokens", "output_tokens"))
+    if (sessions := workload.sessions) is not None:
+        table = draw_sessions(
+            sessions.num_sessions,
+            process.build(),
+            turns=sessions.turns.build(),
+            input_tokens=inputs,
+            output_tokens=outputs,
+            think_ms=sessions.think_ms.build(),
+            system_tokens=sessions.system_tokens,
+            hash_block_size=sessions.hash_block_size,
+            rng_of=lambda purpose: random_of(scenario.seed, f"sessions.{purpose}"),
+        )
+        return limit(table, workload.limit) if workload.limit is not None else table
+    assert workload.num_requests is not None
     seed = seed_of(scenario.seed, "workload")
     table = draw_table(workload.num_requests, process.build(), inputs, outputs, seed)
     return limit(table, workload.limit) if workload.limit is not None else table
