@@ -121,8 +121,15 @@ def test_what_cannot_be_used_is_told_by_its_line(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("rows", [[{"id": 1, "block_size": 4, "requests": 7}], [{"id": 1, "block_size": 0, "requests": []}],
-                                  [{"id": 1, "block_size": 4, "requests": []}], [{"id": 1}]])  # fmt: skip
+NO_SESSIONS: list[list[dict[str, Any]]] = [
+    [{"id": 1, "block_size": 4, "requests": 7}],
+    [{"id": 1, "block_size": 0, "requests": []}],
+    [{"id": 1, "block_size": 4, "requests": []}],
+    [{"id": 1}],
+]
+
+
+@pytest.mark.parametrize("rows", NO_SESSIONS)
 def test_files_without_sessions_are_refused(tmp_path: Path, rows: list[object]) -> None:
     path = tmp_path / "bad.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
