@@ -128,8 +128,8 @@ def test_a_partial_last_unit_is_never_indexed() -> None:
 def test_a_chain_ends_at_the_first_unit_that_is_missing() -> None:
     kv = caching()
     hold(kv, task(0, 12, keys=(1, 2, 3)), 12)
-    assert cached(kv, 1, 7, 3) == 4
-    assert cached(kv, 7, 2, 3) == 0
+    assert cached(kv, 1, 7, 8) == 4
+    assert cached(kv, 7, 8, 9) == 0
 
 
 def test_shared_units_are_counted_once_and_freed_with_the_last() -> None:

@@ -52,12 +52,13 @@ class _Segment:
 
     def count_common(self, keys: tuple[int, ...], start: int, end: int) -> int:
         """How many of its units stand in `keys` from `start` on, before `end`."""
+        own = self.keys
         low, high = 0, min(self.num_units, end - start)
-        if self.keys[:high] == keys[start : start + high]:
+        if own[high - 1] == keys[start + high - 1]:  # an equal key has an equal prefix
             return high
         while high - low > 1:  # the first `low` are the same, the first `high` aren't
             middle = (low + high) // 2
-            if self.keys[low:middle] == keys[start + low : start + middle]:
+            if own[middle - 1] == keys[start + middle - 1]:
                 low = middle
             else:
                 high = middle
