@@ -80,18 +80,30 @@ class Coordinator:
         self._output_tokens: list[int] = workload.output_tokens.tolist()
         self._sizes = tuple(workload.sizes.items())
         self._hit_tokens: list[int] | None = None if workload.cached_tokens is None else workload.cached_tokens.tolist()
+        self._sessions: list[int] | None = None if workload.sessions is None else workload.sessions.tolist()
+        #: requests with a time of their own, in their order, and by request those that come after its end
+        self._openers: Sequence[int] = range(len(workload))
+        self._followers: dict[int, list[tuple[int, int]]] = {}
+        if workload.after is not None and workload.think_ns is not None:
+            self._openers = np.flatnonzero(workload.after < 0).tolist()
+            for index, (before, think_ns) in enumerate(
+                zip(workload.after.tolist(), workload.think_ns.tolist(), strict=True)
+            ):
+                if before >= 0:
+                    self._followers.setdefault(before, []).append((index, think_ns))
+        waits = workload.concurrency is not None or workload.after is not None
         for client in clients:
             client.coordinator = self
             # what a client fetches or writes shares channels with others
-            client.emits = workload.concurrency is not None or client.offload is not None or self._hands_over(client)
+            client.emits = waits or client.offload is not None or self._hands_over(client)
 
     # --- arrivals ---
 
     def start(self) -> None:
         """Post the first arrival (open loop), or as many as may be in flight (closed loop)."""
         if self.workload.concurrency is None:
-            if len(self.workload):
-                self.kernel.at(self._arrival_ns[0], self._arrive_and_post_next, 0)
+            if self._openers:
+                self.kernel.at(self._arrival_ns[self._openers[0]], self._arrive_and_post_next, 0)
             return
         for _ in range(min(self.workload.concurrency, len(self.workload))):
             self._post_next(self._arrival_ns[self._num_posted])
@@ -100,11 +112,11 @@ class Coordinator:
         self.kernel.at(time_ns, self._arrive, self._num_posted)
         self._num_posted += 1
 
-    def _arrive_and_post_next(self, index: int, now: int) -> None:
-        following = index + 1
-        if following < len(self._arrival_ns):
-            self.kernel.at(self._arrival_ns[following], self._arrive_and_post_next, following)
-        self._arrive(index, now)
+    def _arrive_and_post_next(self, place: int, now: int) -> None:
+        following = place + 1
+        if following < len(self._openers):
+            self.kernel.at(self._arrival_ns[self._openers[following]], self._arrive_and_post_next, following)
+        self._arrive(self._openers[place], now)
 
     def _arrive(self, index: int, now: int) -> None:
         keys = self.workload.block_keys
@@ -116,6 +128,7 @@ class Coordinator:
             keys[index] if keys is not None else (),
             self._hit_tokens[index] if self._hit_tokens is not None else 0,
             {name: int(column[index]) for name, column in self._sizes} if self._sizes else _NO_SIZES,
+            self._sessions[index] if self._sessions is not None else -1,
         )
         self.in_system[index] = request
         self.num_arrived += 1
@@ -347,8 +360,12 @@ class Coordinator:
              request.prompt_tokens or request.input_tokens, request.output_tokens, request.cached_tokens,
              request.num_preemptions)
         )  # fmt: skip
-        if self.workload.concurrency is not None and status != UNFINISHED and self._num_posted < len(self.workload):
+        if status == UNFINISHED:
+            return
+        if self.workload.concurrency is not None and self._num_posted < len(self.workload):
             self._post_next(now)
+        for index, think_ns in self._followers.pop(request.index, ()):
+            self.kernel.at(now + think_ns, self._arrive, index)
 
     def _reason(self, reason: str) -> int:
         if not reason:

@@ -238,7 +238,7 @@ class Ledger:
     def _check_prompts(self, tasks: dict[str, np.ndarray], requests: dict[str, np.ndarray]) -> None:
         """tokens: computed + found in the prefix cache = prompt, per stage, unless a preemption computed some again."""
         kinds = self.coordinator.pipeline.kinds
-        done = np.zeros(self.coordinator.num_arrived, np.int64)
+        done = np.zeros(len(self.coordinator.workload), np.int64)
         np.add.at(done, tasks["request"], tasks["computed_tokens"] + tasks["cached_tokens"])
         plain = (requests["status"] == FINISHED) & (requests["num_preemptions"] == 0)
         wanted = requests["input_tokens"] * (len(kinds) - (DECODE in kinds))

@@ -33,6 +33,7 @@ from mist.scenario.seeds import random_of, seed_of
 from mist.scenario.value import Scenario
 from mist.units import NS_PER_S, seconds_to_ns
 from mist.workload import RequestTable
+from mist.workload.sessions import begin_sessions, draw_sessions
 from mist.workload.synthetic import draw_table
 from mist.workload.trace import limit, rate_scale, read_trace
 
@@ -70,7 +71,7 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         records,
         clients=fleet.infos,
         window=window,
-        open_loop=_is_open_loop(scenario),
+        open_loop=_is_open_loop(scenario) and workload.after is None,
         slo={metric: targets for metric, targets in scenario.slo.model_dump().items() if targets},
         memories=memory_infos(fleet),
         provenance=_provenance(records, fleet.models),
@@ -140,8 +141,21 @@ def _check_sizes(scenario: Scenario, needed: Sequence[str], workload: RequestTab
 def _draw(scenario: Scenario) -> RequestTable:
     workload, process = scenario.workload, scenario.workload.arrival_process
     assert process is not None
-    assert workload.num_requests is not None
     inputs, outputs = (workload.length_distribution(key).build() for key in ("input_tokens", "output_tokens"))
+    if (sessions := workload.sessions) is not None:
+        table = draw_sessions(
+            sessions.num_sessions,
+            process.build(),
+            turns=sessions.turns.build(),
+            input_tokens=inputs,
+            output_tokens=outputs,
+            think_ms=sessions.think_ms.build(),
+            system_tokens=sessions.system_tokens,
+            hash_block_size=sessions.hash_block_size,
+            rng_of=lambda purpose: random_of(scenario.seed, f"sessions.{purpose}"),
+        )
+        return limit(table, workload.limit) if workload.limit is not None else table
+    assert workload.num_requests is not None
     seed = seed_of(scenario.seed, "workload")
     table = draw_table(workload.num_requests, process.build(), inputs, outputs, seed)
     return limit(table, workload.limit) if workload.limit is not None else table
@@ -155,6 +169,8 @@ def _read(scenario: Scenario) -> RequestTable:
         table = limit(table, workload.limit)
     if process is not None:
         arrivals = process.build()
+        if table.sessions is not None:
+            return begin_sessions(table, arrivals, random_of(scenario.seed, "arrivals"))
         table.arrival_ns = arrivals.arrival_ns(len(table), random_of(scenario.seed, "arrivals"))
         table.concurrency = getattr(arrivals, "concurrency", None)
     return table
@@ -231,7 +247,7 @@ def _window_ns(scenario: Scenario, workload: RequestTable) -> tuple[int | None, 
     if not start_s and end_s is None:
         return None, None
     start = first + seconds_to_ns(start_s)
-    if workload.concurrency is None and start > last:
+    if workload.concurrency is None and workload.after is None and start > last:
         key = "window_s" if scenario.window_s else "warmup_s"
         message = (
             f"no request arrives after the first {start_s:g} s: the last one comes at {(last - first) / NS_PER_S:g} s"
