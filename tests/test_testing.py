@@ -15,6 +15,8 @@ from mist.memory.eviction.lru import LRU
 from mist.memory.eviction.ttl import TTL
 from mist.perf.roofline import Roofline
 from mist.pipeline.beam import Beam
+from mist.pipeline.cascade import Cascade
+from mist.pipeline.model_router import ModelRouter
 from mist.pipeline.stages import StageList
 from mist.registry import lookup, names
 from mist.request import Batch, Stage, Wait
@@ -36,7 +38,12 @@ CONTRACTS = {
     "eviction": (EvictionContract, "policy"),
 }
 #: implementations whose parameters have no defaults, or such that tiny clients take long
-COMPLETE: dict[str, Any] = {"ttl": partial(TTL, 100), "beam": partial(Beam, rounds=2, round_tokens=8)}
+COMPLETE: dict[str, Any] = {
+    "ttl": partial(TTL, 100),
+    "beam": partial(Beam, width=2, expansion=2, rounds=1, round_tokens=4),
+    "cascade": partial(Cascade, escalate=0.4),
+    "model_router": partial(ModelRouter, probability={"small": 0.6}),
+}
 
 
 def suite(kind: str, make: Any) -> Any:

@@ -8,7 +8,6 @@ It never chooses another client and never reads a workload.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from mist.batching import BatchingPolicy
 from mist.engine import EngineProfile
@@ -16,54 +15,14 @@ from mist.errors import InvariantError
 from mist.front_end import FrontEnd
 from mist.host import Host
 from mist.kernel import Kernel
-from mist.memory.hierarchy import Found
 from mist.memory.kv_cache import KVCache
-from mist.network import Network
+from mist.neighbours import Next, Waker, Watcher
 from mist.offload import KVStore, Offload
 from mist.perf import Demand, HostModel, PerfModel
 from mist.records import CUT, DONE, DROPPED, PREEMPTED, Records
 from mist.request import DECODE, PREFILL, Batch, ClientView, StageResult, Step, Task, Wait
 from mist.residents import Residents
 from mist.speculation import Speculation, SpeculativeCohort
-
-
-class Next(Protocol):
-    """What a client tells its coordinator, and the network that this holds."""
-
-    @property
-    def network(self) -> Network: ...
-
-    def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Sequence[Task]:
-        """`task` is done; the decodes that continue with its KV cache, here or elsewhere, if any."""
-        ...
-
-    def hand_over(self, task: Task, followings: Sequence[Task], client: Client, now: int) -> bool:
-        """`followings` decode on from `task` on another client; False where none can, and the request has left."""
-        ...
-
-    def rejected(self, task: Task, client: Client, reason: str, now: int) -> None: ...
-
-    def dropped(self, task: Task, now: int) -> None:
-        """A task that was cancelled has left its client."""
-        ...
-
-
-class Watcher(Protocol):
-    """A ledger's view of a client's life; every call comes before the client acts on what it says."""
-
-    def step_started(self, client: Client, step: Step, device_ns: int, now: int) -> None: ...
-
-    def step_finished(self, client: Client, now: int) -> None: ...
-
-    def fetches(self, client: Client, task: Task, first_token: int, found: Sequence[Found], now: int) -> None: ...
-
-    def idles(self, client: Client, wait: Wait, now: int) -> None: ...
-
-
-class Waker(Protocol):
-    """Who lets a client start its steps: the kernel, or the lane in which it keeps step with others."""
-
-    def wake(self, client: Client) -> None: ...
 
 
 class Client:
