@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from servegen import ServeGen
 
 from mist.units import NS_PER_S
 from mist.workload import RequestTable, TraceFormat
@@ -59,6 +60,8 @@ class Entry:
     source: str
     licence: str
     timed: bool = True
+    #: what its sizes follow from, where it isn't told as such
+    assumed: str = ""
 
 
 _AZURE = "Azure/AzurePublicDataset, {}, Nov 2023; Patel et al., Splitwise, ISCA 2024"
@@ -123,6 +126,16 @@ ENTRIES = (
         "Apache-2.0",
         timed=False,
     ),
+    Entry(
+        "servegen-reasoning",
+        "requests to DeepSeek-R1 on a public cloud, one day: thoughts of reasoning_tokens, then answers; lengths only",
+        "servegen_reasoning/deepseek-r1/chunk-0-trace.csv",
+        ServeGen(),
+        "alibaba/ServeGen, reason/deepseek-r1, 73 clients; Xiang et al., arXiv 2505.09999",
+        "Apache-2.0",
+        timed=False,
+        assumed="Drawn from distributions by client and six hours, the share of reasoning independently of the length.",
+    ),
 )
 
 
@@ -151,7 +164,10 @@ def render(entry: Entry, table: RequestTable) -> str:
             f"interarrival_cv: {gaps.std() / gaps.mean():.3g}",
         ]
     lines += _marginal("input_tokens", table.input_tokens) + _marginal("output_tokens", table.output_tokens)
-    return HEADER + "\n".join(lines) + "\n"
+    if table.sizes:
+        lines += ["sizes:", *(f"  {line}" for name, tokens in table.sizes.items() for line in _marginal(name, tokens))]
+    header = HEADER + (f"# {entry.assumed}\n" if entry.assumed else "")
+    return header + "\n".join(lines) + "\n"
 
 
 def _marginal(name: str, tokens: npt.NDArray[np.int64]) -> list[str]:

@@ -128,8 +128,8 @@ def test_a_partial_last_unit_is_never_indexed() -> None:
 def test_a_chain_ends_at_the_first_unit_that_is_missing() -> None:
     kv = caching()
     hold(kv, task(0, 12, keys=(1, 2, 3)), 12)
-    assert cached(kv, 1, 7, 3) == 4
-    assert cached(kv, 7, 2, 3) == 0
+    assert cached(kv, 1, 7, 8) == 4
+    assert cached(kv, 7, 8, 9) == 0
 
 
 def test_shared_units_are_counted_once_and_freed_with_the_last() -> None:
@@ -274,7 +274,7 @@ def test_a_run_behind_an_evicted_unit_is_lost() -> None:
     other = task(1, 4, keys=(1,))
     one.target_tokens = 13
     assert kv.match(one).num_tokens == 12
-    kv._evictable.pop(1)  # as if only the unit had gone
+    kv._evictable.pop(kv._segments.pop(1))  # as if only the unit had gone
     kv.cached -= 1
     kv.free += 1
     assert kv.match(one).num_tokens == 0

@@ -346,7 +346,7 @@ def beat_the_link(patch: pytest.MonkeyPatch) -> None:
 
 def go_on_without_the_cache(patch: pytest.MonkeyPatch) -> None:
     def early(self: Coordinator, transfer: Any, now: int) -> None:
-        task, here, following, there = transfer
+        task, here, there, following = transfer
         here.sent(task)
         following.queued_ns = now - 1
         there.front_end.receive(following, now)

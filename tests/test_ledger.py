@@ -78,8 +78,8 @@ def lose_cached_content(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def forget(result: Any, kv: KVCache, *_: Any) -> None:
-        if kv._refs:
-            kv._refs.popitem()
+        for segment in kv._segments.values():
+            segment.num_users = 0
 
     after(monkeypatch, KVCache, "refer", forget)
 

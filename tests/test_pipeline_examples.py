@@ -25,13 +25,13 @@ def run(name: str, num_requests: int, *sets: str) -> Result:
     return load(EXAMPLES / f"{name}.yaml", [f"workload.num_requests={num_requests}", *sets]).run(check=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_times_of_stages_sum_to_e2e_for_every_request(name: str) -> None:
-    result = run(name, 60)
+@pytest.mark.parametrize(("name", "num_requests"), [*((name, 60) for name in NAMES), ("reasoning-math", 8)])
+def test_times_of_stages_sum_to_e2e_for_every_request(name: str, num_requests: int) -> None:
+    result = run(name, num_requests)
     records = result.records
     requests, tasks, transfers = (table.as_columns() for table in (records.requests, records.tasks, records.transfers))
     counts = result.metrics["requests"]
-    assert counts["finished"] + counts["refused"] == 60
+    assert counts["finished"] + counts["refused"] == num_requests
     assert {records.stage_kinds[kind] for kind in set(tasks["kind"].tolist())} == set(load(result.scenario).stages)
     order = np.argsort(tasks["request"], kind="stable")
     tasks = {key: values[order] for key, values in tasks.items()}

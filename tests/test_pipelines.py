@@ -15,15 +15,19 @@ import pytest
 from mist.errors import ScenarioError
 from mist.metrics.stages import stage_times
 from mist.pipeline import PipelineFactory
+from mist.pipeline.beam import Beam
+from mist.pipeline.best_of_n import BestOfN
 from mist.pipeline.chat_support import ChatSupport
 from mist.pipeline.guarded_qa import GuardedQA
 from mist.pipeline.kv_reuse import KVReuse
+from mist.pipeline.multi_turn_reasoning import MultiTurnReasoning
 from mist.pipeline.news_search import NewsSearch
 from mist.pipeline.question_answering import QuestionAnswering
+from mist.pipeline.reasoning import Reasoning
 from mist.pipeline.stages import StageList
 from mist.records import FINISHED, REFUSED
 from mist.registry import lookup, names
-from mist.request import DECODE, PREFILL, All, Pipeline, Request, Stage, StageResult
+from mist.request import DECODE, PREFILL, Fork, Pipeline, Request, Stage, StageResult
 from mist.scenario.value import load
 from mist.testing import LinearSteps, PipelineContract, Run, play, table
 
@@ -54,7 +58,7 @@ class Driver:
         except StopIteration as end:
             return end.value or last
 
-    def answer(self, wanted: Stage | All) -> StageResult:
+    def answer(self, wanted: Stage | Fork) -> StageResult:
         if isinstance(wanted, Stage):
             self.stages.append(wanted)
             return StageResult(0, 1, wanted.oracle_output_tokens, self.found if wanted.kind == "kv_retrieve" else 0)
@@ -85,6 +89,11 @@ VARIANTS: dict[str, Callable[[], PipelineFactory]] = {
     "reranked": lambda: NewsSearch(passages=2, passage_tokens=5, candidates=4),
     "kv_reuse": KVReuse,
     "chat_support": lambda: ChatSupport(passages=2, passage_tokens=5, candidates=3),
+    "reasoning": lambda: Reasoning(scale=3, cv=0.5),
+    "best_of_n": lambda: BestOfN(scale=2.5, cv=0.8),
+    "majority": lambda: BestOfN(n=5, k=2, select="majority", cv=0.8),
+    "multi_turn_reasoning": lambda: MultiTurnReasoning(scale=2, turn_tokens=3, cv=0.3),
+    "beam": lambda: Beam(width=2, expansion=2, rounds=3, round_tokens=6, cv=0.5),
 }
 
 
@@ -101,7 +110,10 @@ class TestContract(PipelineContract):
 
 
 def test_all_that_ship_are_here() -> None:
-    shipped = {"chat_support", "guarded_qa", "kv_reuse", "news_search", "question_answering"}
+    shipped = {
+        "beam", "best_of_n", "chat_support", "guarded_qa", "kv_reuse", "multi_turn_reasoning", "news_search",
+        "question_answering", "reasoning",
+    }  # fmt: skip
     assert shipped <= set(names("pipeline"))
     assert {type(make()) for make in VARIANTS.values()} == {lookup("pipeline", name) for name in shipped}
 
@@ -327,6 +339,17 @@ def test_chat_support_searches_then_asks_for_the_conversation() -> None:
         ("chat_support", {"embedding_dim": 0}, "embedding_dim is 0"),
         ("chat_support", {"kv_retrieve": ""}, "kv_retrieve is ''"),
         ("chat_support", {"passagse": 2}, "did you mean 'passages'"),
+        ("reasoning", {"scale": 0.5}, "scale is 0.5"),
+        ("reasoning", {"cv": -1.0}, "cv is -1"),
+        ("reasoning", {"max_thought_tokens": 0}, "max_thought_tokens is 0"),
+        ("best_of_n", {"n": 0}, "n is 0"),
+        ("best_of_n", {"n": 2, "k": 3}, "k is 3, above the 2 candidates"),
+        ("best_of_n", {"score": "decode"}, "score is 'decode'"),
+        ("best_of_n", {"select": "vote"}, "'vote'"),
+        ("multi_turn_reasoning", {"turns": 0}, "turns is 0"),
+        ("beam", {"width": 0}, "width is 0"),
+        ("beam", {"round_tokens": 0}, "round_tokens is 0"),
+        ("beam", {"score": ""}, "score is ''"),
     ],
 )
 def test_parameters_that_do_not_do(name: str, parameters: dict[str, Any], told: str) -> None:

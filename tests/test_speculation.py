@@ -6,6 +6,7 @@ Bit-for-bit agreement with the naive scheduler is in `test_reference.py`. The le
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from kit import POLICIES, LinearSteps, play, table
 from mist.batching import BatchingPolicy
@@ -27,10 +29,11 @@ from mist.perf import Deployment
 from mist.perf.drafted import Drafted
 from mist.perf.operators import forward_pass
 from mist.perf.roofline import Roofline
-from mist.request import Step
-from mist.scenario import Scenario, load
+from mist.records import FINISHED, REJECTED
+from mist.request import DECODE, PREFILL, Step
+from mist.scenario import Scenario, catalogue, load
 from mist.scenario.build import run
-from mist.speculation import PACE_BITS, Speculation, SpeculativeCohort
+from mist.speculation import PACE_BITS, AcceptedLengths, Speculation, SpeculativeCohort
 from mist.testing import random_scenario, record_bytes, small_deployment
 from scenarios import SMALL, places, problems, read
 
@@ -102,6 +105,86 @@ def test_a_longer_answer_takes_the_same_path_further() -> None:
     s = speculation(3, 0.6)
     steps = [s.num_steps(n, np.random.default_rng(5)) for n in range(1, 300)]
     assert all(0 <= following - before <= 1 for before, following in pairwise(steps))
+
+
+# --- acceptance as it was measured ---
+
+MEASURED = catalogue.names("acceptance")
+
+
+def measured(name: str) -> AcceptedLengths:
+    value, _ = catalogue.read("acceptance", name, Path())
+    assert isinstance(value, AcceptedLengths)
+    return value
+
+
+def test_measured_curves_have_a_source_and_can_be() -> None:
+    assert len(MEASURED) == 14
+    for name in MEASURED:
+        curve = measured(name)
+        assert curve.sources["accepted_lengths"]
+        assert curve.model
+        assert curve.method in ("mtp", "eagle3", "dspark")
+        assert name.startswith(curve.model.lower())
+        assert all(1 <= length <= k + 1 for k, length in enumerate(curve.accepted_lengths, 1))
+
+
+GOLDEN = Path(os.environ.get("MIST_DATA", "")) / "profiles" / "acceptance" / "golden_al_distribution"
+
+
+@pytest.mark.skipif("MIST_DATA" not in os.environ or not GOLDEN.is_dir(), reason="MIST_DATA has no acceptance lengths")
+def test_measured_curves_are_those_published() -> None:
+    published = {}
+    for path in GOLDEN.glob("*.yaml"):
+        ((_, modes),) = yaml.safe_load(path.read_text()).items()
+        for mode, curve in modes.items():
+            published[path.name, mode.removeprefix("thinking_")] = tuple(curve[k] for k in sorted(curve))
+    ours = {}
+    for name in MEASURED:
+        source = measured(name).sources["accepted_lengths"]
+        (file,) = (word.strip(",") for word in source.split() if word.endswith(".yaml,"))
+        ours[file, source.split()[-1]] = measured(name).accepted_lengths
+    assert ours == published
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_tokens_per_verify_step_are_those_measured(name: str) -> None:
+    """1 + k x (accepted / drafted): exactly as a mean, and within sampling error of the steps drawn."""
+    for k, length in enumerate(measured(name).accepted_lengths, 1):
+        s = speculation(k, (length - 1) / k)
+        probabilities = emitted_probabilities(s)
+        assert sum(i * p for i, p in enumerate(probabilities, 1)) == pytest.approx(length, abs=1e-12)
+        num_tokens = 50_000
+        steps = s.num_steps(num_tokens, np.random.default_rng(k))
+        variance = sum(i * i * p for i, p in enumerate(probabilities, 1)) - length**2
+        assert abs(num_tokens / steps - length) <= 4.5 * math.sqrt(variance / steps) + (k + 1) / steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ("acceptance: deepseek-v4-pro-mtp", (2.97 - 1) / 3),
+        ("acceptance: DeepSeek-V4-Pro-MTP-thinking", (2.49 - 1) / 3),
+        ("accepted_length: 2.4", 1.4 / 3),
+        ("accepted_length: 1", 0),
+        ("accepted_length: 4", 1),
+        ("acceptance: {name: mine, accepted_lengths: [1.5, 1.8, 1.9]}", 0.3),
+        ("acceptance: ./mine.yaml", 0.2),
+    ],
+)
+def test_acceptance_in_other_words(folder: Path, settings: str, share: float) -> None:
+    (folder / "mine.yaml").write_text("name: mine\naccepted_lengths: [1.2, 1.4, 1.6, 1.8]\n")
+    loaded = scenario(folder, f"method: ngram, num_draft_tokens: 3, {settings}")
+    settled = loaded.pools["gpu"].speculation
+    assert settled is not None
+    assert settled.accepted_share == pytest.approx(share, abs=1e-15)
+    again = Scenario.from_mapping(loaded.resolved())
+    assert again == loaded
+    result = run(loaded, check=True)
+    told = run(scenario(folder, f"method: ngram, num_draft_tokens: 3, acceptance: {settled.accepted_share!r}"))
+    assert record_bytes(result.records) == record_bytes(told.records)
+    is_measured = isinstance(settled.acceptance, AcceptedLengths)
+    assert any("with 3 drafted were measured of" in note for note in result.metrics["notes"]) == is_measured
 
 
 # --- whole runs ---
@@ -221,6 +304,81 @@ def test_leaving_early_takes_the_plan_along() -> None:
     assert not any(left.new_blocks.values())
 
 
+# --- limits and memory ---
+
+
+@pytest.mark.parametrize(("k", "acceptance"), [(1, 0.5), (3, 0.0), (3, 0.6), (7, 1.0)])
+def test_a_budget_counts_every_drafted_token(k: int, acceptance: float) -> None:
+    """A prompt gets what the k + 1 tokens of each decode leave of the budget, whatever is accepted."""
+    seqs, chunk = 6, 5
+    budget = seqs * (k + 1) + chunk
+    prompts = [40] * 12
+    played = play(table([i * 100 for i in range(12)], prompts, [30] * 12), speculation=speculation(k, acceptance),
+                  policy=lambda: Chunked(max_num_seqs=seqs, max_num_batched_tokens=budget))  # fmt: skip
+    rows = played.records.steps.as_columns()
+    tokens = rows["num_prefill_tokens"] + rows["num_decodes"] * (k + 1)
+    assert tokens.max() == budget
+    is_mixed = (rows["num_decodes"] > 0) & (rows["num_prefill_tokens"] > 0)
+    assert is_mixed.any()
+    left = budget - rows["num_decodes"] * (k + 1)
+    assert (rows["num_prefill_tokens"] <= left).all()
+    assert int(rows["num_prefill_tokens"].sum()) == sum(prompts)
+
+
+@pytest.mark.parametrize(("k", "acceptance"), [(1, 0.5), (3, 0.0), (3, 1.0), (5, 0.4)])
+def test_what_just_fits_leaves_room_for_the_drafts(k: int, acceptance: float) -> None:
+    """A request needs blocks for its context, but the last token, and k drafts: with one block fewer it is rejected."""
+    size, prompt, output = 4, 10, 23
+    needed = -(-(prompt + output - 1 + k) // size)
+    for blocks, status in ((needed, FINISHED), (needed - 1, REJECTED)):
+        played = play(table([0], [prompt], [output]), block_size=size, num_blocks=blocks,
+                      speculation=speculation(k, acceptance))  # fmt: skip
+        assert played.records.requests.as_columns()["status"].tolist() == [status]
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 1.0])
+def test_look_ahead_preempts_where_plain_decoding_would_not(acceptance: float) -> None:
+    """Two requests that fill the pool to the last block without drafts: the look-ahead of k tokens doesn't fit."""
+    size, k, prompt, output = 4, 4, 8, 13
+    blocks = 2 * -(-(prompt + output - 1) // size)
+    given = table([0, 0], [prompt] * 2, [output] * 2)
+    plain, drafted = (play(given, block_size=size, num_blocks=blocks, speculation=s)
+                      for s in (None, speculation(k, acceptance)))  # fmt: skip
+    for played, is_preempted in ((plain, False), (drafted, True)):
+        requests = played.records.requests.as_columns()
+        assert bool(requests["num_preemptions"].sum()) == is_preempted
+        assert requests["output_tokens"].tolist() == [output] * 2
+        assert (requests["status"] == FINISHED).all()
+        assert played.clients[0].residents.kv.used == 0
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.5, 1.0])
+def test_only_the_client_that_decodes_on_reserves_drafts(acceptance: float) -> None:
+    """Handed over, a decode needs room for its drafts where it goes on; the prefill client holds the context alone."""
+    size, k, prompt, output = 4, 3, 16, 9
+    played = play(table([0], [prompt], [output]), block_size=size, num_clients=2, serves=[(PREFILL,), (DECODE,)],
+                  speculation=speculation(k, acceptance))  # fmt: skip
+    rows = played.records.steps.as_columns()
+    held = {client: rows["kv_blocks"][rows["client"] == client].tolist() for client in (0, 1)}
+    assert held[0] == [prompt // size]
+    assert held[1][0] == -(-(prompt + k + 1) // size)
+
+
+def test_costs_of_drafts_and_verification_make_the_speed_up() -> None:
+    """A lone long answer: S steps of (1 + k x cost) verifications against n plain steps, S = n / (1 + k x share)."""
+    k, cost, output = 3, 0.1, 60_001
+    base = 1_000_000  # neither tokens nor contexts cost anything: verification is a plain step
+    flat = LinearSteps(base=base, per_prefill_token=0, per_decode=0, per_context=0, per_prefill=0)
+    for acceptance, tolerance in ((0.0, 0.0), (0.6, 0.012), (1.0, 0.0)):
+        ends = []
+        for perf, s in ((flat, None), (Drafted(flat, k, draft_cost=cost), speculation(k, acceptance))):
+            played = play(table([0], [1], [output]), perf=perf, speculation=s, ledger=False)
+            requests = played.records.requests.as_columns()
+            ends.append(int(requests["end_ns"][0] - requests["first_token_ns"][0]))
+        speed_up = (1 + k * acceptance) / (1 + k * cost)
+        assert ends[0] / ends[1] == pytest.approx(speed_up, rel=tolerance or 1e-9)
+
+
 # --- prices ---
 
 LATENT = LatentAttention(q_lora_rank=96, kv_lora_rank=64, qk_nope_size=32, rope_size=16, v_size=24)
@@ -326,13 +484,13 @@ def scenario(folder: Path, settings: str, *sets: str) -> Scenario:
 )
 def test_a_pool_speculates(folder: Path, settings: str, draft: str) -> None:
     loaded = scenario(folder, settings)
-    pool = loaded.clients["gpu"]
+    pool = loaded.pools["gpu"]
     assert draft in (pool.draft.model.name.lower() if pool.draft else "")
     again = Scenario.from_mapping(loaded.resolved())
     assert again == loaded
     result = run(loaded, check=True)
     assert pool.speculation is not None
-    k, share = pool.speculation.num_draft_tokens, pool.speculation.acceptance
+    k, share = pool.speculation.num_draft_tokens, pool.speculation.accepted_share
     note = next(n for n in result.metrics["notes"] if "tokens per sequence and decode step" in n)
     assert float(note.split()[1]) == pytest.approx(1 + k * share, rel=0.05)
     plain = read(folder, SMALL, "clients.gpu.perf=roofline")
@@ -341,10 +499,10 @@ def test_a_pool_speculates(folder: Path, settings: str, draft: str) -> None:
 
 
 def test_drafts_need_memory(folder: Path) -> None:
-    plain = read(folder, SMALL).clients["gpu"].kv_capacity()
-    head = scenario(folder, "method: mtp, num_draft_tokens: 3, acceptance: 0.6").clients["gpu"].kv_capacity()
+    plain = read(folder, SMALL).pools["gpu"].kv_capacity()
+    head = scenario(folder, "method: mtp, num_draft_tokens: 3, acceptance: 0.6").pools["gpu"].kv_capacity()
     whole = scenario(folder, "draft_model: llama-3.2-1b, num_draft_tokens: 3, acceptance: 0.6")
-    draft = whole.clients["gpu"].kv_capacity()
+    draft = whole.pools["gpu"].kv_capacity()
     assert plain.block_bytes * 33 == head.block_bytes * 32  # a layer more
     llama_layer = 2 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
     assert head.weight_bytes - plain.weight_bytes == pytest.approx(llama_layer, rel=1e-3)
@@ -359,6 +517,15 @@ def test_drafts_need_memory(folder: Path) -> None:
         ("num_draft_tokens: 3, acceptance: 0.5, method: draft_model", (), "method", "no draft_model is given"),
         ("num_draft_tokens: 3, acceptance: 0.5, method: mtp, draft_model: llama-3.2-1b", (), "method", "the method is"),
         ("num_draft_tokens: 3, acceptance: 1.5, method: mtp", (), "acceptance", "at most 1"),
+        ("num_draft_tokens: 3, method: mtp", (), "acceptance", "how often drafts are accepted"),
+        ("num_draft_tokens: 3, acceptance: 0.5, accepted_length: 2, method: mtp", (), "accepted_length", "both given"),
+        ("num_draft_tokens: 3, accepted_length: 4.5, method: mtp", (), "accepted_length", "emits 4 tokens at most"),
+        ("num_draft_tokens: 3, accepted_length: 0.5, method: mtp", (), "accepted_length", "at least 1"),
+        ("num_draft_tokens: 9, acceptance: glm-5.2-mtp-thinking, method: mtp", (), "acceptance", "up to 8 drafted"),
+        ("num_draft_tokens: 3, acceptance: glm-5.2, method: mtp", (), "acceptance", "no measured acceptance 'glm-5.2'"),
+        ("num_draft_tokens: 3, acceptance: {name: a, accepted_lengths: [2.5]}, method: mtp", (), "acceptance",
+         "2.5 for 1 drafted"),
+        ("num_draft_tokens: 3, acceptance: true, method: mtp", (), "acceptance", ""),
         ("num_draft_tokens: 0, acceptance: 0.5, method: mtp", (), "num_draft_tokens", "at least 1"),
         ("num_draft_tokens: 3, acceptance: 0.5, method: medusa", (), "method", "one of"),
         ("num_draft_tokens: 3, acceptance: 0.5, draft_model: nothing", (), "draft_model", "nothing"),
@@ -376,7 +543,7 @@ def test_what_cannot_be_is_told(folder: Path, settings: str, sets: tuple[str, ..
 
 
 def test_default_limits_leave_room_for_the_drafts(folder: Path) -> None:
-    limits = scenario(folder, "method: ngram, num_draft_tokens: 40, acceptance: 0.5").clients["gpu"].batching.build()
+    limits = scenario(folder, "method: ngram, num_draft_tokens: 40, acceptance: 0.5").pools["gpu"].batching.build()
     assert limits.max_num_seqs * 41 <= limits.max_num_batched_tokens
 
 

@@ -14,6 +14,9 @@ from mist.errors import InvariantError
 from mist.memory.eviction.lru import LRU
 from mist.memory.eviction.ttl import TTL
 from mist.perf.roofline import Roofline
+from mist.pipeline.beam import Beam
+from mist.pipeline.cascade import Cascade
+from mist.pipeline.model_router import ModelRouter
 from mist.pipeline.stages import StageList
 from mist.registry import lookup, names
 from mist.request import Batch, Stage, Wait
@@ -34,8 +37,13 @@ CONTRACTS = {
     "perf": (PerfModelContract, "model"),
     "eviction": (EvictionContract, "policy"),
 }
-#: implementations whose parameters have no defaults
-COMPLETE = {"ttl": partial(TTL, 100)}
+#: implementations whose parameters have no defaults, or such that tiny clients take long
+COMPLETE: dict[str, Any] = {
+    "ttl": partial(TTL, 100),
+    "beam": partial(Beam, width=2, expansion=2, rounds=1, round_tokens=4),
+    "cascade": partial(Cascade, escalate=0.4),
+    "model_router": partial(ModelRouter, probability={"small": 0.6}),
+}
 
 
 def suite(kind: str, make: Any) -> Any:

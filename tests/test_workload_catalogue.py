@@ -17,6 +17,8 @@ import yaml
 
 import mist
 from mist.errors import ScenarioError
+from mist.scenario.build import build_workload
+from mist.scenario.value import load as scenario
 from mist.workload.synthetic import Quantiles
 from mist.workload.trace import detect, find_trace, read_trace
 
@@ -32,8 +34,14 @@ def load(name: str) -> dict[str, Any]:
     return entry
 
 
+def marginals(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Inputs, outputs and sizes by name."""
+    sizes: dict[str, dict[str, Any]] = entry.get("sizes", {})
+    return {name: entry[name] for name in MARGINALS} | sizes
+
+
 def sample(entry: dict[str, Any], marginal: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-    points = Quantiles([tuple(point) for point in entry[marginal]["quantiles"]])
+    points = Quantiles([tuple(point) for point in marginals(entry)[marginal]["quantiles"]])
     return points.sample(200_000, np.random.default_rng(5))
 
 
@@ -61,8 +69,8 @@ def test_entries_name_their_source_and_are_usable(name: str) -> None:
     assert entry["name"] == name
     assert entry["num_requests"] > 1000
     assert all(isinstance(entry[key], str) and entry[key] for key in ("description", "source", "licence"))
-    for marginal in MARGINALS:
-        assert sample(entry, marginal).mean() == pytest.approx(entry[marginal]["mean"], rel=0.025)
+    for marginal, table in marginals(entry).items():
+        assert sample(entry, marginal).mean() == pytest.approx(table["mean"], rel=0.025)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +92,9 @@ def test_tables_are_those_of_their_trace(name: str, study: ModuleType) -> None:
     trace(source.file)
     table = study.read(source)
     assert (CATALOGUE / f"{name}.yaml").read_text() == study.render(source, table)
-    for marginal in MARGINALS:
-        drawn, real = sample(load(name), marginal), getattr(table, marginal)
+    for marginal in marginals(load(name)):
+        drawn, real = sample(load(name), marginal), table.sizes.get(marginal, getattr(table, marginal, None))
+        assert real is not None
         assert drawn.mean() == pytest.approx(real.mean(), rel=0.025)
         for p in (0.5, 0.9, 0.99):
             assert np.quantile(drawn, p) == pytest.approx(np.quantile(real, p), rel=0.04, abs=1)
@@ -111,6 +120,23 @@ def test_public_traces_are_read_whole(
     assert table.input_tokens.mean() == pytest.approx(input_mean, abs=0.5)
     assert table.output_tokens.mean() == pytest.approx(output_mean, abs=0.5)
     assert (table.block_keys is None) == (form != "Mooncake")
+
+
+def test_sizes_of_a_catalogue_are_drawn_for_the_pipeline() -> None:
+    sections = {
+        "workload": {"arrivals": "all_at_once", "num_requests": 4000, "lengths": "servegen-reasoning"},
+        "clients": {"gpu": {"device": "h100-sxm", "model": "llama-3.1-8b"}},
+        "pipeline": "reasoning",
+    }
+    table = build_workload(scenario(sections))
+    assert set(table.sizes) == {"reasoning_tokens"}
+    assert np.median(table.sizes["reasoning_tokens"]) == pytest.approx(478, rel=0.1)
+    sections["workload"] |= {"sizes": {"reasoning_tokens": 7, "query_tokens": 5}}  # type: ignore[operator]
+    own = build_workload(scenario(sections))
+    assert {name: set(values.tolist()) for name, values in own.sizes.items()} == {
+        "reasoning_tokens": {7}, "query_tokens": {5},
+    }  # fmt: skip
+    assert np.array_equal(own.input_tokens, table.input_tokens)
 
 
 def test_two_tellings_of_one_trace_agree() -> None:

@@ -8,7 +8,6 @@ It never chooses another client and never reads a workload.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from mist.batching import BatchingPolicy
 from mist.engine import EngineProfile
@@ -16,50 +15,14 @@ from mist.errors import InvariantError
 from mist.front_end import FrontEnd
 from mist.host import Host
 from mist.kernel import Kernel
-from mist.memory.hierarchy import Found
 from mist.memory.kv_cache import KVCache
-from mist.network import Network
+from mist.neighbours import Next, Waker, Watcher
 from mist.offload import KVStore, Offload
 from mist.perf import Demand, HostModel, PerfModel
-from mist.records import CUT, DONE, PREEMPTED, Records
+from mist.records import CUT, DONE, DROPPED, PREEMPTED, Records
 from mist.request import DECODE, PREFILL, Batch, ClientView, StageResult, Step, Task, Wait
 from mist.residents import Residents
 from mist.speculation import Speculation, SpeculativeCohort
-
-
-class Next(Protocol):
-    """What a client tells its coordinator, and the network that this holds."""
-
-    @property
-    def network(self) -> Network: ...
-
-    def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Task | None:
-        """`task` is done; the decode that continues with its KV cache, here or elsewhere, or None."""
-        ...
-
-    def hand_over(self, task: Task, following: Task, client: Client, now: int) -> bool:
-        """`following` decodes on from `task` on another client; False where none can, and the request has left."""
-        ...
-
-    def rejected(self, task: Task, client: Client, reason: str, now: int) -> None: ...
-
-
-class Watcher(Protocol):
-    """A ledger's view of a client's life; every call comes before the client acts on what it says."""
-
-    def step_started(self, client: Client, step: Step, device_ns: int, now: int) -> None: ...
-
-    def step_finished(self, client: Client, now: int) -> None: ...
-
-    def fetches(self, client: Client, task: Task, first_token: int, found: Sequence[Found], now: int) -> None: ...
-
-    def idles(self, client: Client, wait: Wait, now: int) -> None: ...
-
-
-class Waker(Protocol):
-    """Who lets a client start its steps: the kernel, or the lane in which it keeps step with others."""
-
-    def wake(self, client: Client) -> None: ...
 
 
 class Client:
@@ -67,7 +30,8 @@ class Client:
 
     `emits`: whether the end of a task here can reach another client; set by the coordinator. `serves`: the stage kinds
     that it takes. A step lasts max(host, device) with an overlapped engine, else host + device time. With `speculation`
-    a decode step verifies drafts; `perf` prices them too.
+    a decode step verifies drafts; `perf` prices them too. With `merges_shared_reads` the blocks that decodes share are
+    read once per step for all of them.
     """
 
     def __init__(
@@ -85,6 +49,7 @@ class Client:
         records: Records,
         speculation: Speculation | None = None,
         kv_bytes_per_token: int = 0,
+        merges_shared_reads: bool = False,
     ) -> None:
         self.index = index
         self.name = name
@@ -111,11 +76,16 @@ class Client:
         self.offload: Offload | None = None
         #: where it is a KV store, what it has
         self.store: KVStore | None = None
+        self.merges_shared_reads = merges_shared_reads
         self.front_end = FrontEnd(self)
         self.now = 0
         self.idle = True
         self.step = Step(tokens_per_decode=1 + self.num_drafts)
         self._chunks: list[tuple[Task, int]] = []
+        #: cancelled while the step in flight computes for them
+        self._cancelled: list[Task] = []
+        #: step of the cohort -> decodes that begin with a thought and whose first visible token it generates
+        self._shown_at: dict[int, list[Task]] = {}
         self._step_row = (0, 0)
         self._append_step = records.steps.append
         self._append_task = records.tasks.append
@@ -186,11 +156,15 @@ class Client:
             if isinstance(batch, Wait):
                 return self.begin_step(now)
         if type(batch) is not Batch:
+            if residents.prefixes and not residents.running and residents.surrender():
+                return self.begin_step(now)
             self._go_idle(batch, now)
             return False
         num_decodes = cohort.count if batch.decode else 0
         step.num_decodes = step.num_sampled = num_decodes
         step.decode_context = cohort.sum_context + num_decodes if num_decodes else 0
+        if self.merges_shared_reads and num_decodes and residents.prefixes:
+            step.decode_context -= residents.shared_context
         step.num_prefill_tokens = 0
         self._chunks = batch.chunks
         if batch.chunks or step.chunks:
@@ -245,15 +219,19 @@ class Client:
             self.watcher.step_finished(self, now)
         if step.num_decodes:
             finished = residents.decode_step_done()
+            if self._shown_at:
+                self._show(now)
             if finished is not None:
                 for task in finished:
                     self._decode_done(task, now)
         if self._chunks:
-            chunks, self._chunks = self._chunks, []
             residents.chunks_done()
-            for task, num_tokens in chunks:
+            for task, num_tokens in self._chunks:
                 if residents.computed(task, num_tokens):
                     self._target_reached(task, now)
+            self._chunks = []
+        if self._cancelled:
+            self._let_go(now)
 
     def _fill_chunks(self, chunks: list[tuple[Task, int]], now: int) -> None:
         step = self.step
@@ -309,29 +287,67 @@ class Client:
             self._join(task, now)
             return
         result = StageResult(task.started_ns, now, found_tokens=self.store.find(task, now) if self.store else 0)
-        following = self.coordinator.stage_done(task, result, self, now)
-        if following is not None and DECODE in self.serves:
+        followings = self.coordinator.stage_done(task, result, self, now)
+        if DECODE in self.serves:
+            followings = [each for each in followings if self.front_end.fits(each, task.computed_tokens, now)]
+        if followings and DECODE in self.serves:
             self._record_segment(task, now, DONE)
-            self.residents.follow(task, following)
-            following.started_ns = now
-            self._join(following, now)
+            self._decode_on(task, followings, now)
             return
         self.view.num_outstanding -= 1
-        is_last = following is not None and following.stage.oracle_output_tokens == 1
-        if following is not None and (is_last or self.engine.first_token == PREFILL):
-            task.joined_ns = now
-            _emit(following, now)
+        for following in followings:
+            if following.stage.oracle_output_tokens == 1 or self.engine.first_token == PREFILL:
+                task.joined_ns = now
+                _emit(following, now)
         self._record_segment(task, now, DONE)
-        if following is None or not self._hand_over(task, following, now):
+        if not followings or not self._hand_over(task, followings, now):
             self.residents.leave(task, task.computed_tokens, task.computed_tokens)
 
-    def _hand_over(self, task: Task, following: Task, now: int) -> bool:
-        """A decode whose first token was sampled here: whether `task`'s blocks must stay for a client to go on with."""
-        following.target_tokens = following.computed_tokens = following.inherited_tokens = task.computed_tokens
-        if following.stage.oracle_output_tokens == 1:
-            self.coordinator.stage_done(following, StageResult(now, now, 1), self, now)
-            return False
-        if not self.coordinator.hand_over(task, following, self, now):
+    def _decode_on(self, task: Task, followings: Sequence[Task], now: int) -> None:
+        """Decodes take over the context of `task`: the first its place, others theirs while there is room for them."""
+        residents = self.residents
+        self.view.num_outstanding += len(followings) - 1
+        waiting: list[Task] = []
+        if len(followings) == 1:
+            residents.follow(task, followings[0])
+        else:
+            waiting = residents.fork(task, followings, self.batching.max_num_seqs)
+        for following in followings:
+            assert following.branch is not None
+            following.branch.client = self.index
+            following.started_ns = now
+        for following in waiting:
+            following.started_ns = -1
+            residents.enqueue(following)
+        for following in followings:
+            if following.branch.is_cancelled:  # type: ignore[union-attr]
+                continue
+            if following.admission >= 0:
+                self._join(following, now)
+            elif following.stage.oracle_output_tokens == 1:
+                self._answered(following, now)
+
+    def _answered(self, task: Task, now: int) -> None:
+        """A decode that waits for a place needs none: its only token was sampled with the prefill."""
+        task.started_ns = task.joined_ns = now
+        _emit(task, now)
+        self._record_segment(task, now, DONE)
+        self.residents.drop(task)
+        self.view.num_outstanding -= 1
+        self.coordinator.stage_done(task, StageResult(now, now, 1), self, now)
+
+    def _hand_over(self, task: Task, followings: Sequence[Task], now: int) -> bool:
+        """Decodes whose first token was sampled here: whether `task`'s blocks must stay for a client to go on with."""
+        going = []
+        for following in followings:
+            following.target_tokens = following.computed_tokens = following.inherited_tokens = task.computed_tokens
+            if following.branch.is_cancelled:  # type: ignore[union-attr]
+                continue
+            if following.stage.oracle_output_tokens == 1:
+                self.coordinator.stage_done(following, StageResult(now, now, 1), self, now)
+            else:
+                going.append(following)
+        if not going or not self.coordinator.hand_over(task, going, self, now):
             return False
         self.residents.hold(task)
         return True
@@ -350,7 +366,7 @@ class Client:
         while (task := self.residents.take_over(self.batching.max_num_seqs)) is not None:
             task.started_ns = now
             if task.generated_tokens:
-                self.residents.cohort.join(task, task.stage.oracle_output_tokens - task.generated_tokens)
+                self._enter_cohort(task, task.stage.oracle_output_tokens - task.generated_tokens)
             else:
                 self._join(task, now)
 
@@ -359,12 +375,25 @@ class Client:
         task.joined_ns = now
         _emit(task, now)
         num_tokens = task.stage.oracle_output_tokens - task.generated_tokens
-        cohort = self.residents.cohort
         if num_tokens:
-            cohort.join(task, num_tokens)
+            self._enter_cohort(task, num_tokens)
         else:
-            task.join_step = cohort.step
+            task.join_step = self.residents.cohort.step
             self._decode_done(task, now)
+
+    def _enter_cohort(self, task: Task, num_tokens: int) -> None:
+        cohort = self.residents.cohort
+        cohort.join(task, num_tokens)
+        to_first = task.stage.hidden_tokens + 1 - task.generated_tokens
+        if task.stage.hidden_tokens and 0 < to_first <= num_tokens:
+            self._shown_at.setdefault(cohort.step_of(task, to_first), []).append(task)
+
+    def _show(self, now: int) -> None:
+        """The decode step that is over may have generated first visible tokens; some of those meant here are gone."""
+        for task in self._shown_at.pop(self.residents.cohort.step, ()):
+            is_here = self.residents.running.get(task.admission) is task and task.join_step >= 0
+            if is_here and task.stage.seen_by_user(task.generated_tokens + self.residents.cohort.generated(task)):
+                _shown(task, now)
 
     def _decode_done(self, task: Task, now: int) -> None:
         cohort = self.residents.cohort
@@ -374,6 +403,44 @@ class Client:
         self.view.num_outstanding -= 1
         result = StageResult(task.started_ns, now, task.generated_tokens)
         self.coordinator.stage_done(task, result, self, now)
+
+    # --- tasks that nobody waits for any more ---
+
+    def cancel(self, task: Task, now: int) -> None:
+        """Let `task` go: at once, or as the step in flight ends if that computes for it."""
+        if task not in self.front_end.incoming and self._is_in_flight(task):
+            self._cancelled.append(task)
+        else:
+            self._drop(task, now)
+
+    def _drop(self, task: Task, now: int) -> None:
+        if self.offload is not None:
+            self.offload.forget(task)
+        if task in self.front_end.incoming:
+            self.front_end.forget(task)
+        else:
+            self._record_segment(task, now, DROPPED)
+            self.residents.drop(task)
+            if self.idle and self.residents.num_waiting:
+                self.waker.wake(self)  # there is room now
+        self.view.num_outstanding -= 1
+        self.coordinator.dropped(task, now)
+        if self.offload is not None:
+            self.offload.begin_waiting(now)
+
+    def _is_in_flight(self, task: Task) -> bool:
+        if self.idle or task.admission < 0:
+            return False
+        if task.admission in self.residents.prefilling_tasks:
+            return any(task is each for each, _ in self._chunks)
+        return self.step.num_decodes > 0
+
+    def _let_go(self, now: int) -> None:
+        """The step that computed for cancelled tasks is over; some have ended with it."""
+        cancelled, self._cancelled = self._cancelled, []
+        for task in cancelled:
+            if self.residents.running.get(task.admission) is task:
+                self._drop(task, now)
 
     def _preempted(self, task: Task) -> None:
         """`task` is about to lose its place and its blocks: close its segment and open the next."""
@@ -413,5 +480,10 @@ def no_demand(step: Step) -> Demand:
 def _emit(task: Task, now: int) -> None:
     """A token comes out of the decode `task` that its context ends in."""
     task.generated_tokens += 1
-    if task.stage.visible and task.request.first_token_ns < 0:
+    if task.stage.seen_by_user(task.generated_tokens):
+        _shown(task, now)
+
+
+def _shown(task: Task, now: int) -> None:
+    if task.request.first_token_ns < 0:
         task.request.first_token_ns = now

@@ -37,6 +37,10 @@ class Cohort:
         """Tokens that `task` has generated in the cohort since it joined."""
         return self.step - task.join_step
 
+    def step_of(self, task: Task, num_tokens: int) -> int:
+        """The step counter once `task` has generated `num_tokens` since it joined."""
+        return task.join_step + num_tokens
+
     def reserved_tokens(self, task: Task, growing: bool) -> int:
         """Tokens that `task` has KV blocks for: after the last step, or for the next one if it is `growing`."""
         return self.context(task) + growing

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +22,10 @@ from mist.request import (
     DECODE,
     PREFILL,
     TURNED_AWAY,
-    All,
     Branch,
     ClientView,
+    FirstOf,
+    Fork,
     Join,
     Pipeline,
     Request,
@@ -31,6 +33,7 @@ from mist.request import (
     StageResult,
     Task,
 )
+from mist.residents import share_prefix
 from mist.routing import RoutingPolicy
 from mist.workload import RequestTable
 
@@ -67,6 +70,8 @@ class Coordinator:
         self.num_left = 0
         #: tasks that are placed and not over
         self.num_tasks = 0
+        #: tasks that nobody waits for, until their clients have let them go
+        self.num_cancelled = 0
         self._num_posted = 0
         self._reasons: dict[str, int] = {}
         self._serving = {kind: [c for c in clients if kind in c.serves] for kind in pipeline.kinds}
@@ -75,18 +80,30 @@ class Coordinator:
         self._output_tokens: list[int] = workload.output_tokens.tolist()
         self._sizes = tuple(workload.sizes.items())
         self._hit_tokens: list[int] | None = None if workload.cached_tokens is None else workload.cached_tokens.tolist()
+        self._sessions: list[int] | None = None if workload.sessions is None else workload.sessions.tolist()
+        #: requests with a time of their own, in their order, and by request those that come after its end
+        self._openers: Sequence[int] = range(len(workload))
+        self._followers: dict[int, list[tuple[int, int]]] = {}
+        if workload.after is not None and workload.think_ns is not None:
+            self._openers = np.flatnonzero(workload.after < 0).tolist()
+            for index, (before, think_ns) in enumerate(
+                zip(workload.after.tolist(), workload.think_ns.tolist(), strict=True)
+            ):
+                if before >= 0:
+                    self._followers.setdefault(before, []).append((index, think_ns))
+        waits = workload.concurrency is not None or workload.after is not None
         for client in clients:
             client.coordinator = self
             # what a client fetches or writes shares channels with others
-            client.emits = workload.concurrency is not None or client.offload is not None or self._hands_over(client)
+            client.emits = waits or client.offload is not None or self._hands_over(client)
 
     # --- arrivals ---
 
     def start(self) -> None:
         """Post the first arrival (open loop), or as many as may be in flight (closed loop)."""
         if self.workload.concurrency is None:
-            if len(self.workload):
-                self.kernel.at(self._arrival_ns[0], self._arrive_and_post_next, 0)
+            if self._openers:
+                self.kernel.at(self._arrival_ns[self._openers[0]], self._arrive_and_post_next, 0)
             return
         for _ in range(min(self.workload.concurrency, len(self.workload))):
             self._post_next(self._arrival_ns[self._num_posted])
@@ -95,11 +112,11 @@ class Coordinator:
         self.kernel.at(time_ns, self._arrive, self._num_posted)
         self._num_posted += 1
 
-    def _arrive_and_post_next(self, index: int, now: int) -> None:
-        following = index + 1
-        if following < len(self._arrival_ns):
-            self.kernel.at(self._arrival_ns[following], self._arrive_and_post_next, following)
-        self._arrive(index, now)
+    def _arrive_and_post_next(self, place: int, now: int) -> None:
+        following = place + 1
+        if following < len(self._openers):
+            self.kernel.at(self._arrival_ns[self._openers[following]], self._arrive_and_post_next, following)
+        self._arrive(self._openers[place], now)
 
     def _arrive(self, index: int, now: int) -> None:
         keys = self.workload.block_keys
@@ -111,6 +128,7 @@ class Coordinator:
             keys[index] if keys is not None else (),
             self._hit_tokens[index] if self._hit_tokens is not None else 0,
             {name: int(column[index]) for name, column in self._sizes} if self._sizes else _NO_SIZES,
+            self._sessions[index] if self._sessions is not None else -1,
         )
         self.in_system[index] = request
         self.num_arrived += 1
@@ -119,52 +137,60 @@ class Coordinator:
 
     # --- stage to stage ---
 
-    def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Task | None:
-        """`task` ended on `client`; the decode that is to go on with its KV cache, or None."""
+    def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Sequence[Task]:
+        """`task` ended on `client`; the decodes that are to go on with its KV cache, if any."""
         request, stage, branch = task.request, task.stage, task.branch
         assert branch is not None
-        if stage.visible:
-            request.output_tokens += result.output_tokens
+        if branch.is_cancelled:
+            self.dropped(task, now)
+            return ()
+        request.output_tokens += stage.seen_by_user(result.output_tokens)
         if stage.gates:
             request.gate_ns = now
         request.num_tasks -= 1
         self.num_tasks -= 1
         return self.advance(branch, result, client, now)
 
-    def advance(self, branch: Branch, result: StageResult | None, here: Client | None, now: int) -> Task | None:
-        """Ask for the next stage and place it; a decode is returned, to go on where its prefill left the KV cache."""
+    def advance(self, branch: Branch, result: StageResult | None, here: Client | None, now: int) -> Sequence[Task]:
+        """Ask for the next stage and place it; decodes are returned, to go on where their prefill left the KV cache."""
         request, pipeline = branch.request, branch.pipeline
+        branch.task = branch.fork = None
         if request.rejected_for:
             self._leave_rejected(request, now)
-            return None
+            return ()
         branch.last = result
         try:
             stage = next(pipeline) if result is None else pipeline.send(result)
-            while not isinstance(stage, All) and not stage.has_work:
+            while isinstance(stage, Stage) and not stage.has_work:
+                if stage.shown_tokens:
+                    _show(request, stage.shown_tokens, now)
                 branch.last = StageResult(now, now)
                 stage = pipeline.send(branch.last)  # no work is no stage
         except StopIteration as end:
             self._ended(branch, end.value or branch.last or StageResult(now, now), here, now)
-            return None
-        if isinstance(stage, All):
-            self._fork(branch, stage, here, now)
-            return None
+            return ()
+        if not isinstance(stage, Stage):
+            return self._fork(branch, stage, here, now)
         if stage.kind == PREFILL and stage.visible:
             request.prompt_tokens = stage.input_tokens
         task = Task(request, stage, request.num_stages, stage.input_tokens, now, branch)
+        branch.task = task
         request.num_stages += 1
         request.num_tasks += 1
         self.num_tasks += 1
         if stage.kind == DECODE and not stage.input_tokens:
             if here is None:
                 raise InvariantError(f"request {request.index}: a decode must follow a stage that leaves a KV cache")
-            return task
+            branch.client = -1
+            return (task,)
         self._place(task, here, now)
-        return None
+        return ()
 
     def _place(self, task: Task, here: Client | None, now: int) -> None:
         """Give `task` to a client; what the stage before, on `here`, hands on to it is sent there first."""
         there, stage, network = self._choose(task, now), task.stage, self.network
+        assert task.branch is not None
+        task.branch.client = there.index
         if here is None or here is there or not network.carries_all or not stage.input_bytes:
             there.front_end.accept(task, now)
         elif there.front_end.expect(task, now):
@@ -178,50 +204,99 @@ class Coordinator:
 
     def _start(self, branch: Branch, result: StageResult | None, here: Client | None, now: int) -> None:
         """Go on where no KV cache is at hand: at a pipeline's begin, or after branches have joined."""
-        if self.advance(branch, result, here, now) is not None:
+        if self.advance(branch, result, here, now):
             story = f"request {branch.request.index}"
             raise InvariantError(f"{story}: a decode must directly follow the stage that leaves its KV cache")
 
-    def _fork(self, branch: Branch, fork: All, here: Client | None, now: int) -> None:
-        join = Join(branch, [None] * len(fork.branches), len(fork.branches))
-        if not fork.branches:
+    def _fork(self, branch: Branch, fork: Fork, here: Client | None, now: int) -> Sequence[Task]:
+        """Start the branches of `fork`; one that is over at once, or rejected, may end it before all have begun."""
+        num_branches = len(fork.branches)
+        num_needed = min(fork.k, num_branches) if isinstance(fork, FirstOf) else num_branches
+        join = Join(branch, num_needed, isinstance(fork, FirstOf) and fork.cancel_rest)
+        if not num_needed:
             self._start(branch, StageResult(now, now), here, now)
-        for place, part in enumerate(fork.branches):
-            if branch.request.rejected_for:
-                return
-            pipeline = _only(part) if isinstance(part, Stage) else part
-            self._start(Branch(branch.request, pipeline, now, join, place), None, here, now)
+            return ()
+        branch.fork = join
+        pipelines = [_only(part) if isinstance(part, Stage) else part for part in fork.branches]
+        join.branches = [Branch(branch.request, each, now, join, place) for place, each in enumerate(pipelines)]
+        decodes: list[Task] = []
+        for each in join.branches:
+            if branch.request.rejected_for or each.is_cancelled:
+                break
+            decodes += self.advance(each, None, here, now)
+        return decodes
 
     def _ended(self, branch: Branch, result: StageResult, here: Client | None, now: int) -> None:
-        """A pipeline is over: its request leaves, or what waits for all branches has one less to wait for."""
-        join = branch.joins
+        """A pipeline is over: its request may leave, or what waits for branches has one less to wait for."""
+        branch.is_over = True
+        join, request = branch.joins, branch.request
         if join is None:
-            self._leave(branch.request, REFUSED if result is TURNED_AWAY else FINISHED, now)
-            return
-        join.results[branch.place] = result
-        join.num_open -= 1
-        if not join.num_open:
-            parts = tuple(part for part in join.results if part is not None)
-            start, end = min(part.start_ns for part in parts), max(part.end_ns for part in parts)
-            tokens = sum(part.output_tokens for part in parts)
-            self._start(join.branch, StageResult(start, end, tokens, parts=parts), here, now)
+            request.is_answered = True
+            request.is_refused = result is TURNED_AWAY
+        else:
+            join.results[branch.place] = result
+            join.num_needed -= 1
+            if not join.num_needed:
+                self._join(join, here, now)
+        if request.is_answered and not request.num_tasks and request.index in self.in_system:
+            self._leave(request, REFUSED if request.is_refused else FINISHED, now)
 
-    def hand_over(self, task: Task, following: Task, client: Client, now: int) -> bool:
-        """The KV cache of `task` goes from `client` to one that decodes on; False: it can't, and the request left."""
-        there = self._choose(following, now)
-        if not there.front_end.expect(following, now):
+    def _join(self, join: Join, here: Client | None, now: int) -> None:
+        """Enough branches have ended: their results, in the order of the branches, go to the pipeline that forked."""
+        if join.cancels_rest:
+            for each in join.branches:
+                self._cancel(each, now)
+        parts = tuple(result for _, result in sorted(join.results.items()))
+        start, end = min(part.start_ns for part in parts), max(part.end_ns for part in parts)
+        tokens = sum(part.output_tokens for part in parts)
+        self._start(join.branch, StageResult(start, end, tokens, parts=parts), here, now)
+
+    def _cancel(self, branch: Branch, now: int) -> None:
+        """Give up what `branch` still waits for, and all that it has forked into."""
+        if branch.is_over or branch.is_cancelled:
+            return
+        branch.is_cancelled = True
+        if branch.fork is not None:
+            for each in branch.fork.branches:
+                self._cancel(each, now)
+        if (task := branch.task) is not None:
+            branch.request.num_tasks -= 1
+            self.num_tasks -= 1
+            if branch.client >= 0:
+                self.num_cancelled += 1
+                self.clients[branch.client].cancel(task, now)
+
+    def dropped(self, task: Task, now: int) -> None:
+        """A cancelled task has left its client."""
+        self.num_cancelled -= 1
+
+    def hand_over(self, task: Task, followings: Sequence[Task], client: Client, now: int) -> bool:
+        """The KV cache of `task` goes from `client` to one that decodes on; False: it can't, and the request left.
+
+        Those that go on with one context go together, and it is sent once.
+        """
+        there = self._choose(followings[0], now)
+        expected = []
+        for following in followings:
+            assert following.branch is not None
+            following.branch.client = there.index
+            if not following.branch.is_cancelled and there.front_end.expect(following, now):
+                expected.append(following)
+        if not expected:
             return False
-        transfer = (task, client, following, there)
-        num_bytes = following.target_tokens * client.kv_bytes_per_token
+        share_prefix(expected, task.computed_tokens // there.residents.kv.block_size)
+        transfer = (task, client, there, *expected)
+        num_bytes = task.computed_tokens * client.kv_bytes_per_token
         self.network.send(task.request.index, KV_TRANSFER, client.index, there.index, num_bytes, self._handed_over,
                           transfer, now)  # fmt: skip
         return True
 
-    def _handed_over(self, transfer: tuple[Task, Client, Task, Client], now: int) -> None:
-        task, here, following, there = transfer
+    def _handed_over(self, transfer: tuple[Any, ...], now: int) -> None:
+        task, here, there, *followings = transfer
         here.sent(task)
-        following.queued_ns = now
-        there.front_end.receive(following, now)
+        for following in followings:
+            following.queued_ns = now
+            there.front_end.receive(following, now)
 
     def _choose(self, task: Task, now: int) -> Client:
         kind = task.stage.kind
@@ -253,8 +328,7 @@ class Coordinator:
     def rejected(self, task: Task, client: Client, reason: str, now: int) -> None:
         """`client` can never serve `task`: its request leaves with the reason, once its other tasks are over."""
         request = task.request
-        if task.stage.visible:
-            request.output_tokens += task.generated_tokens
+        request.output_tokens += task.stage.seen_by_user(task.generated_tokens)
         request.num_tasks -= 1
         self.num_tasks -= 1
         request.rejected_for = request.rejected_for or reason
@@ -269,8 +343,7 @@ class Coordinator:
         self.network.cut(now)
         for client in self.clients:
             for task in client.cut(now):
-                if task.stage.visible:
-                    task.request.output_tokens += task.generated_tokens
+                task.request.output_tokens += task.stage.seen_by_user(task.generated_tokens)
         for request in list(self.in_system.values()):
             self._leave(request, UNFINISHED, now)
 
@@ -287,8 +360,12 @@ class Coordinator:
              request.prompt_tokens or request.input_tokens, request.output_tokens, request.cached_tokens,
              request.num_preemptions)
         )  # fmt: skip
-        if self.workload.concurrency is not None and status != UNFINISHED and self._num_posted < len(self.workload):
+        if status == UNFINISHED:
+            return
+        if self.workload.concurrency is not None and self._num_posted < len(self.workload):
             self._post_next(now)
+        for index, think_ns in self._followers.pop(request.index, ()):
+            self.kernel.at(now + think_ns, self._arrive, index)
 
     def _reason(self, reason: str) -> int:
         if not reason:
@@ -297,6 +374,13 @@ class Coordinator:
         if index == len(self.records.reasons):
             self.records.reasons.append(reason)
         return index
+
+
+def _show(request: Request, num_tokens: int, now: int) -> None:
+    """Tokens that were generated unseen come out all at once."""
+    request.output_tokens += num_tokens
+    if request.first_token_ns < 0:
+        request.first_token_ns = now
 
 
 def _only(stage: Stage) -> Pipeline:

@@ -46,8 +46,22 @@ class FrontEnd:
         self.incoming_tokens += task.remaining_tokens
         return True
 
+    def fits(self, following: Task, context: int, now: int) -> bool:
+        """Whether a decode can go on here from `context` tokens to its end; it is rejected with the reason if not."""
+        request, branch = following.request, following.branch
+        was_expected = following.stage.oracle_output_tokens <= request.oracle_output_tokens  # when its prefill came
+        if was_expected or branch is None or branch.is_cancelled:
+            return True
+        following.target_tokens = context
+        reason = self._never_fits(following)
+        if reason:
+            self._client.coordinator.rejected(following, self._client, reason, now)
+        return not reason
+
     def receive(self, task: Task, now: int) -> None:
         """An expected task is here: it passes the front end, then its prefix is fetched, then it waits."""
+        if task not in self.incoming:
+            return
         engine = self._client.engine
         self._free_ns = begin = max(now, self._free_ns)
         self._free_ns += engine.request_serial_ns
@@ -59,6 +73,13 @@ class FrontEnd:
         else:
             self._fetch(task, now)
 
+    def forget(self, task: Task) -> None:
+        """`task` was cancelled on its way: what brings it arrives for nobody."""
+        del self.incoming[task]
+        self.incoming_tokens -= task.remaining_tokens
+        if task in self.unseen:
+            self.unseen.remove(task)
+
     def see(self) -> None:
         """The next batch may hold what arrived before this one was decided."""
         for task in self.unseen:
@@ -66,11 +87,15 @@ class FrontEnd:
         self.unseen.clear()
 
     def _fetch(self, task: Task, now: int) -> None:
+        if task not in self.incoming:
+            return
         offload, reads = self._client.offload, task.reads_prompt and task.remaining_tokens > 0
         if offload is None or not reads or not offload.fetch(task, self._enqueue, now):
             self._enqueue(task, now)
 
     def _enqueue(self, task: Task, now: int) -> None:
+        if task not in self.incoming:
+            return
         client = self._client
         if client.engine.async_scheduling and not client.idle:
             self.unseen.append(task)

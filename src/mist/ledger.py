@@ -6,6 +6,7 @@ It changes nothing: a run with and without it gives equal bytes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,13 +61,13 @@ class Ledger:
             return
         self.check_requests(now)
         placed = sum(client.view.num_outstanding for client in self.clients)
-        self._equal("tasks in exactly one place", placed, self.coordinator.num_tasks)
+        self._equal("tasks in exactly one place", placed, self.coordinator.num_tasks + self.coordinator.num_cancelled)
         for memory in self._memories:
             self._check_memory(memory, recount=not self._num_instants % LONG_RECOUNT)
         in_system = self.coordinator.in_system.values()
         if len(in_system) > LONG_QUEUE and self._num_instants % LONG_QUEUE:  # a multiple of SPARSE
             return
-        self._equal("tasks of requests", sum(request.num_tasks for request in in_system), placed)
+        self._equal("tasks of requests", sum(request.num_tasks for request in in_system), self.coordinator.num_tasks)
         self._true(all(request.num_tasks for request in in_system), "a request in the system has no task")
 
     def check_requests(self, now: int) -> None:
@@ -105,6 +106,7 @@ class Ledger:
         floor = client.perf.floor_time(step)
         self._true(device_ns >= floor, f"{client.name}: a step of {device_ns} ns beats its floor of {floor} ns: {step}")
         self._check_cohort(client)
+        self._check_context(client, step)
         self._check_blocks(client)
         self._check_pending(client)
 
@@ -236,7 +238,7 @@ class Ledger:
     def _check_prompts(self, tasks: dict[str, np.ndarray], requests: dict[str, np.ndarray]) -> None:
         """tokens: computed + found in the prefix cache = prompt, per stage, unless a preemption computed some again."""
         kinds = self.coordinator.pipeline.kinds
-        done = np.zeros(self.coordinator.num_arrived, np.int64)
+        done = np.zeros(len(self.coordinator.workload), np.int64)
         np.add.at(done, tasks["request"], tasks["computed_tokens"] + tasks["cached_tokens"])
         plain = (requests["status"] == FINISHED) & (requests["num_preemptions"] == 0)
         wanted = requests["input_tokens"] * (len(kinds) - (DECODE in kinds))
@@ -300,10 +302,14 @@ class Ledger:
 
     def _under_way(self) -> tuple[list[int], list[int]]:
         """Transfers that tasks wait for on their way to each client, and KV caches on their way from each."""
-        to, leaving = [c.offload.num_tasks if c.offload else 0 for c in self.clients], [0] * len(self.clients)
+        to, leaving = [0] * len(self.clients), [0] * len(self.clients)
+        for client in self.clients:
+            if client.offload is not None:
+                to[client.index] = sum(task in client.front_end.incoming for task in client.offload.tasks)
         for transfer in self.coordinator.network.in_flight:
             if transfer.receiver >= 0 and transfer.kind != PREFIX_FETCH:
-                to[transfer.receiver] += 1
+                expected = self.clients[transfer.receiver].front_end.incoming
+                to[transfer.receiver] += sum(part in expected for part in transfer.argument)
             if transfer.kind == KV_TRANSFER:
                 leaving[transfer.sender] += 1
         return to, leaving
@@ -323,6 +329,17 @@ class Ledger:
             self._equal(f"{client.name}: cohort block boundaries", cohort.boundary, boundary)
         for task in decoding:
             self._check_calendar(client, task)
+
+    def _check_context(self, client: Client, step: Step) -> None:
+        """A step reads every decode's context, or blocks that several share once where reads are merged."""
+        residents = client.residents
+        context = residents.cohort.sum_context + step.num_decodes * step.tokens_per_decode if step.num_decodes else 0
+        users = Counter(task.shared for task in residents.running.values() if task.shared)
+        running = {each: each.num_running for each in residents.prefixes if each.num_running}
+        self._equal(f"{client.name}: decodes that share prefixes", running, dict(users))
+        if client.merges_shared_reads and step.num_decodes:
+            context -= sum((n - 1) * shared.num_blocks for shared, n in users.items()) * residents.kv.block_size
+        self._equal(f"{client.name}: decode context", step.decode_context, context)
 
     def _check_paces(self, client: Client, cohort: SpeculativeCohort, decoding: Sequence[Task]) -> None:
         """Exact contexts, and the blocks of the next step, which none of these holds yet or all do."""
@@ -361,6 +378,7 @@ class Ledger:
         private += sum(
             kv.blocks_for(t.computed_tokens) - t.num_indexed * kv.unit_blocks for t in residents.sending.values()
         )
+        private += sum(p.num_blocks - p.holder.num_indexed * kv.unit_blocks for p in residents.prefixes)
         referenced = private + kv.count_referenced_units()
         self._equal(f"{client.name}: KV blocks", kv.free + kv.cached + referenced, kv.num_blocks)
         self._equal(f"{client.name}: cached KV blocks", kv.cached, kv.count_evictable())

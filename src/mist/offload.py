@@ -142,9 +142,9 @@ class Offload:
             kv.on_evict = self.evicted.append
 
     @property
-    def num_tasks(self) -> int:
+    def tasks(self) -> list[Task]:
         """Tasks whose prefix is under way, or will be."""
-        return len(self.fetching) + len(self.waiting)
+        return [*self.fetching, *self.waiting]
 
     @property
     def memories(self) -> list[Memory]:
@@ -197,6 +197,12 @@ class Offload:
     def admitted(self, task: Task) -> None:
         """`task` has blocks of its own for what was fetched."""
         self._num_to_take -= self._to_take.pop(task, 0)
+
+    def forget(self, task: Task) -> None:
+        """`task` was cancelled: what it waits for isn't fetched any more; what is under way still needs its room."""
+        self.waiting.pop(task, None)
+        if task not in self.fetching:
+            self.admitted(task)
 
     def _blocks(self, first_token: int, found: Sequence[Found]) -> int:
         kv = self._client.residents.kv
@@ -294,6 +300,9 @@ class Offload:
             del self.fetching[task]
             task.found_from = fetch.first_token
             task.found_tokens = fetch.first_token + fetch.num_tokens
+            if task not in self._client.front_end.incoming:
+                self.admitted(task)  # it was cancelled: nobody comes for it
+                self.begin_waiting(now)
             fetch.deliver(task, now)
 
     # --- writing ---

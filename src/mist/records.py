@@ -25,8 +25,8 @@ TRANSFER_KINDS = ("kv_transfer", "prefix_fetch", "hand_off", "kv_write")
 KV_TRANSFER, PREFIX_FETCH, HAND_OFF, KV_WRITE = range(4)
 
 #: how a task segment ended, in this order
-SEGMENT_ENDS = ("done", "preempted", "cut")
-DONE, PREEMPTED, CUT = range(3)
+SEGMENT_ENDS = ("done", "preempted", "cut", "cancelled")
+DONE, PREEMPTED, CUT, DROPPED = range(4)
 
 
 class Table:

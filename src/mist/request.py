@@ -27,6 +27,11 @@ class Stage:
     that a re-ranker reads. `found_tokens`: tokens at the front of the input whose KV cache the stage before has found:
     it is sent along and not computed. `input_bytes`: what else is sent from the client of the stage before.
     `gates`: nothing of the request is shown to the user before it has ended.
+    `hidden_tokens`: of what it generates, the tokens at the front that the user doesn't see: a thought. `shown_tokens`:
+    tokens that were generated unseen and are shown to the user now, by a stage without work of its own. `is_resumed`:
+    the request goes on from the context that this decode leaves, whose full blocks stay in the prefix cache, for this
+    request alone, until they are evicted. `reads_prompt`: its input begins with the request's prompt, as that of a
+    prefill always does: the workload tells its content and hits.
     """
 
     kind: str
@@ -37,6 +42,14 @@ class Stage:
     found_tokens: int = 0
     input_bytes: int = 0
     gates: bool = False
+    hidden_tokens: int = 0
+    shown_tokens: int = 0
+    is_resumed: bool = False
+    reads_prompt: bool = False
+
+    def seen_by_user(self, num_tokens: int) -> int:
+        """Of the first `num_tokens` that it generates, those that the user sees."""
+        return max(0, num_tokens - self.hidden_tokens) if self.visible else 0
 
     @property
     def has_work(self) -> bool:
@@ -67,18 +80,36 @@ TURNED_AWAY = object()
 class All:
     """Branches of a pipeline that run side by side: stages, or pipelines of their own; it goes on when all have ended.
 
-    A branch's result is what its generator returns, or that of its last stage.
+    A branch's result is what its generator returns, or that of its last stage. Branches that begin with a decode all go
+    on with the KV cache of the stage before, whose blocks they share.
     """
 
     branches: Sequence[Stage | Pipeline]
 
 
-Pipeline = Generator[Stage | All, StageResult, Any]
+@dataclass(slots=True)
+class FirstOf:
+    """Branches that run side by side until `k` of them have ended; the pipeline goes on with the results of these.
+
+    With `cancel_rest` what the others still wait for or compute is given up, and they free what they hold; without,
+    they run to their ends, and nobody waits for them but the request's own end.
+    """
+
+    k: int
+    branches: Sequence[Stage | Pipeline]
+    cancel_rest: bool = True
+
+
+Fork = All | FirstOf
+Pipeline = Generator[Stage | All | FirstOf, StageResult, Any]
 
 
 @dataclass(slots=True, eq=False)
 class Branch:
-    """A pipeline as far as a request has followed it; `joins` is the branch point that waits for it, if any."""
+    """A pipeline as far as a request has followed it; `joins` is the branch point that waits for it, if any.
+
+    It is at `task` on `client` (its index), or waits for the branches of `fork`.
+    """
 
     request: Request
     pipeline: Pipeline
@@ -86,15 +117,22 @@ class Branch:
     joins: Join | None = None
     place: int = 0
     last: StageResult | None = None
+    task: Task | None = None
+    client: int = -1
+    fork: Join | None = None
+    is_over: bool = False
+    is_cancelled: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class Join:
-    """An `All` whose branches aren't all over; `branch` goes on with their results."""
+    """Branches that run side by side; `branch` goes on with the results once `num_needed` more have ended."""
 
     branch: Branch
-    results: list[StageResult | None]
-    num_open: int
+    num_needed: int
+    cancels_rest: bool = False
+    branches: list[Branch] = field(default_factory=list)
+    results: dict[int, StageResult] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -105,6 +143,7 @@ class Request:
     of the workload; empty where the content is unknown (nothing is then shared with other requests). `hit_tokens`:
     tokens at the front of the prompt that the workload says are in the prefix cache, whatever their content.
     `sizes`: what else the workload tells of this request, by name, such as `query_tokens` or `passage_tokens`.
+    `session`: the number of the session that it is a turn of, -1 if it is of none.
     """
 
     index: int
@@ -114,6 +153,7 @@ class Request:
     block_keys: tuple[int, ...] = ()
     hit_tokens: int = 0
     sizes: Mapping[str, int] = field(default_factory=dict)
+    session: int = -1
     # progress
     first_token_ns: int = -1
     output_tokens: int = 0
@@ -130,6 +170,25 @@ class Request:
     store: int = 0
     #: why it can't be served; it leaves when its other tasks are over
     rejected_for: str = ""
+    #: its pipeline is over; it leaves when its other tasks are
+    is_answered: bool = False
+    #: its pipeline turned it away
+    is_refused: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class SharedPrefix:
+    """Full KV blocks at the front of several decodes that go on with one context; `holder` is the task that they were.
+
+    `num_users` decodes need them, of which `num_running` are admitted. Blocks of a context that came from elsewhere
+    aren't held until the first of these is.
+    """
+
+    holder: Task
+    num_blocks: int
+    num_users: int
+    num_running: int = 0
+    is_held: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -147,6 +206,7 @@ class Task:
     target_tokens: int
     queued_ns: int
     branch: Branch | None = None
+    shared: SharedPrefix | None = None
     computed_tokens: int = 0
     generated_tokens: int = 0
     #: of the computed tokens of this segment: found in the prefix cache, and taken over from the task it follows
@@ -188,12 +248,12 @@ class Task:
     @property
     def reads_prompt(self) -> bool:
         """Whether its context begins with the request's prompt, of which the workload tells content and hits."""
-        return self.stage.kind in (PREFILL, DECODE)
+        return self.stage.reads_prompt or self.stage.kind in (PREFILL, DECODE)
 
     @property
     def prompt_keys(self) -> tuple[int, ...]:
         """The prefix hashes of its context."""
-        return self.request.block_keys if self.stage.kind in (PREFILL, DECODE) else ()
+        return self.request.block_keys if self.reads_prompt else ()
 
     @property
     def generates(self) -> bool:

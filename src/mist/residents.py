@@ -7,11 +7,11 @@ It never chooses what runs next and knows no durations.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mist.cohort import Cohort
 from mist.memory.kv_cache import KVCache
-from mist.request import Task
+from mist.request import SharedPrefix, Task
 
 
 class Residents:
@@ -27,7 +27,7 @@ class Residents:
     __slots__ = (
         "_admissions", "_fetch_waits_since", "_generates", "_grown", "_has_preempted", "_promised", "_promises",
         "_scheduled", "cohort", "handed_over", "kv", "num_preemptions", "on_preempt", "pending_tokens",
-        "prefilling_tasks", "reserves_output", "running", "sending", "waiting",
+        "prefilling_tasks", "prefixes", "reserves_output", "running", "sending", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -50,6 +50,8 @@ class Residents:
         self.running: dict[int, Task] = {}
         self.prefilling_tasks: dict[int, Task] = {}
         self.sending: dict[int, Task] = {}
+        #: blocks that decodes of one context hold together
+        self.prefixes: dict[SharedPrefix, None] = {}
         self.on_preempt = on_preempt
         #: decodes that wait with a context that was computed elsewhere: nothing for a policy to schedule
         self.handed_over: deque[Task] = deque()
@@ -180,14 +182,22 @@ class Residents:
         if not self.handed_over or len(self.running) >= max_num_seqs:
             return None
         task, first = self.handed_over[0], self.waiting[0] if self.waiting else None
-        if first is not None and (first.request.num_preemptions or first.queued_ns <= task.queued_ns):
+        shared = task.shared
+        holds = shared is not None and shared.is_held  # it would keep others out while it waits
+        if first is not None and not holds and (first.request.num_preemptions or first.queued_ns <= task.queued_ns):
             return None
         kv, cohort = self.kv, self.cohort
         needed = cohort.num_new_blocks() + kv.blocks_for(task.target_tokens + cohort.tokens_per_decode)
+        if shared is not None and holds:
+            needed -= shared.num_blocks
         if needed + kv.watermark_blocks > kv.available or not self._keeps_promises(task):
             return None
         self.handed_over.popleft()
-        kv.take(kv.blocks_for(task.target_tokens))
+        kv.take(kv.blocks_for(task.target_tokens) - (shared.num_blocks if shared is not None and holds else 0))
+        if shared is not None:
+            shared.is_held = True
+            shared.num_running += 1
+            self.prefixes[shared] = None
         self._let_in(task)
         return task
 
@@ -216,9 +226,72 @@ class Residents:
         following.num_indexed = done.num_indexed
         self.running[done.admission] = following
 
+    def fork(self, done: Task, followings: Sequence[Task], max_num_seqs: int) -> list[Task]:
+        """`followings` go on with the context of `done` and share its full blocks; those that there is no room for now.
+
+        The first inherits the block that isn't full, the others take copies of it.
+        """
+        num_tokens, kv = done.computed_tokens, self.kv
+        for task in followings:
+            task.computed_tokens = task.inherited_tokens = task.target_tokens = num_tokens
+        shared = share_prefix(followings, num_tokens // kv.block_size, done)
+        self.prefixes[shared] = None
+        first, *others = followings
+        first.admission = done.admission
+        self.running[done.admission] = first
+        shared.num_running = 1
+        num_tail = kv.blocks_for(num_tokens) - shared.num_blocks
+        waiting: list[Task] = []
+        for task in others:
+            has_room = num_tail + kv.watermark_blocks <= kv.available and len(self.running) < max_num_seqs
+            if waiting or not has_room or not self._keeps_promises(task):
+                waiting.append(task)
+                continue
+            kv.take(num_tail)
+            shared.num_running += 1
+            self._let_in(task)
+        return waiting
+
+    def surrender(self) -> bool:
+        """Give back a prefix of which no user runs, whose users then compute it again; False where there is none."""
+        waiting = {each.shared for each in self.handed_over if each.shared and not each.shared.num_running}
+        shared = next((each for each in reversed(self.prefixes) if each in waiting), None)
+        if shared is None:
+            return False
+        for task in [each for each in reversed(self.handed_over) if each.shared is shared]:
+            self.handed_over.remove(task)
+            self.on_preempt(task)
+            self._unshare(task)
+            task.computed_tokens = 0
+            self.pending_tokens += task.target_tokens
+            self.num_preemptions += 1
+            task.request.num_preemptions += 1
+            self.waiting.appendleft(task)
+        return True
+
     def leave(self, task: Task, num_tokens: int, reserved_tokens: int) -> None:
         """`task` stops running and releases its blocks, for `reserved_tokens`, of which it has filled `num_tokens`."""
-        self._release(task, num_tokens, reserved_tokens, resumes=False)
+        self._release(task, num_tokens, reserved_tokens, resumes=task.stage.is_resumed)
+
+    def drop(self, task: Task) -> None:
+        """`task` is wanted no more: it leaves wherever it is and releases its blocks. It is in no step in flight."""
+        if task.admission < 0:
+            if task in self.handed_over:
+                self.handed_over.remove(task)
+                self._unshare(task)
+            else:
+                self.waiting.remove(task)
+                self.pending_tokens -= task.remaining_tokens
+        elif task.admission in self.prefilling_tasks:
+            del self.prefilling_tasks[task.admission]
+            self.pending_tokens -= task.remaining_tokens
+            self._release(task, task.computed_tokens, task.computed_tokens, resumes=False)
+        elif task.join_step < 0:
+            self._release(task, task.computed_tokens, task.computed_tokens, resumes=False)
+        else:
+            context, reserved = self.cohort.context(task), self.cohort.reserved_tokens(task, self._grown)
+            self.cohort.leave(task)
+            self._release(task, context, reserved, resumes=False)
 
     def hold(self, task: Task) -> None:
         """`task` is done and stops running; its blocks stay until `sent`."""
@@ -230,11 +303,18 @@ class Residents:
         self._promised -= self._promises.pop(task.admission, 0)
         self.kv.release(task, num_tokens, self.kv.blocks_for(num_tokens), resumes=False)
 
+    @property
+    def shared_context(self) -> int:
+        """Tokens that `cohort.sum_context` counts again for each decode but the first of those that share a prefix."""
+        again = sum((each.num_running - 1) * each.num_blocks for each in self.prefixes if each.num_running > 1)
+        return again * self.kv.block_size
+
     def held_blocks(self, task: Task) -> int:
         """KV blocks that a running task holds now, what this step computes for it included."""
         if task.admission in self.prefilling_tasks:
             return self.kv.blocks_for(task.computed_tokens + self._scheduled.get(task.admission, 0))
-        return self.kv.blocks_for(self.cohort.reserved_tokens(task, self._grown))
+        shared = task.shared.num_blocks if task.shared else 0
+        return self.kv.blocks_for(self.cohort.reserved_tokens(task, self._grown)) - shared
 
     def _let_in(self, task: Task) -> None:
         self._admissions += 1
@@ -276,6 +356,8 @@ class Residents:
     def _make_room(self, task: Task, num_blocks: int) -> bool:
         """Preempt from the running tail until `num_blocks` are available; False if `task` itself had to go."""
         while self.kv.available < num_blocks:
+            if self.prefixes and self.surrender():
+                continue
             victim = self.running[next(reversed(self.running))]
             self.preempt(victim)
             if victim is task:
@@ -306,6 +388,35 @@ class Residents:
         self.waiting.appendleft(task)
 
     def _release(self, task: Task, num_tokens: int, reserved_tokens: int, *, resumes: bool) -> None:
-        self.kv.release(task, num_tokens, self.kv.blocks_for(reserved_tokens), resumes=resumes)
+        num_blocks = self.kv.blocks_for(reserved_tokens)
+        if task.shared is None:
+            is_alone = task.branch is None or task.branch.joins is None  # a run is found by its request
+            self.kv.release(task, num_tokens, num_blocks, resumes=resumes and is_alone)
+        else:
+            self.kv.release(task, num_tokens, num_blocks - task.shared.num_blocks, resumes=False)
+            task.shared.num_running -= 1
+            self._unshare(task)
         del self.running[task.admission]
         self._promised -= self._promises.pop(task.admission, 0)
+
+    def _unshare(self, task: Task) -> None:
+        """`task` needs the blocks no more that it shares: the last one gives them back."""
+        shared, task.shared = task.shared, None
+        if shared is None:
+            return
+        shared.num_users -= 1
+        if not shared.num_users and shared.is_held:
+            del self.prefixes[shared]
+            num_tokens = shared.num_blocks * self.kv.block_size
+            self.kv.release(shared.holder, num_tokens, shared.num_blocks, resumes=False)
+
+
+def share_prefix(tasks: Sequence[Task], num_blocks: int, holder: Task | None = None) -> SharedPrefix:
+    """Let decodes of one context share its `num_blocks` full blocks; without a `holder` nobody holds them yet."""
+    first = tasks[0]
+    stand_in = Task(first.request, first.stage, -1, first.target_tokens, first.queued_ns)  # it has no units in an index
+    shared = SharedPrefix(holder or stand_in, num_blocks, len(tasks), is_held=holder is not None)
+    if len(tasks) > 1:
+        for task in tasks:
+            task.shared = shared
+    return shared

@@ -6,17 +6,49 @@ path drawn when a sequence joins first. It never prices a draft, and never sees 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mist.cohort import Cohort
+from mist.hardware import MappingReader
 from mist.request import Task
 
 #: Tokens per step are whole multiples of 2^-PACE_BITS: sums of contexts stay exact integers.
 PACE_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptedLengths:
+    """Acceptance as measured on `model` by `method`: tokens per step, `accepted_lengths[k - 1]` with k drafted ones.
+
+    The token that the model itself adds counts: each is 1 + accepted drafts / steps.
+    """
+
+    name: str
+    accepted_lengths: tuple[float, ...]
+    model: str = ""
+    method: str = ""
+    aliases: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> AcceptedLengths:
+        """Measured lengths from a catalogue file or a user's YAML; ScenarioError lists all that is wrong with them."""
+        reader = MappingReader(data, {f.name for f in fields(cls)}, ("name", "accepted_lengths"))
+        given = data.get("accepted_lengths") or ()
+        lengths = list(given) if isinstance(given, list | tuple) else [given]
+        for k, length in enumerate(lengths, 1):
+            if isinstance(length, bool) or not isinstance(length, int | float) or not 1 <= length <= k + 1:
+                reader.problem("accepted_lengths", f"has {length!r} for {k} drafted, where 1 to {k + 1} would do")
+        reader.finish()
+        texts = {key: str(data.get(key) or "") for key in ("name", "model", "method")}
+        aliases = tuple(str(alias) for alias in data.get("aliases") or ())
+        sources = {str(key): str(text) for key, text in (data.get("sources") or {}).items()}
+        return cls(accepted_lengths=tuple(map(float, lengths)), aliases=aliases, sources=sources, **texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +130,9 @@ class SpeculativeCohort(Cohort):
     def generated(self, task: Task) -> int:
         to_go = task.stage.oracle_output_tokens - task.generated_tokens
         return min(to_go, (self.step - task.join_step) * task.pace >> PACE_BITS)
+
+    def step_of(self, task: Task, num_tokens: int) -> int:
+        return task.join_step - (-(num_tokens << PACE_BITS) // task.pace)
 
     def reserved_tokens(self, task: Task, growing: bool) -> int:
         steps = self.step - task.join_step - (not growing)

@@ -261,13 +261,14 @@ def schema(plugins: tuple[str, ...]) -> None:
     print_json(json_schema())
 
 
+_LISTED = (
+    "devices", "models", "engines", "steps", "memories", "acceptance", "policies", "perf", "workloads", "networks",
+    "pipelines",
+)  # fmt: skip
+
+
 @main.command("list")
-@click.argument(
-    "what",
-    type=click.Choice(
-        ["devices", "models", "engines", "steps", "memories", "policies", "perf", "workloads", "networks", "pipelines"]
-    ),
-)
+@click.argument("what", type=click.Choice(_LISTED))
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")
 def list_names(what: str, as_json: bool, plugins: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
 """The paged KV cache of one client: blocks by number, prefix content by hash, least recently used evicted first.
 
-Blocks are interchangeable, so only their number is kept; content that may be hit again is kept as *entries*: a unit of
-a prompt that a hash names, or a request's own *run* of blocks behind its hashed units. It never picks a victim task.
+Blocks are interchangeable, so only their number is kept; content that may be hit again is kept as *entries*: a stretch
+of a prompt's hashed units, or a request's own *run* of blocks behind them. It never picks a victim task.
 """
 
 from __future__ import annotations
@@ -36,12 +36,45 @@ class _Run(NamedTuple):
 _MISS = Hit(0, 0, 0, 0)
 
 
+class _Segment:
+    """Units that follow each other in some prompt, and that the same sequences refer to: `num_users`.
+
+    The first `num_units` of `keys` are cached. Its place among what can be evicted is that of each of them, its tail
+    first: what one sequence released together, or what is left of it.
+    """
+
+    __slots__ = ("keys", "num_units", "num_users")
+
+    def __init__(self, keys: tuple[int, ...], num_users: int) -> None:
+        self.keys = keys
+        self.num_units = len(keys)
+        self.num_users = num_users
+
+    def count_common(self, keys: tuple[int, ...], start: int, end: int) -> int:
+        """How many of its units stand in `keys` from `start` on, before `end`."""
+        own = self.keys
+        low, high = 0, min(self.num_units, end - start)
+        if own[high - 1] == keys[start + high - 1]:  # an equal key has an equal prefix
+            return high
+        while high - low > 1:  # the first `low` are the same, the first `high` aren't
+            middle = (low + high) // 2
+            if own[middle - 1] == keys[start + middle - 1]:
+                low = middle
+            else:
+                high = middle
+        return low
+
+
 class KVCache:
     """`num_blocks` blocks of `block_size` tokens.
 
     Laws: free + cached + referenced = num_blocks; available = free + cached. `hash_block_size` tokens share one hash
     (a multiple of `block_size`, 0 where prompts have no hashes). Without `enable_prefix_caching` nothing outlives its
     release.
+
+    Keys are chained, so of a prompt's units the first ones are cached, and of these the first ones referred to: a radix
+    tree, whose edges are segments, found by the key that each begins with. A segment may have lost its tail, or branch
+    anywhere, and is split only where a sequence refers to a part of it.
 
     vLLM v1's order is kept: units are indexed when their tokens are scheduled; a released sequence's blocks become
     evictable tail first; free blocks are used before cached content is evicted. Two things differ: a sequence that
@@ -50,7 +83,7 @@ class KVCache:
     """
 
     __slots__ = (
-        "_evictable", "_next_run", "_refs", "_runs", "block_size", "cached", "free", "hash_block_size",
+        "_evictable", "_next_run", "_runs", "_segments", "block_size", "cached", "free", "hash_block_size",
         "holds_stated_hits", "num_blocks", "on_evict", "prefix_caching", "unit_blocks", "watermark_blocks",
     )  # fmt: skip
 
@@ -77,10 +110,10 @@ class KVCache:
         self.holds_stated_hits = True
         #: told the key of every hashed unit that is evicted, a prompt's tail before its head; runs are nobody else's
         self.on_evict: Callable[[int], object] | None = None
-        #: unreferenced entries -> blocks, least recently used first; hashed units by key (>= 0), runs by negative ids
-        self._evictable: OrderedDict[int, int] = OrderedDict()  # a dict rescans its deleted front on every eviction
-        #: hashed units that sequences refer to -> how many do
-        self._refs: dict[int, int] = {}
+        #: unreferenced segments, and runs by their ids -> blocks, least recently used first
+        self._evictable: OrderedDict[_Segment | int, int] = OrderedDict()  # a dict rescans its deleted front
+        #: the hashed units that are cached or referred to, by the first key of each segment
+        self._segments: dict[int, _Segment] = {}
         #: request index -> its run, while the request waits to resume
         self._runs: dict[int, _Run] = {}
         self._next_run = -1
@@ -112,13 +145,13 @@ class KVCache:
         most = task.target_tokens - 1
         units = unreferenced = run_blocks = 0
         if self.unit_blocks:
-            refs, evictable = self._refs, self._evictable
-            for key in task.prompt_keys[: min(most, task.request.input_tokens) // self.hash_block_size]:
-                if key not in refs:
-                    if key not in evictable:
-                        break
-                    unreferenced += self.unit_blocks
-                units += 1
+            keys, segments = task.prompt_keys, self._segments
+            end = min(len(keys), min(most, task.request.input_tokens) // self.hash_block_size)
+            while units < end and (segment := segments.get(keys[units])) is not None:
+                common = segment.count_common(keys, units, end)
+                if not segment.num_users:
+                    unreferenced += common * self.unit_blocks
+                units += common
         tokens = units * self.hash_block_size
         run = self._runs.get(task.request.index)
         if run is not None and run.start == tokens:
@@ -133,9 +166,8 @@ class KVCache:
 
     def refer(self, task: Task, hit: Hit) -> None:
         """Let `task` refer to what `match` just found."""
-        for key in task.request.block_keys[: hit.num_units]:
-            self._refer(key)
-        task.num_indexed = hit.num_units
+        while task.num_indexed < hit.num_units:
+            task.num_indexed += self._refer(task.request.block_keys, task.num_indexed, hit.num_units)
         if hit.num_run_blocks:
             run = self._runs.pop(task.request.index)
             self.cached -= hit.num_run_blocks
@@ -149,13 +181,15 @@ class KVCache:
             return
         keys = task.prompt_keys
         full = min(len(keys), min(num_tokens, task.request.input_tokens) // self.hash_block_size)
-        for key in keys[task.num_indexed : full]:
-            if key in self._refs or key in self._evictable:
-                self.free += self.unit_blocks  # its own copy
-                self._refer(key)
+        while task.num_indexed < full:
+            start = task.num_indexed
+            if keys[start] in self._segments:
+                num_units = self._refer(keys, start, full)
+                self.free += num_units * self.unit_blocks  # its own copies
             else:
-                self._refs[key] = 1
-            task.num_indexed += 1
+                self._segments[keys[start]] = _Segment(keys[start:full], 1)
+                num_units = full - start
+            task.num_indexed += num_units
 
     def release(self, task: Task, num_tokens: int, num_blocks: int, *, resumes: bool) -> None:
         """`task` gives up its `num_blocks`, which hold `num_tokens`; `resumes`: it will look for them again."""
@@ -172,46 +206,87 @@ class KVCache:
             if resumes:
                 start = task.num_indexed * self.hash_block_size
                 self._runs[request.index] = _Run(entry, start, (num_tokens - start) // self.block_size)
-        for key in reversed(request.block_keys[: task.num_indexed]):
-            self._refs[key] -= 1
-            if not self._refs[key]:
-                del self._refs[key]
-                self._evictable[key] = self.unit_blocks
-                self.cached += self.unit_blocks
-        task.num_indexed = 0
+        if task.num_indexed:
+            self._unrefer(request.block_keys, task.num_indexed)
+            task.num_indexed = 0
 
     def count_referenced_units(self) -> int:
         """Blocks in hashed units that sequences refer to, each counted once (for the ledger)."""
-        return len(self._refs) * self.unit_blocks
+        return sum(each.num_units for each in self._segments.values() if each.num_users) * self.unit_blocks
 
     def count_evictable(self) -> int:
         """Blocks in unreferenced entries, counted anew: equals `cached` (for the ledger)."""
         return sum(self._evictable.values())
 
-    def _refer(self, key: int) -> None:
-        count = self._refs.get(key, 0)
-        if not count:
-            self.cached -= self._evictable.pop(key)
-        self._refs[key] = count + 1
+    def _refer(self, keys: tuple[int, ...], start: int, end: int) -> int:
+        """One sequence more refers to the units of `keys` in the segment at `start`, but to none from `end` on."""
+        segment = self._segments[keys[start]]
+        num_units = segment.count_common(keys, start, end)
+        if num_units < segment.num_units:
+            segment = self._split(segment, num_units)
+        elif not segment.num_users:
+            self.cached -= self._evictable.pop(segment)
+        segment.num_users += 1
+        return num_units
+
+    def _split(self, segment: _Segment, num_units: int) -> _Segment:
+        """The first `num_units` of `segment` as one of its own, to be referred to; the rest keeps its place."""
+        head = _Segment(segment.keys[:num_units], segment.num_users)
+        segment.keys = segment.keys[num_units : segment.num_units]
+        segment.num_units = len(segment.keys)
+        self._segments[head.keys[0]] = head
+        self._segments[segment.keys[0]] = segment
+        if not segment.num_users:
+            self._evictable[segment] -= num_units * self.unit_blocks
+            self.cached -= num_units * self.unit_blocks
+        return head
+
+    def _unrefer(self, keys: tuple[int, ...], num_units: int) -> None:
+        """One sequence less refers to the first `num_units` of `keys`; what nobody else does is one segment now."""
+        start, left = 0, None
+        while start < num_units:
+            segment = self._segments[keys[start]]
+            segment.num_users -= 1
+            if left is not None:
+                del self._segments[keys[start]]
+            elif not segment.num_users:
+                left, first = segment, start
+            start += segment.num_units
+        if left is not None:
+            left.keys = keys[first:num_units]
+            left.num_units = num_units - first
+            self._evictable[left] = left.num_units * self.unit_blocks
+            self.cached += left.num_units * self.unit_blocks
 
     def _evict(self, num_blocks: int) -> None:
-        """Turn `num_blocks` or more of the least recently used content into free blocks; a run loses its tail first."""
+        """Turn `num_blocks` or more of the least recently used content into free blocks, tails before heads."""
         evictable = self._evictable
         while num_blocks > 0:
-            entry = next(iter(evictable))
-            blocks = evictable[entry]
-            if entry < 0 and blocks > num_blocks:
-                evictable[entry] = blocks - num_blocks
-                blocks = num_blocks
+            entry, blocks = next(iter(evictable.items()))
+            if isinstance(entry, int):
+                taken = min(blocks, num_blocks)
+                if taken == blocks:
+                    self._forget(entry)
+            else:
+                taken = self._shorten(entry, num_blocks)
+            if taken < blocks:
+                evictable[entry] = blocks - taken
             else:
                 del evictable[entry]
-                if entry < 0:
-                    self._forget(entry)
-                elif self.on_evict is not None:
-                    self.on_evict(entry)
-            self.free += blocks
-            self.cached -= blocks
-            num_blocks -= blocks
+            self.free += taken
+            self.cached -= taken
+            num_blocks -= taken
+
+    def _shorten(self, segment: _Segment, num_blocks: int) -> int:
+        """Evict units from the tail of `segment` for `num_blocks`, as far as it has them; the blocks of these units."""
+        end = segment.num_units
+        segment.num_units = max(0, end - -(-num_blocks // self.unit_blocks))
+        if self.on_evict is not None:
+            for key in reversed(segment.keys[segment.num_units : end]):
+                self.on_evict(key)
+        if not segment.num_units:
+            del self._segments[segment.keys[0]]
+        return (end - segment.num_units) * self.unit_blocks
 
     def _forget(self, entry: int) -> None:
         for index, run in self._runs.items():

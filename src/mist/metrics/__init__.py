@@ -16,6 +16,7 @@ from mist.metrics.distribution import PERCENTILES, Distribution, FloatColumn, di
 from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
 from mist.metrics.memories import MemoryInfo, summarise_memories
 from mist.metrics.offered import offered_load
+from mist.metrics.quality import summarise_quality
 from mist.metrics.saturation import judge, unjudged
 from mist.metrics.slo import Targets, percentiles_of, summarise_slo
 from mist.metrics.stages import stage_times, summarise_stages
@@ -42,6 +43,7 @@ def summarise(
     memories: Sequence[MemoryInfo] = (),
     provenance: Mapping[str, Any] | None = None,
     oracle_output_tokens: IntColumn | None = None,
+    quality: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The summary document of a run: JSON values only, seconds and fractions, None for what has no value.
 
@@ -50,7 +52,8 @@ def summarise(
     system (closed loop, all at once), which can't be saturated. `slo` adds verdicts and goodput, and its percentiles to
     the latency figures; `provenance` (which model answered which share) is carried over. `oracle_output_tokens`
     (int64[requests], by request number) are those that the workload asks for, which the offered load is made of; left
-    out, those generated stand for them. Raises ValueError for an SLO metric or statistic that isn't known.
+    out, those generated stand for them. `quality` of an answer by the stage kind that gave it. Raises ValueError for an
+    SLO metric or statistic that isn't known.
     """
     targets = dict(slo or {})
     if unknown := set(targets) - set(SLO_METRICS):
@@ -71,7 +74,7 @@ def summarise(
     finished = {name: column[chosen & (requests["status"] == FINISHED)] for name, column in requests.items()}
     if "itl_s" in targets:
         first_tokens = _first_tokens(requests, requests["status"] == FINISHED)
-        longest = longest_gaps(segments.since(first_tokens), decode_steps, len(first_tokens))
+        longest = longest_gaps(segments.since(first_tokens, decode_steps), decode_steps, len(first_tokens))
         times["itl_s"] = longest[requests["request"]]
     transfers = records.transfers.as_columns()
     verdict = judge(requests, tasks, transfers, clients, sums, span) if open_loop else unjudged()
@@ -87,6 +90,7 @@ def summarise(
         "clients": summarise_clients(clients, sums, span),
         "memories": summarise_memories(memories, transfers),
         "stages": _stages(finished, tasks, records.stage_kinds, transfers),
+        "quality": summarise_quality(quality or {}, finished, tasks, records.stage_kinds),
         "slo": summarise_slo(targets, times, figures, requests, chosen, span) if targets else None,
         "open_loop": open_loop,
         **verdict,
@@ -119,7 +123,7 @@ def _latencies(
 ) -> dict[str, Distribution]:
     """TTFT, TPOT, ITL and E2E of the finished among the chosen requests."""
     of = {name: distribution(column[chosen & (column >= 0)], percentiles) for name, column in times.items()}
-    gaps, weights = token_gaps(segments.since(_first_tokens(requests, chosen)), decode_steps)
+    gaps, weights = token_gaps(segments.since(_first_tokens(requests, chosen), decode_steps), decode_steps)
     itl = weighted_distribution(gaps, weights, percentiles)
     return {"ttft_s": of["ttft_s"], "tpot_s": of["tpot_s"], "itl_s": itl, "e2e_s": of["e2e_s"]}
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from mist.metrics.distribution import Distribution, distribution
 from mist.metrics.window import BoolColumn, Columns
-from mist.records import IntColumn
+from mist.records import DROPPED, IntColumn
 
 PARTS = ("wait_s", "serve_s", "transfer_s")
 
@@ -27,14 +27,14 @@ def stage_times(
     other requests' rows. Every entry of one request sums to its E2E: a segment's transfer lasts from the end of the
     one before (at first: the arrival) to its queueing, its wait to its start, its service to its end; a way back to
     the user after the last segment is that one's transfer. Of segments side by side only those count that the end
-    was waiting for: from the last one back, always the latest that had ended when what the next one works on was sent,
-    which `transfers` tell. What comes after `until`, a column of `requests`, is left out: with "first_token_ns" of
-    requests that have one, the entries sum to the TTFT.
+    was waiting for (none that was cancelled): from the last one back, always the latest that had ended when what the
+    next one works on was sent, which `transfers` tell. What comes after `until`, a column of `requests`, is left out:
+    with "first_token_ns" of requests that have one, the entries sum to the TTFT.
     """
     times = np.zeros((len(requests["request"]), num_kinds, len(PARTS)), np.int64)
     row_of = np.full(_largest(requests["request"], tasks["request"]) + 1, -1, np.int64)
     row_of[requests["request"]] = np.arange(len(requests["request"]))
-    rows = np.flatnonzero(row_of[tasks["request"]] >= 0)
+    rows = np.flatnonzero((row_of[tasks["request"]] >= 0) & (tasks["how"] != DROPPED))
     if not len(rows):
         return times
     rows = rows[_critical({name: tasks[name][rows] for name in _PLACES}, transfers)]

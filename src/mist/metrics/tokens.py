@@ -7,7 +7,7 @@ callers choose the segments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -78,11 +78,23 @@ class Segments:
         resumes[1:] = self.request[1:] == self.request[:-1]
         return resumes & ~self.continues
 
-    def since(self, first_token_ns: IntColumn) -> Segments:
-        """The segments from a request's first visible token on; `first_token_ns` by request number, -1: leave out."""
+    def since(self, first_token_ns: IntColumn, decode_steps: DecodeSteps) -> Segments:
+        """The segments from a request's first visible token on; `first_token_ns` by request number, -1: leave out.
+
+        A segment that generates this token after hidden ones begins with it.
+        """
         first = first_token_ns[self.request]
-        rows = (first >= 0) & (self.joined_ns >= first)
-        return Segments(*(getattr(self, column.name)[rows] for column in fields(self)))
+        changing = ("begin", "joined_ns", "tokens", "continues")
+        clipped = replace(self, **{name: getattr(self, name).copy() for name in changing})
+        begin, joined, tokens = clipped.begin, clipped.joined_ns, clipped.tokens
+        for row in np.flatnonzero((joined < first) & (first <= self.last_ns)).tolist():
+            ends = decode_steps.end_ns[begin[row] : self.stop[row]]
+            at = int(np.searchsorted(ends, first[row]))
+            if ends[at] == first[row]:
+                joined[row], begin[row], clipped.continues[row] = first[row], begin[row] + at + 1, False
+                tokens[row] -= -(-tokens[row] * (at + 1) // len(ends))
+        rows = (first >= 0) & (joined >= first)
+        return Segments(*(getattr(clipped, column.name)[rows] for column in fields(self)))
 
 
 def token_gaps(segments: Segments, decode_steps: DecodeSteps) -> tuple[IntColumn, IntColumn]:

@@ -33,6 +33,7 @@ from mist.scenario.seeds import random_of, seed_of
 from mist.scenario.value import Scenario
 from mist.units import NS_PER_S, seconds_to_ns
 from mist.workload import RequestTable
+from mist.workload.sessions import begin_sessions, draw_sessions
 from mist.workload.synthetic import draw_table
 from mist.workload.trace import limit, rate_scale, read_trace
 
@@ -46,7 +47,8 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
     Raises ScenarioError where the workload or the memory makes it impossible, InvariantError if MIST itself is wrong.
     """
     began = time.perf_counter()
-    workload = build_workload(scenario)
+    workload, pipeline = build_workload(scenario), scenario.pipeline.build()
+    _check_sizes(scenario, getattr(pipeline, "needs_sizes", ()), workload)
     kernel, records = Kernel(), Records(stage_kinds=list(scenario.stages))
     window = _window_ns(scenario, workload)
     fleet = build_fleet(scenario, workload, kernel, records)
@@ -57,7 +59,7 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         records=records,
         clients=fleet.clients,
         network=network,
-        pipeline=scenario.pipeline.build(),
+        pipeline=pipeline,
         routers={stage: spec.build() for stage, spec in scenario.routing.items()},
         workload=workload,
         rng_of=partial(random_of, scenario.seed, "pipeline"),
@@ -69,11 +71,12 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
         records,
         clients=fleet.infos,
         window=window,
-        open_loop=_is_open_loop(scenario),
+        open_loop=_is_open_loop(scenario) and workload.after is None,
         slo={metric: targets for metric, targets in scenario.slo.model_dump().items() if targets},
         memories=memory_infos(fleet),
         provenance=_provenance(records, fleet.models),
         oracle_output_tokens=workload.output_tokens if DECODE in scenario.stages else None,
+        quality=getattr(pipeline, "quality", None),
     )
     whole = Window.of(records)
     metrics |= shared(coordinator.network, whole.first_ns, whole.last_ns)
@@ -109,7 +112,7 @@ def build_workload(scenario: Scenario) -> RequestTable:
         table = _read(scenario) if workload.trace is not None else _draw(scenario)
     except ValueError as error:
         raise ScenarioError(scenario.problem(("workload", "arrivals"), str(error))) from None
-    for name, spec in (workload.sizes or {}).items():
+    for name, spec in workload.size_distributions.items():
         table.sizes[name] = spec.build().sample(len(table), random_of(scenario.seed, f"sizes.{name}"))
     if workload.cached_tokens is not None:
         table.cached_tokens = workload.cached_tokens.build().sample(len(table), random_of(scenario.seed, "cached"))
@@ -126,11 +129,33 @@ def build_workload(scenario: Scenario) -> RequestTable:
     return rate_scale(table, workload.rate_scale) if workload.rate_scale != 1 else table
 
 
+def _check_sizes(scenario: Scenario, needed: Sequence[str], workload: RequestTable) -> None:
+    """ScenarioError where the pipeline asks for sizes that the workload doesn't tell."""
+    for name in needed:
+        if name not in workload.sizes:
+            told = f"known: {', '.join(workload.sizes)}" if workload.sizes else "give it under workload.sizes"
+            message = f"the workload tells no size {name!r}"
+            raise ScenarioError(scenario.problem(("pipeline", scenario.pipeline.name), message, told))
+
+
 def _draw(scenario: Scenario) -> RequestTable:
     workload, process = scenario.workload, scenario.workload.arrival_process
     assert process is not None
-    assert workload.num_requests is not None
     inputs, outputs = (workload.length_distribution(key).build() for key in ("input_tokens", "output_tokens"))
+    if (sessions := workload.sessions) is not None:
+        table = draw_sessions(
+            sessions.num_sessions,
+            process.build(),
+            turns=sessions.turns.build(),
+            input_tokens=inputs,
+            output_tokens=outputs,
+            think_ms=sessions.think_ms.build(),
+            system_tokens=sessions.system_tokens,
+            hash_block_size=sessions.hash_block_size,
+            rng_of=lambda purpose: random_of(scenario.seed, f"sessions.{purpose}"),
+        )
+        return limit(table, workload.limit) if workload.limit is not None else table
+    assert workload.num_requests is not None
     seed = seed_of(scenario.seed, "workload")
     table = draw_table(workload.num_requests, process.build(), inputs, outputs, seed)
     return limit(table, workload.limit) if workload.limit is not None else table
@@ -144,6 +169,8 @@ def _read(scenario: Scenario) -> RequestTable:
         table = limit(table, workload.limit)
     if process is not None:
         arrivals = process.build()
+        if table.sessions is not None:
+            return begin_sessions(table, arrivals, random_of(scenario.seed, "arrivals"))
         table.arrival_ns = arrivals.arrival_ns(len(table), random_of(scenario.seed, "arrivals"))
         table.concurrency = getattr(arrivals, "concurrency", None)
     return table
@@ -160,7 +187,7 @@ def _verified(scenario: Scenario, fleet: Fleet, records: Records) -> list[str]:
         steps = int((tasks["last_step"] - tasks["join_step"])[here].sum())
         if steps:
             mean = int((tasks["generated_tokens"] - 1)[here].sum()) / steps
-            k, share = settings.num_draft_tokens, settings.acceptance
+            k, share = settings.num_draft_tokens, settings.accepted_share
             notes.append(
                 f"{name}: {mean:.3g} tokens per sequence and decode step, of {k} drafted {share:.3g} accepted."
             )
@@ -193,7 +220,7 @@ def _play(
             "--check says which"
         )
     told = _cut_note(scenario, coordinator)
-    if coordinator.in_system or coordinator.network.in_flight:
+    if coordinator.in_system or coordinator.num_cancelled or coordinator.network.in_flight:
         coordinator.cut(until)
     if ledger is not None:
         ledger.close(until if told else kernel.now)
@@ -220,7 +247,7 @@ def _window_ns(scenario: Scenario, workload: RequestTable) -> tuple[int | None, 
     if not start_s and end_s is None:
         return None, None
     start = first + seconds_to_ns(start_s)
-    if workload.concurrency is None and start > last:
+    if workload.concurrency is None and workload.after is None and start > last:
         key = "window_s" if scenario.window_s else "warmup_s"
         message = (
             f"no request arrives after the first {start_s:g} s: the last one comes at {(last - first) / NS_PER_S:g} s"

@@ -22,6 +22,7 @@ from mist.model import ModelSpec
 from mist.perf.step_profile import StepProfile
 from mist.scenario.nodes import parse
 from mist.scenario.source import KeyPath, Source, read_file
+from mist.speculation import AcceptedLengths
 
 _LIKE_A_PATH = re.compile(r"^[./~]|\.(ya?ml|json)(\.gz)?$|\\")
 
@@ -62,8 +63,9 @@ def read(kind: str, given: str | Mapping[str, Any], folder: Path) -> tuple[Any, 
     """What `given` means: its value, and the form in which it can be written anywhere (a catalogue name or a mapping).
 
     A text is a name or alias of the catalogue, else a path looked up in `folder`; the value is a Device, ModelSpec,
-    EngineProfile, StepProfile or MemoryTier, for workloads the mapping itself. ScenarioError lists all problems; those
-    of a mapping given in place have no file, and their messages begin with the key.
+    EngineProfile, StepProfile, MemoryTier or AcceptedLengths, for workloads the mapping
+    itself. ScenarioError lists all problems; those of a mapping given in place have no file, and their messages begin
+    with the key.
     """
     if isinstance(given, Mapping):
         return _build(kind, given, "inline"), dict(given)
@@ -128,7 +130,9 @@ def _file(kind: str, given: str, folder: Path) -> Path:
             return path
     except (OSError, RuntimeError, ValueError):  # too long for a name, no home folder, a zero byte
         path = folder
-    what = {"steps": "step profile", "memories": "memory"}.get(kind, kind.removesuffix("s"))
+    what = {"steps": "step profile", "memories": "memory", "acceptance": "measured acceptance"}.get(
+        kind, kind.removesuffix("s")
+    )
     if _LIKE_A_PATH.search(given):
         raise ScenarioError(
             Problem(f"there is no {what} file {str(path)!r}", hint="paths start at the scenario's folder")
@@ -190,6 +194,8 @@ def _example(kind: str) -> str:
         "models": "`mist list models`; a model is the contents of a Hugging Face config.json",
         "memories": "`mist list memories`; a memory is {name, capacity_bytes: 2 TB, bytes_per_s: 25 GB/s, "
         "latency_ns: 0.1 ms}",
+        "acceptance": "`mist list acceptance`; a measured acceptance is {name, accepted_lengths: [1.8, 2.4, 2.8]}, "
+        "tokens per step with 1, 2, 3 drafted",
     }.get(kind, f"`mist list {kind}`")
 
 
@@ -199,6 +205,7 @@ _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "engines": EngineProfile.from_mapping,
     "steps": StepProfile.from_mapping,
     "memories": MemoryTier.from_mapping,
+    "acceptance": AcceptedLengths.from_mapping,
     "workloads": dict,
     "networks": dict,
 }

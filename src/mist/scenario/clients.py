@@ -102,6 +102,8 @@ class KVSettings(TierSettings):
     """share of the blocks that admission leaves free"""
     gpu_memory_utilization: Fraction = left_out()
     """share of device memory that the engine may use"""
+    merge_shared_reads: bool = False
+    """read blocks that several decodes share, as thoughts share a prompt, once per step for all of them"""
 
     @model_validator(mode="after")
     def _one_size(self) -> KVSettings:
@@ -297,7 +299,7 @@ class Pool(Section):
         if self.pp > 1:
             message = "speculative decoding isn't available with pipeline stages"
             yield ("speculation",), Problem(message, hint="leave pp out, and raise tp instead")
-        if DECODE not in self.serves:
+        if set(self.serves) <= {PREFILL}:
             yield ("speculation",), Problem("nothing decodes here", hint="remove it, or add decode to serves")
         seqs, tokens = (self.batching.params.get(key) for key in ("max_num_seqs", "max_num_batched_tokens"))
         if seqs and tokens and tokens < seqs * self.tokens_per_decode:
@@ -307,6 +309,13 @@ class Pool(Section):
         draft = self.speculation.draft_model
         if draft is not None and (reason := draft.parallel_problem(self.tp, 1, 1, 1)):
             yield ("speculation", "draft_model"), Problem(reason, hint="take another draft, or another tp")
+
+    def _unmergeable(self) -> Iterator[Located]:
+        """Merged reads where attention soon computes longer than it reads: FLOP are counted as if merged too."""
+        if self.kv_cache.merge_shared_reads and any(group.latent for group in self.model.layers):
+            message = f"reads of latent attention, which {self.model.name} has, can't be merged"
+            hint = "leave it out: such reads are soon bound by compute"
+            yield ("kv_cache", "merge_shared_reads"), Problem(message, hint=hint)
 
     def _kv_dtype(self, weights_dtype: str) -> str:
         if self.kv_dtype != "auto":
@@ -331,6 +340,7 @@ class Pool(Section):
         """Parts of this client that don't go together."""
         refused = [*self.batching.refused(("batching", self.batching.name)), *self._oversized(), *self._unspeculative()]
         yield from refused
+        yield from self._unmergeable()
         yield from cut_sequences(self.model, self.batching)
         yield from kept_caches(self.model, self.kv_cache.tiers, self.kv_cache.prefix_tier)
         if reason := self.model.parallel_problem(self.tp, self.pp, self.ep, self.attn_dp) or self.platform.problem():

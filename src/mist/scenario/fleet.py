@@ -96,6 +96,7 @@ def _add_replicas(
             records=records,
             speculation=_speculation(scenario, pool),
             kv_bytes_per_token=token_bytes,
+            merges_shared_reads=pool.kv_cache.merge_shared_reads,
         )
         limit_seqs = client.batching.max_num_seqs
         shown_blocks = 0 if pool.model.is_encoder else num_blocks
@@ -271,4 +272,6 @@ def _speculation(scenario: Scenario, pool: Pool) -> Speculation | None:
     settings = pool.speculation
     if settings is None:
         return None
-    return Speculation(settings.num_draft_tokens, settings.acceptance, partial(random_of, scenario.seed, "speculation"))
+    return Speculation(
+        settings.num_draft_tokens, settings.accepted_share, partial(random_of, scenario.seed, "speculation")
+    )

@@ -115,6 +115,14 @@ def _memory(memory: Any) -> Row:
     }
 
 
+def _acceptance(measured: Any) -> Row:
+    return {
+        "model": measured.model,
+        "method": measured.method,
+        "accepted_lengths": ", ".join(f"{length:.2f}" for length in measured.accepted_lengths),
+    }
+
+
 def _workload(table: Any) -> Row:
     return {
         "num_requests": table["num_requests"],
@@ -134,5 +142,5 @@ def _network(preset: Any) -> Row:
 
 _DESCRIBED: dict[str, Callable[[Any], Row]] = {
     "devices": _device, "models": _model, "engines": _engine, "steps": _steps, "workloads": _workload,
-    "networks": _network, "memories": _memory,
+    "networks": _network, "memories": _memory, "acceptance": _acceptance,
 }  # fmt: skip

@@ -13,6 +13,7 @@ from mist.scenario.bands import expected_error
 from mist.scenario.clients import Pool
 from mist.scenario.named import Spec, parameters
 from mist.scenario.value import Scenario
+from mist.speculation import AcceptedLengths
 
 
 def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None, *, saturated: bool = False) -> list[str]:
@@ -81,6 +82,10 @@ def _speculation(name: str, pool: Pool) -> Iterator[str]:
     settings = pool.speculation
     if settings is None:
         return
+    if isinstance(measured := settings.acceptance, AcceptedLengths):
+        what = " ".join(filter(None, (measured.model, measured.method))) or measured.name
+        length = 1 + settings.num_draft_tokens * settings.accepted_share
+        yield f"{name}: {length:.3g} tokens per step with {settings.num_draft_tokens} drafted were measured of {what}."
     if settings.draft_cost is not None:
         yield f"{name}: a draft is assumed to take {settings.draft_cost:g} of the step that verifies it."
     elif settings.method in ("eagle", "mtp"):

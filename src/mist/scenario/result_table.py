@@ -59,6 +59,9 @@ def _headline(name: str, summary: Summary) -> RenderableType:
     if offered is not None and offered["requests_per_s"] is not None:
         rows.add_row("Offered", f"{_rates(offered)} over {_clock(offered['span_s'])} of arrivals")
     rows.add_row("Throughput", f"{_rates(throughput)} over {_clock(summary['window']['span_s'])}")
+    if (quality := summary["quality"]) is not None and quality["mean"] is not None:
+        shares = ", ".join(f"{kind} {_percent(part)}" for kind, part in quality["answered_by"].items())
+        rows.add_row("Quality", f"{quality['mean']:.4g} on average; answered by {shares}")
     return Group(Text(name, style="bold"), Text(""), rows)
 
 

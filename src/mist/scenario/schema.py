@@ -134,7 +134,7 @@ Routings = Annotated[dict[str, Routing], Short(_routing)]
 
 
 def _beside_a_trace(given: Set[str]) -> Iterator[Located]:
-    for key in ("num_requests", "lengths", "input_tokens", "output_tokens"):
+    for key in ("num_requests", "sessions", "lengths", "input_tokens", "output_tokens"):
         if key in given:
             hint = "`limit` takes the first requests" if key == "num_requests" else f"remove trace or {key}"
             yield (key,), Problem(f"a trace brings its own {key}", hint=hint)
@@ -152,7 +152,10 @@ def _to_draw(given: Set[str]) -> Iterator[Located]:
             yield (key,), Problem(f"{key} is for a trace, and there is none", hint="give trace: FILE")
     if not given & {"arrivals", "concurrency"}:
         yield (), Problem("arrivals are missing", hint="such as arrivals: {poisson: {rate_per_s: 4}}")
-    if "num_requests" not in given:
+    if "sessions" in given and (extra := given & {"num_requests", "concurrency", "cached_tokens"}):
+        for key in sorted(extra):
+            yield (key,), Problem(f"{key} is not for sessions", hint="sessions: {num_sessions: ..., turns: ...}")
+    elif "num_requests" not in given and "sessions" not in given:
         yield (), Problem("num_requests is missing", hint="such as num_requests: 1000")
     for key in ("input_tokens", "output_tokens"):
         if not given & {key, "lengths"}:
@@ -161,6 +164,21 @@ def _to_draw(given: Set[str]) -> Iterator[Located]:
     if {"lengths", "input_tokens", "output_tokens"} <= given:
         message = "lengths, input_tokens and output_tokens are all given, and nothing of lengths is used"
         yield ("lengths",), Problem(message, hint="keep lengths, with one of the others at most, or both of these")
+
+
+class Sessions(Section):
+    """Conversations drawn: each turn's prompt is all that was said before, and what the turn adds."""
+
+    num_sessions: Count
+    """sessions to draw, begun by the workload's arrivals"""
+    turns: Lengths
+    """requests of a session: a number or a distribution"""
+    think_ms: Lengths
+    """time from the end of a turn to the next, such as that of a tool, in ms: a number or a distribution"""
+    system_tokens: Annotated[int, Field(ge=0, le=2**40)] = 0
+    """tokens in front of every session, the same for all"""
+    hash_block_size: Annotated[int, Field(ge=1, le=2**20)] = 64
+    """tokens per prefix key, a multiple of the engine's block size"""
 
 
 class Workload(Section):
@@ -178,6 +196,8 @@ class Workload(Section):
     """short for arrivals: {closed_loop: {concurrency: N}}, N requests in the system at all times"""
     num_requests: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """requests to draw"""
+    sessions: Sessions | None = None
+    """turns of sessions in place of single requests; input_tokens are then those that a turn adds to what was said"""
     lengths: Annotated[Name, AfterValidator(_is_a_length_catalogue)] | None = None
     """a length catalogue for inputs and outputs (`mist list workloads`)"""
     input_tokens: Lengths | None = None
@@ -233,6 +253,16 @@ class Workload(Section):
         if self.concurrency is not None:
             return Spec("arrivals", "closed_loop", {"concurrency": self.concurrency})
         return self.arrivals
+
+    @property
+    def size_distributions(self) -> dict[str, Spec]:
+        """The distributions of `sizes`: the user's own, and those of the length catalogue that he leaves out."""
+        table = catalogue.read("workloads", self.lengths, Path())[0] if self.lengths else {}
+        drawn = {
+            key: Spec("lengths", "quantiles", {"points": marginal["quantiles"]})
+            for key, marginal in table.get("sizes", {}).items()
+        }
+        return drawn | (self.sizes or {})
 
     def length_distribution(self, key: str) -> Spec:
         """The distribution of "input_tokens" or "output_tokens": the user's own, else the length catalogue's."""

@@ -31,6 +31,7 @@ from mist.scenario.pools import AnyClient
 from mist.scenario.schema import ScenarioFile, Slo, Workload
 from mist.scenario.source import KeyPath, Source, key_path, override, read_file, read_mapping
 from mist.scenario.stores import StorePool
+from mist.speculation import AcceptedLengths
 from mist.workload.trace import find_trace
 
 if TYPE_CHECKING:
@@ -325,6 +326,9 @@ class Scenario:
         if "draft_model" in (speculation := plain.get("speculation", {})):
             given = self.source.at(("clients", name, "speculation", "draft_model"))
             speculation["draft_model"] = catalogue.read("models", given, self.folder)[1]
+        if isinstance(speculation.get("acceptance"), AcceptedLengths):
+            given = self.source.at(("clients", name, "speculation", "acceptance"))
+            speculation["acceptance"] = catalogue.read("acceptance", given, self.folder)[1]
         return plain
 
 

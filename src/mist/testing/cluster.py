@@ -156,6 +156,7 @@ def play(
     prepare: Callable[[Kernel, list[Client]], None] | None = None,
     connect: Callable[[Network, list[Client]], None] | None = None,
     speculation: Speculation | None = None,
+    merges_shared_reads: bool = False,
 ) -> Run:
     """Run `workload` to the end (or `until_ns`) on equal clients and check every law on the way.
 
@@ -186,6 +187,7 @@ def play(
             records=records,
             speculation=speculation,
             kv_bytes_per_token=(nic or host or KVLink()).bytes_per_token,
+            merges_shared_reads=merges_shared_reads,
         )
         for i in range(num_clients)
     ]
@@ -212,7 +214,7 @@ def play(
     coordinator.start()
     kernel.run(until_ns)
     end = kernel.now if until_ns == FOREVER else until_ns
-    if coordinator.in_system or network.in_flight:
+    if coordinator.in_system or coordinator.num_cancelled or network.in_flight:
         coordinator.cut(end)
     if watch is not None:
         watch.close(end)

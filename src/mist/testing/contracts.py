@@ -20,7 +20,7 @@ from mist.model import LayerGroup, ModelSpec
 from mist.perf import BOUNDS, ORIGINS, Deployment, PerfModel
 from mist.pipeline import PipelineFactory
 from mist.records import FINISHED, REFUSED, REJECTED, UNFINISHED, Records
-from mist.request import DECODE, All, Batch, ClientView, Pipeline, Request, Stage, StageResult, Step, Task, Wait
+from mist.request import DECODE, Batch, ClientView, Fork, Pipeline, Request, Stage, StageResult, Step, Task, Wait
 from mist.routing import RoutingPolicy
 from mist.testing.cluster import Run, SmallScenario, random_scenario, record_bytes
 from mist.units import GB, GIB
@@ -168,31 +168,41 @@ class PipelineContract:
         """A fresh instance."""
         raise NotImplementedError
 
-    def _stages(self, factory: PipelineFactory, index: int) -> list[Stage]:
-        """The stages of a made-up request, each answered as if it had taken 1 µs, branches one after another."""
+    def _stages(self, factory: PipelineFactory, index: int) -> list[tuple[Stage | None, Stage]]:
+        """The stages of a made-up request, each answered as if it had taken 1 µs, branches one after another.
+
+        Each comes with the stage before it, that of the fork where it begins a branch; None: it is the first, or after
+        a join.
+        """
         request = Request(index, 0, 1 + 7 * index % 50, index % 9)
-        stages: list[Stage] = []
-        self._follow(factory(request, lambda: np.random.default_rng(index)), stages)
+        stages: list[tuple[Stage | None, Stage]] = []
+        self._follow(factory(request, lambda: np.random.default_rng(index)), None, stages)
         return stages
 
-    def _follow(self, pipeline: Pipeline, stages: list[Stage]) -> StageResult:
+    def _follow(
+        self, pipeline: Pipeline, before: Stage | None, stages: list[tuple[Stage | None, Stage]]
+    ) -> StageResult:
         last = StageResult(0, 0)
         try:
             stage = next(pipeline)
             while len(stages) < self.max_num_stages:
-                last = self._answer(stage, stages)
+                last = self._answer(stage, before, stages)
+                before = stage if isinstance(stage, Stage) else None
                 stage = pipeline.send(last)
         except StopIteration as end:
             return end.value or last
         raise AssertionError(f"a pipeline isn't over after {self.max_num_stages} stages")
 
-    def _answer(self, stage: Stage | All, stages: list[Stage]) -> StageResult:
+    def _answer(
+        self, stage: Stage | Fork, before: Stage | None, stages: list[tuple[Stage | None, Stage]]
+    ) -> StageResult:
         if isinstance(stage, Stage):
-            stages.append(stage)
+            if not stage.shown_tokens:
+                stages.append((before, stage))
             now = 1000 * len(stages)
             return StageResult(now - 1000, now, stage.oracle_output_tokens)
         parts = tuple(
-            self._answer(branch, stages) if isinstance(branch, Stage) else self._follow(branch, stages)
+            self._answer(branch, before, stages) if isinstance(branch, Stage) else self._follow(branch, before, stages)
             for branch in stage.branches
         )
         return StageResult(0, 1000 * len(stages), sum(part.output_tokens for part in parts), parts=parts)
@@ -201,12 +211,12 @@ class PipelineContract:
         factory = self.pipeline()
         for index in range(self.num_requests):
             stages = self._stages(factory, index)
-            kinds = [stage.kind for stage in stages]
+            kinds = [stage.kind for _, stage in stages]
             assert set(kinds) <= set(factory.kinds), f"stages {kinds}, announced were {factory.kinds}"
             if factory.is_fixed:
                 expected = [k for k in factory.kinds if k != DECODE or index % 9]
                 assert kinds == expected, f"a fixed pipeline of {factory.kinds} yielded {kinds}"
-            for before, stage in zip([None, *stages], stages, strict=False):
+            for before, stage in stages:
                 if stage.kind == DECODE:
                     assert before is not None, "a decode comes first; it needs a prefill before it"
                     assert before.kind != DECODE, "a decode follows a decode"

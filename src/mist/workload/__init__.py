@@ -27,6 +27,9 @@ class RequestTable:
     tells nothing of content. `cached_tokens`: int64[n], tokens at the front of each prompt that are found in the prefix
     cache without any keys, all but one of it at most; None where none are.
     `sizes`: int64[n] by name, what else is known of each request, for its pipeline (`query_tokens`, `passage_tokens`).
+    `sessions`: int64[n], the number of the session that each request is a turn of, -1 for none. Closed-loop sessions:
+    request i arrives `think_ns[i]` after the end of request `after[i]` < i, and where `after[i]` is -1 at its
+    `arrival_ns`, which for the others is only when they came in the source (both int64[n], or None).
     `notes` are what the reader of a result should know of the workload, as sentences.
     """
 
@@ -39,6 +42,9 @@ class RequestTable:
     notes: tuple[str, ...] = ()
     cached_tokens: IntArray | None = None
     sizes: dict[str, IntArray] = field(default_factory=dict)
+    sessions: IntArray | None = None
+    after: IntArray | None = None
+    think_ns: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.input_tokens)

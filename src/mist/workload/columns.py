@@ -95,10 +95,10 @@ def _size_columns(path: Path) -> tuple[str, ...]:
 def write_trace(table: RequestTable, path: Path) -> None:
     """Write `table` to `path` (.csv or .jsonl, with .gz zipped) so that `Columns` reads the same requests back.
 
-    Prefix keys become `hash_ids`, sizes columns `sizes.NAME`. ScenarioError for another ending, and for a closed loop,
-    whose arrivals are not known before it runs.
+    Prefix keys become `hash_ids`, sizes columns `sizes.NAME`. ScenarioError for another ending, and for a closed loop
+    or its sessions, whose arrivals are not known before they run.
     """
-    if table.concurrency is not None:
+    if table.concurrency is not None or table.after is not None:
         raise ScenarioError(Problem("a closed loop has no arrival times", str(path), hint="export a run of it"))
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     writers = {"csv": _csv_text, "jsonl": _jsonl_text}

@@ -67,6 +67,7 @@ def read_trace(path: Path, trace_format: TraceFormat | None = None) -> RequestTa
 def rate_scale(table: RequestTable, scale: float) -> RequestTable:
     """The same requests at `scale` times their rate: arrivals divided by it, rounded to the nanosecond.
 
+    Closed-loop sessions begin at `scale` times their rate and think as long as before.
     ScenarioError unless the scale is a positive number that leaves the times below 2**62 ns.
     """
     latest = float(table.arrival_ns.max(initial=0))
@@ -90,4 +91,7 @@ def limit(table: RequestTable, num_requests: int) -> RequestTable:
         block_keys=None if table.block_keys is None else table.block_keys[:num_requests],
         cached_tokens=None if table.cached_tokens is None else table.cached_tokens[:num_requests],
         sizes={name: values[:num_requests] for name, values in table.sizes.items()},
+        sessions=None if table.sessions is None else table.sessions[:num_requests],
+        after=None if table.after is None else table.after[:num_requests],
+        think_ns=None if table.think_ns is None else table.think_ns[:num_requests],
     )

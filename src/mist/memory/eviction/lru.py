@@ -19,8 +19,11 @@ class LRU:
     _order: OrderedDict[int, None] = field(init=False, default_factory=OrderedDict)
 
     def touch(self, key: int, now: int) -> None:
-        self._order[key] = None
-        self._order.move_to_end(key)
+        order = self._order
+        if key in order:
+            order.move_to_end(key)
+        else:
+            order[key] = None
 
     def evict(self, now: int, *, full: bool) -> int | None:
         return self._order.popitem(last=False)[0] if full else None

@@ -13,7 +13,7 @@ from itertools import count
 import numpy as np
 
 from mist.metrics.stages import awaited
-from mist.records import REJECTED, SEGMENT_ENDS, STATUSES, Records
+from mist.records import DROPPED, REJECTED, SEGMENT_ENDS, STATUSES, Records
 from mist.report.timeline.events import (
     REQUESTS,
     STEPS_THREAD,
@@ -86,7 +86,9 @@ class _Lives:
         thread = lane * self.threads_per_lane
         path, beside, before = [], [], arrival
         sent = [self._sent(segment) for segment in segments]
-        on_path = awaited(sent, [segment[7] for segment in segments])
+        lasting = [segment for segment in segments if segment[8] != DROPPED]
+        waited_for = iter(awaited([self._sent(segment) for segment in lasting], [segment[7] for segment in lasting]))
+        on_path = [segment[8] != DROPPED and next(waited_for) for segment in segments]
         for segment, left, is_awaited in zip(segments, sent, on_path, strict=True):
             if is_awaited:
                 path.append((segment, before))

@@ -1,0 +1,132 @@
+"""Decodes that go on with one context: blocks held once, a copied tail each, and back to plain decoding for one."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from mist.batching.chunked import Chunked
+from mist.batching.continuous import Continuous
+from mist.pipeline import RequestRandom
+from mist.request import DECODE, PREFILL, All, FirstOf, Pipeline, Request, Stage, StageResult
+from mist.testing.cluster import KVLink, LinearSteps, Run, play, table
+
+STEPS = LinearSteps(base=100, per_prefill_token=10, per_decode=0, per_context=0, per_prefill=0)
+
+
+@dataclass
+class Thoughts:
+    """One prefill, then thoughts of these `lengths` from its context; the first `k` of them count, 0 for all."""
+
+    lengths: tuple[int, ...]
+    k: int = 0
+    score: int = 0
+    kinds: tuple[str, ...] = field(default=(PREFILL, DECODE, "score"), init=False)
+    is_fixed: bool = field(default=False, init=False)
+    results: list[StageResult] = field(default_factory=list)
+
+    def __call__(self, request: Request, rng: RequestRandom) -> Pipeline:
+        yield Stage(PREFILL, input_tokens=request.input_tokens)
+        thoughts = [self._thought(request, length) for length in self.lengths]
+        self.results.append((yield (FirstOf(self.k, thoughts) if self.k else All(thoughts))))
+
+    def _thought(self, request: Request, length: int) -> Pipeline:
+        thought = yield Stage(DECODE, oracle_output_tokens=length)
+        yield Stage("score", input_tokens=self.score and request.input_tokens + length, visible=False)
+        return thought
+
+
+def run(pipeline: Any, prompt: int = 10, num_clients: int = 1, **more: Any) -> Run:
+    return play(table([0], [prompt], [1]), pipeline=pipeline, **{"perf": STEPS, "num_clients": num_clients} | more)
+
+
+def peak(result: Run, client: int = 0) -> int:
+    steps = result.records.steps.as_columns()
+    return int(steps["kv_blocks"][steps["client"] == client].max())
+
+
+@pytest.mark.parametrize("prompt", [16, 21, 64, 65])
+@pytest.mark.parametrize("num", [1, 2, 5])
+def test_the_kv_peak_is_the_prompt_once_and_every_thought(prompt: int, num: int) -> None:
+    """Of n tokens in blocks of 4: the full blocks once, and for each thought what lies behind them."""
+    length = 30
+    result = run(Thoughts((length,) * num), prompt, block_size=4)
+    full = prompt // 4
+    behind = -(-(prompt + length - 1) // 4) - full
+    assert peak(result) == full + num * behind
+    assert result.clients[0].residents.kv.used == 0
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_one_thought_is_plain_decoding(caching: bool) -> None:
+    workload = table([0, 50, 900], [30, 9, 12], [7, 7, 7])
+    plain = play(workload, perf=STEPS, caching=caching)
+    forked = play(workload, perf=STEPS, caching=caching, pipeline=Thoughts((7,)))
+    assert forked.records.steps.cells == plain.records.steps.cells
+    assert forked.records.requests.cells == plain.records.requests.cells
+
+
+def test_first_tokens_of_all_thoughts_come_out_with_the_prefill() -> None:
+    result = run(Thoughts((5, 3, 1)))
+    tasks = result.records.tasks.as_columns()
+    decodes = tasks["kind"] == 1
+    assert set(tasks["joined_ns"][decodes].tolist()) == {200}
+    assert sorted(tasks["end_ns"][decodes].tolist()) == [200, 400, 600]
+    assert result.records.requests.as_columns()["output_tokens"].tolist() == [9]
+
+
+def test_the_first_that_ends_frees_the_others() -> None:
+    result = run(Thoughts((9, 3, 7), k=1))
+    assert result.records.requests.as_columns()["end_ns"].tolist() == [400]
+    assert result.clients[0].residents.kv.used == 0
+    assert not result.clients[0].residents.prefixes
+
+
+def test_a_thought_of_one_token_ends_the_race_before_the_others_run() -> None:
+    result = run(Thoughts((1, 3, 7), k=1))
+    assert result.records.requests.as_columns()["end_ns"].tolist() == [200]
+    assert len(result.records.steps) == 1
+    assert result.clients[0].residents.kv.used == 0
+
+
+def test_thoughts_without_a_place_wait_for_one() -> None:
+    result = run(Thoughts((5, 5, 5)), policy=lambda: Chunked(max_num_seqs=2))
+    ends = result.records.requests.as_columns()["end_ns"].tolist()
+    assert ends == [200 + 4 * 100 + 4 * 100]
+
+
+def test_their_cache_is_sent_once_to_where_they_decode() -> None:
+    serves = [(PREFILL,), (DECODE,)]
+    result = run(Thoughts((5, 5, 5)), 30, 2, serves=serves, nic=KVLink(10, 1e9), block_size=4)
+    assert result.records.transfers.as_columns()["bytes"].tolist() == [300]
+    assert peak(result, 1) == 7 + 3 * 2
+    assert result.clients[1].residents.kv.used == 0
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_random_thoughts_obey_the_laws(seed: int) -> None:
+    rng = random.Random(seed)
+    num = rng.randint(1, 10)
+    lengths = tuple(rng.randint(1, 30) for _ in range(rng.randint(1, 6)))
+    pipeline = Thoughts(lengths, rng.randint(0, 3), rng.randint(0, 1))
+    apart = rng.random() < 0.4
+    keys = [tuple(rng.choice([(1, 2, 3), (1, 2, 4), (5,)])) for _ in range(num)]
+    caching = rng.random() < 0.5
+    workload = table(sorted(rng.randrange(20_000) for _ in range(num)), [rng.randint(1, 60) for _ in range(num)],
+                     [1] * num, keys=keys if caching else None)  # fmt: skip
+    workload.hash_block_size = 8 if caching else 0
+    serves = [(PREFILL, "score"), (PREFILL,), (DECODE,)] if apart else [(PREFILL, DECODE, "score")] * 2
+    result = play(
+        workload, pipeline=pipeline, num_clients=len(serves), serves=serves,
+        nic=KVLink(rng.randint(1, 50), 1e9, rng.choice([0, 500])), num_blocks=rng.choice([30, 60, 1000]), block_size=4,
+        policy=lambda: (Chunked if rng.random() < 0.5 else Continuous)(
+            max_num_seqs=rng.randint(1, 6), max_num_batched_tokens=rng.randint(8, 64)),
+        caching=caching, unit_tokens=8 if caching else 0, until_ns=rng.choice([1 << 62, rng.randrange(1, 60_000)]),
+    )  # fmt: skip
+    for residents in (client.residents for client in result.clients):
+        if not residents.running and not residents.sending and not residents.num_waiting:
+            assert residents.kv.used == 0
+            assert not residents.prefixes
