@@ -124,13 +124,14 @@ class Client:
             if self.shares is not None:
                 self.shares.work(self.demand_of(self.step), end - now, self._shared_step_ends, None, now)
                 return
-            if end >= kernel.horizon() or (self.emits and self._ends_a_task()) or self._has_waiting_fetches():
+            if end >= kernel.horizon() or (self.emits and (self._ends_a_task() or self._has_waiting_fetches())):
                 kernel.step_ends(self, end)
                 return
             self.finish_step(end)
             now = end
 
     def _has_waiting_fetches(self) -> bool:
+        """Of a client that emits, as every one does that fetches."""
         return self.offload is not None and bool(self.offload.waiting)
 
     def _shared_step_ends(self, _: None, now: int) -> None:
@@ -146,11 +147,12 @@ class Client:
         residents.begin()
         if residents.handed_over:
             self._take_over(now)
-        if self.offload is not None and self.offload.waiting:
-            self.offload.begin_waiting(now)
+        offload = self.offload
+        if offload is not None and offload.waiting:
+            offload.begin_waiting(now)
         batch = self.batching.next_batch(residents, cohort, residents, now)
-        if self.offload is not None and self.offload.evicted and residents.running:
-            self.offload.write_back(next(reversed(residents.running.values())).request, now)
+        if offload is not None and offload.evicted and residents.running:
+            offload.write_back(next(reversed(residents.running.values())).request, now)
         if self.front_end.unseen:
             self.front_end.see()
             if isinstance(batch, Wait):
