@@ -25,7 +25,7 @@ from mist.memory.eviction.lru import LRU
 from mist.memory.hierarchy import Hierarchy, expected_ns, exposed_ns
 from mist.memory.tier import MemoryTier, Tier
 from mist.network import Network
-from mist.offload import Memory, Offload
+from mist.offload import Memory, Offload, prefill_ns
 from mist.records import KV_WRITE, PREFIX_FETCH
 from mist.sharing import Channel
 from mist.testing import random_scenario
@@ -205,7 +205,7 @@ def test_prompts_of_many_chunks_are_estimated_from_the_first_and_the_last() -> N
             return int(super().step_time(step) + sum(new * context for new, context in step.chunks))
 
     def prepare(kernel: Any, clients: list[Client]) -> None:
-        estimates.append(clients[0].prefill_ns(100, 100 + 5 * 64 + 10))
+        estimates.append(prefill_ns(clients[0], 100, 100 + 5 * 64 + 10))
 
     run = play(table([0], [430], [1]), perf=Contexts(), policy=lambda: Chunked(64, 4), prepare=prepare)
     one = [Contexts().of(64, 0, 0, 1) + 64 * (100 + 64 * i) for i in range(5)]

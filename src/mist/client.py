@@ -179,7 +179,7 @@ class Client:
     def price_step(self) -> int:
         """What the step that has begun lasts alone, in ns; asked once, when all that shares its devices is known."""
         step = self.step
-        host = self._host_ns(step)
+        host = self.host_ns(step)
         if self.num_drafts:  # they cost the host next to nothing
             step.num_sampled += step.num_decodes * self.num_drafts
             step.decode_context += step.num_decodes * self.num_drafts
@@ -188,26 +188,9 @@ class Client:
             self.watcher.step_started(self, step, device, self.now)
         return max(1, host, device) if self.engine.overlapped else max(1, host + device)
 
-    def _host_ns(self, step: Step) -> int:
+    def host_ns(self, step: Step) -> int:
+        """Host time of `step`, ns."""
         return self._step_ns + self._token_ns * step.num_sampled + (self._prefill_ns if step.chunks else 0)
-
-    def prefill_ns(self, context: int, target: int) -> int:
-        """An estimate of how long it takes alone to compute the tokens from `context` to `target` of a prompt, ns.
-
-        Of several full chunks only the first and the last are priced; the others are taken to lie between them.
-        """
-        size = max(1, self.batching.max_num_batched_tokens)
-        full, rest = divmod(max(0, target - context), size)
-        ends = [self._chunk_ns(size, context)] if full else []
-        if full > 1:
-            ends.append(self._chunk_ns(size, context + (full - 1) * size))
-        total = full * sum(ends) // len(ends) if ends else 0
-        return total + (self._chunk_ns(rest, target - rest) if rest else 0)
-
-    def _chunk_ns(self, num_tokens: int, context: int) -> int:
-        step = Step(0, 0, [(num_tokens, context)], num_tokens, 1, 1 + self.num_drafts)
-        host, device = self._host_ns(step), self.perf.step_time(step)
-        return max(host, device) if self.engine.overlapped else host + device
 
     def finish_step(self, now: int) -> None:
         """The step in flight ends at `now`: its tokens exist, tasks move on."""
@@ -395,7 +378,7 @@ class Client:
         for task in self._shown_at.pop(self.residents.cohort.step, ()):
             is_here = self.residents.running.get(task.admission) is task and task.join_step >= 0
             if is_here and task.stage.seen_by_user(task.generated_tokens + self.residents.cohort.generated(task)):
-                _shown(task, now)
+                task.request.show(now)
 
     def _decode_done(self, task: Task, now: int) -> None:
         cohort = self.residents.cohort
@@ -483,9 +466,4 @@ def _emit(task: Task, now: int) -> None:
     """A token comes out of the decode `task` that its context ends in."""
     task.generated_tokens += 1
     if task.stage.seen_by_user(task.generated_tokens):
-        _shown(task, now)
-
-
-def _shown(task: Task, now: int) -> None:
-    if task.request.first_token_ns < 0:
-        task.request.first_token_ns = now
+        task.request.show(now)

@@ -379,8 +379,7 @@ class Coordinator:
 def _show(request: Request, num_tokens: int, now: int) -> None:
     """Tokens that were generated unseen come out all at once."""
     request.output_tokens += num_tokens
-    if request.first_token_ns < 0:
-        request.first_token_ns = now
+    request.show(now)
 
 
 def _only(stage: Stage) -> Pipeline:

@@ -18,7 +18,7 @@ from mist.memory.hierarchy import Found, Hierarchy, exposed_ns
 from mist.memory.tier import BACK, Tier, Write
 from mist.network import Network
 from mist.records import KV_WRITE, PREFIX_FETCH
-from mist.request import Request, Task
+from mist.request import Request, Step, Task
 from mist.sharing import duration_ns
 from mist.units import NS_PER_S
 
@@ -245,7 +245,7 @@ class Offload:
             return found
 
         def recompute_ns(num_fetched: int) -> int:
-            return self._client.prefill_ns(num_device_tokens + num_fetched, task.target_tokens)
+            return prefill_ns(self._client, num_device_tokens + num_fetched, task.target_tokens)
 
         return self.hierarchy.worth_fetching(found, recompute_ns, self._fetch_ns, self._num_layers)
 
@@ -271,7 +271,7 @@ class Offload:
         token_bytes = self.hierarchy.token_bytes
         transfer = sum(self._fetch_ns(tier, tokens * token_bytes)[1] for tier, tokens in found)
         first = num_device_tokens + sum(tokens for _, tokens in found)
-        compute = self._client.prefill_ns(first, task.target_tokens)
+        compute = prefill_ns(self._client, first, task.target_tokens)
         return Fraction(exposed_ns(transfer, compute, self._num_layers), transfer) if transfer else Fraction(1)
 
     def _send(self, fetch: Fetch, memory: Memory, num_tokens: int, share: Fraction, now: int) -> None:
@@ -351,3 +351,23 @@ def _is_written(written: tuple[Tier, Write], now: int) -> None:
 
 def _nobody_waits(_: Any, now: int) -> None:
     """What goes on in the background ends."""
+
+
+def prefill_ns(client: Client, context: int, target: int) -> int:
+    """An estimate of how long `client` takes alone to compute the tokens from `context` to `target` of a prompt, ns.
+
+    Of several full chunks only the first and the last are priced; the others are taken to lie between them.
+    """
+    size = max(1, client.batching.max_num_batched_tokens)
+    full, rest = divmod(max(0, target - context), size)
+    ends = [_chunk_ns(client, size, context)] if full else []
+    if full > 1:
+        ends.append(_chunk_ns(client, size, context + (full - 1) * size))
+    total = full * sum(ends) // len(ends) if ends else 0
+    return total + (_chunk_ns(client, rest, target - rest) if rest else 0)
+
+
+def _chunk_ns(client: Client, num_tokens: int, context: int) -> int:
+    step = Step(0, 0, [(num_tokens, context)], num_tokens, 1, 1 + client.num_drafts)
+    host, device = client.host_ns(step), client.perf.step_time(step)
+    return max(host, device) if client.engine.overlapped else host + device

@@ -175,6 +175,11 @@ class Request:
     #: its pipeline turned it away
     is_refused: bool = False
 
+    def show(self, now: int) -> None:
+        """The user sees a token of it at `now`."""
+        if self.first_token_ns < 0:
+            self.first_token_ns = now
+
 
 @dataclass(slots=True, eq=False)
 class SharedPrefix:
