@@ -9,6 +9,8 @@ import pytest
 
 from mist.errors import ScenarioError
 from mist.scenario import Scenario, load
+from mist.scenario.tables import build_tables
+from mist.workload import RequestTable
 
 SMALL = """\
 name: small
@@ -92,3 +94,9 @@ def problems(folder: Path, text: str, *sets: str) -> list[Any]:
 
 def places(found: list[Any]) -> list[tuple[int, int]]:
     return [(p.line, p.column) for p in found]
+
+
+def sole_table(scenario: Scenario) -> RequestTable:
+    """The requests of a scenario with a single workload."""
+    (table,) = build_tables(scenario).values()
+    return table

@@ -288,7 +288,7 @@ def test_the_example_trades_quality_for_cost() -> None:
     }
     means = [result.metrics["quality"]["mean"] for result in results.values()]
     busy = [result.metrics["clients"]["large"]["utilisation"] for result in results.values()]
-    given = load(EXAMPLE).pipeline.params["quality"]
+    given = load(EXAMPLE).tenants[""].pipeline.params["quality"]
     assert (means[0], means[2]) == pytest.approx((given["small"], given["large"]))
     assert means == sorted(means)
     assert busy == sorted(busy)

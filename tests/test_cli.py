@@ -106,7 +106,8 @@ def test_options_are_overrides(scenario: Path) -> None:
     Path("resolved.yaml").write_text(result.stdout)
     found = load("resolved.yaml")
     assert (found.seed, found.warmup_s, found.window_s) == (9, 1.5, (2, 8))
-    assert (found.workload.limit, found.workload.rate_scale, found.clients["gpu"].tp) == (7, 2, 2)
+    workload = found.tenants[""].workload
+    assert (workload.limit, workload.rate_scale, found.clients["gpu"].tp) == (7, 2, 2)
     assert json.loads(invoke("run", scenario, "--json", "--limit", 7).stdout)["requests"]["arrived"] == 7
 
 

@@ -14,10 +14,10 @@ from mist.errors import ScenarioError
 from mist.kernel import Kernel
 from mist.records import Records
 from mist.scenario import Scenario, load
-from mist.scenario.build import build_workload
 from mist.scenario.fleet import build_fleet, network_of
 from mist.scenario.memories import add_memories
 from mist.units import GB, KIB
+from scenarios import sole_table
 
 HOSTED = {"memory": "ddr5", "hit_rate": 1.0}
 
@@ -165,10 +165,10 @@ def test_memories_that_find_nothing_are_told() -> None:
 
 def built(mapping: dict[str, Any]) -> tuple[Any, Any, Records]:
     made = load(mapping)
-    workload, kernel, records = build_workload(made), Kernel(), Records(stage_kinds=list(made.stages))
-    fleet = build_fleet(made, workload, kernel, records)
+    size, kernel, records = sole_table(made).hash_block_size, Kernel(), Records(stage_kinds=list(made.stages))
+    fleet = build_fleet(made, size, kernel, records)
     network = network_of(made, fleet, kernel, records)
-    add_memories(made, fleet, workload, network, records)
+    add_memories(made, fleet, size, network, records)
     return fleet, network, records
 
 

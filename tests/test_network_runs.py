@@ -100,7 +100,7 @@ def test_stages_hand_on_the_bytes_that_the_pipeline_says() -> None:
     result = scenario.run(check=True)
     requests, hand_offs = result.records.requests.as_columns(), moved(result, HAND_OFF)
     assert (requests["status"] == FINISHED).all()
-    pipeline = scenario.pipeline.build()
+    pipeline = scenario.tenants[""].pipeline.build()
     for i, request in enumerate(requests["request"].tolist()):
         prompt, output = (int(requests[name][i]) for name in ("input_tokens", "output_tokens"))
         asked = prompt - pipeline.passages * pipeline.passage_tokens  # the passages are in the prompt that was answered

@@ -22,12 +22,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mist.errors import ScenarioError
-from mist.scenario.build import build_workload
 from mist.scenario.value import load
 from mist.workload import RequestTable
 from mist.workload.columns import Columns, write_trace
 from mist.workload.ragpulse import COMPONENTS, RagPulse
 from mist.workload.trace import detect, find_trace, limit, rate_scale, read_trace
+from scenarios import sole_table
 
 LENGTHS = {"sys_prompt": {1: 20, 2: 5}, "passages_ids": {10: 7, 11: 9, 12: 16}, "history": {20: 3},
            "web_search": {30: 8}, "user_input": {40: 2, 41: 2}}  # fmt: skip
@@ -346,14 +346,14 @@ DRAWN: dict[str, Any] = {
 
 
 def test_drawn_sizes_have_seeds_of_their_own() -> None:
-    table = build_workload(load(DRAWN))
+    table = sole_table(load(DRAWN))
     assert table.sizes["passage_tokens"].tolist() == [512] * 50
     assert len(set(table.sizes["query_tokens"].tolist())) > 10
     assert table.sizes["query_tokens"].min() >= 1
-    without = build_workload(load(DRAWN, ["workload.sizes={}"]))
+    without = sole_table(load(DRAWN, ["workload.sizes={}"]))
     assert without.sizes == {}
     question = {"query_tokens": DRAWN["workload"]["sizes"]["query_tokens"]}
-    fewer = build_workload(load({**DRAWN, "workload": {**DRAWN["workload"], "sizes": question}}))
+    fewer = sole_table(load({**DRAWN, "workload": {**DRAWN["workload"], "sizes": question}}))
     assert np.array_equal(fewer.sizes["query_tokens"], table.sizes["query_tokens"])
     for column in ("arrival_ns", "input_tokens", "output_tokens"):
         assert np.array_equal(getattr(table, column), getattr(without, column))
@@ -372,7 +372,7 @@ def test_sizes_are_in_the_resolved_scenario_and_checked() -> None:
 def test_drawn_sizes_go_before_those_of_a_trace(tmp_path: Path) -> None:
     path = put(tmp_path, [record(ids_of(passages=[10])), record(ids_of())])
     workload = {"trace": str(path), "sizes": {"query_tokens": 5, "web_pages": 2}}
-    table = build_workload(load({**DRAWN, "workload": workload}))
+    table = sole_table(load({**DRAWN, "workload": workload}))
     assert table.sizes["query_tokens"].tolist() == [5, 5]
     assert table.sizes["web_pages"].tolist() == [2, 2]
     assert table.sizes["num_passages"].tolist() == [1, 0]

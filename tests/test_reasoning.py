@@ -433,7 +433,7 @@ def test_random_reasoning_obeys_the_laws(seed: int) -> None:
     finished = requests["status"] == FINISHED
     assert (finished | (requests["status"] == REJECTED)).all()
     assert holds_nothing(result)
-    asked = result.coordinator.workload.output_tokens[requests["request"]]
+    asked = result.coordinator.tenants[0].workload.output_tokens[requests["request"]]
     assert (requests["output_tokens"] == asked)[finished].all()
     rows = {name: values[finished] for name, values in requests.items()}
     order = np.argsort(tasks["request"], kind="stable")

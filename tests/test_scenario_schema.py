@@ -44,13 +44,11 @@ def test_short_and_long_forms_mean_the_same(folder: Path) -> None:
     )
     assert short == long
     loop = "{closed_loop: {concurrency: 16}}"
-    assert read(folder, LARGE).workload.arrival_process.build() == (  # type: ignore[union-attr]
-        read(folder, LARGE.replace("concurrency: 16", f"arrivals: {loop}")).workload.arrival_process.build()  # type: ignore[union-attr]
-    )
-    assert (
-        read(folder, LARGE).workload.output_tokens
-        == read(folder, LARGE.replace("output_tokens: 128", "output_tokens: {fixed: 128}")).workload.output_tokens
-    )
+    whole = read(folder, LARGE).tenants[""].workload
+    process = read(folder, LARGE.replace("concurrency: 16", f"arrivals: {loop}")).tenants[""].workload.arrival_process
+    assert whole.arrival_process.build() == process.build()  # type: ignore[union-attr]
+    fixed = read(folder, LARGE.replace("output_tokens: 128", "output_tokens: {fixed: 128}"))
+    assert whole.output_tokens == fixed.tenants[""].workload.output_tokens
 
 
 def test_engine_limits_hold_for_its_own_policy_only(folder: Path) -> None:

@@ -18,7 +18,7 @@ from kit import play, table
 from mist.errors import ScenarioError
 from mist.records import FINISHED, REJECTED
 from mist.routing.session_affinity import SessionAffinity
-from mist.scenario.build import build_workload, run
+from mist.scenario.build import run
 from mist.scenario.value import load
 from mist.units import NS_PER_MS, NS_PER_S
 from mist.workload import RequestTable
@@ -27,6 +27,7 @@ from mist.workload.kv_cache_tester import KVCacheTester
 from mist.workload.sessions import begin_sessions, draw_sessions
 from mist.workload.synthetic import AllAtOnce, ClosedLoop, Constant, Fixed, Poisson, Uniform
 from mist.workload.trace import detect, find_trace, limit, rate_scale, read_trace
+from scenarios import sole_table
 
 
 def turn(t: float, i: int, hit: int = 0, *, agent: str = "0", api: float | None = 1.0, think: float | None = 0.0,
@@ -306,7 +307,7 @@ def test_a_scenario_replays_sessions(tmp_path: Path) -> None:
         " format: {kv_cache_tester: {hash_block_size: 16, num_sessions: 2}}}\n"
         "clients: {gpu: {device: h100-sxm, model: llama-3.1-8b, perf: roofline, engine: vllm-0.10}}\n"
     )
-    assert build_workload(load(path)).arrival_ns.tolist() == [0, NS_PER_S, 5 * NS_PER_S, 6 * NS_PER_S]
+    assert sole_table(load(path)).arrival_ns.tolist() == [0, NS_PER_S, 5 * NS_PER_S, 6 * NS_PER_S]
     result = run(load(path), check=True)
     requests = result.records.requests.as_columns()
     assert sorted(requests["cached_tokens"].tolist()) == [0, 0, 112, 112]

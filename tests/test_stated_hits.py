@@ -17,10 +17,10 @@ from mist.metrics import ClientInfo, summarise
 from mist.records import FINISHED, Records, Table
 from mist.residents import Residents
 from mist.scenario import load
-from mist.scenario.build import build_workload
 from mist.testing import random_scenario
 from mist.testing.cluster import KVLink
 from mist.workload.columns import Columns, write_trace
+from scenarios import sole_table
 
 #: 10 bytes a token at one byte per ns, and 500 ns
 HOST = KVLink(10, 1e9, 500)
@@ -219,7 +219,7 @@ def test_each_rank_fetches_its_share(tmp_path: Path) -> None:
 
 def test_hits_have_a_random_stream_of_their_own(tmp_path: Path) -> None:
     text = HITS.replace("cached_tokens: 7000", "cached_tokens: {uniform: {low: 1, high: 20000}}")
-    plain, drawn = (build_workload(scenario(tmp_path, each)) for each in (HITS, text))
+    plain, drawn = (sole_table(scenario(tmp_path, each)) for each in (HITS, text))
     assert plain.input_tokens.tolist() == drawn.input_tokens.tolist()
     assert drawn.cached_tokens is not None
     assert drawn.cached_tokens.max() == 7999
@@ -250,10 +250,10 @@ def test_a_trace_has_a_column_of_hits(tmp_path: Path, name: str) -> None:
     assert again.cached_tokens is not None
     assert again.cached_tokens.tolist() == [60, 9, 0]
     text = HITS.replace("concurrency: 1, num_requests: 3, input_tokens: 8000, output_tokens: 2", "trace: in.csv")
-    assert scenario(tmp_path, text).workload.cached_tokens is not None
+    assert scenario(tmp_path, text).tenants[""].workload.cached_tokens is not None
     own = scenario(tmp_path, text.replace(", cached_tokens: 7000", ""))
     assert own.run(check=True).requests["cached_tokens"].tolist() == [60, 9, 0]
-    stated = build_workload(scenario(tmp_path, text.replace("cached_tokens: 7000", "cached_tokens: 15, limit: 2")))
+    stated = sole_table(scenario(tmp_path, text.replace("cached_tokens: 7000", "cached_tokens: 15, limit: 2")))
     assert stated.cached_tokens is not None
     assert stated.cached_tokens.tolist() == [15, 9]
 

@@ -14,13 +14,13 @@ import pytest
 
 from measured import CLOSED, OFFLINE, OPEN, STATIC, TRACE, invoke, lines, point_file, write_points, write_request_list
 from mist.errors import ScenarioError
-from mist.scenario.build import build_workload
 from mist.validation.engines import engine_profile
 from mist.validation.evaluate import Comparison, Evaluated, evaluate
 from mist.validation.points import Measured, Point, PointFile, Skip, parse_stages, read_points, sampled
 from mist.validation.score import report
 from mist.validation.setting import Setting, setting_of
 from mist.validation.tables import assumed, covered
+from scenarios import sole_table
 
 BASE = {
     "source": "made", "engine": "vllm", "engine_version": "0.10.0", "model": "meta-llama/Llama-3.1-8B",
@@ -182,7 +182,7 @@ def test_values_are_read_as_they_are_meant() -> None:
     drafts = of(CLOSED, spec_decode="EAGLE:3:0.5").scenario.clients["gpu"].speculation
     assert drafts is not None
     assert drafts.method == "eagle"
-    assert of(CLOSED, prefix_cached_tokens="128").scenario.workload.cached_tokens is not None
+    assert of(CLOSED, prefix_cached_tokens="128").scenario.tenants[""].workload.cached_tokens is not None
 
 
 def test_one_value_that_cannot_be_computed_costs_no_other(tmp_path: Path) -> None:
@@ -210,22 +210,22 @@ def test_offloading_is_told(tmp_path: Path) -> None:
 
 def test_what_stands_beside_a_request_list_is_used(tmp_path: Path) -> None:
     listed = write_request_list(tmp_path)
-    found = build_workload(of(TRACE, tmp_path, num_requests="3", prefix_cached_tokens="50").scenario)
+    found = sole_table(of(TRACE, tmp_path, num_requests="3", prefix_cached_tokens="50").scenario)
     assert found.input_tokens.tolist() == [80, 90, 100]
     assert found.cached_tokens is not None
     assert found.cached_tokens.tolist() == [50] * 3
     assert "num_requests is 6, and the request list list.csv has 5" in skip(TRACE, tmp_path, num_requests="6")
     for load in ({**CLOSED, "num_requests": ""}, {**OFFLINE, "num_requests": ""}):
-        assert len(build_workload(of(load, tmp_path, workload_file="list.csv").scenario)) == 5
+        assert len(sole_table(of(load, tmp_path, workload_file="list.csv").scenario)) == 5
     listed.write_bytes(gzip.compress(listed.read_bytes()))
-    assert len(build_workload(of(TRACE, tmp_path).scenario)) == 5
+    assert len(sole_table(of(TRACE, tmp_path).scenario)) == 5
 
 
 def test_a_trace_needs_all_its_arrivals(tmp_path: Path) -> None:
     listed = write_request_list(tmp_path)
     listed.write_text(listed.read_text().replace("0.5,90", ",90"))
     assert "lacks arrival times" in skip(TRACE, tmp_path)
-    assert of(OPEN, tmp_path, workload_file="list.csv", num_requests="").scenario.workload.trace is not None
+    assert of(OPEN, tmp_path, workload_file="list.csv", num_requests="").scenario.tenants[""].workload.trace is not None
     listed.write_text("arrival_s,input_tokens,output_tokens\n")
     assert "is empty" in skip(TRACE, tmp_path)
 

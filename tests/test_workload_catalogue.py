@@ -17,10 +17,10 @@ import yaml
 
 import mist
 from mist.errors import ScenarioError
-from mist.scenario.build import build_workload
 from mist.scenario.value import load as scenario
 from mist.workload.synthetic import Quantiles
 from mist.workload.trace import detect, find_trace, read_trace
+from scenarios import sole_table
 
 CATALOGUE = Path(mist.__file__).parent / "data" / "workloads"
 STUDIES = Path(__file__).parents[1] / "studies"
@@ -128,11 +128,11 @@ def test_sizes_of_a_catalogue_are_drawn_for_the_pipeline() -> None:
         "clients": {"gpu": {"device": "h100-sxm", "model": "llama-3.1-8b"}},
         "pipeline": "reasoning",
     }
-    table = build_workload(scenario(sections))
+    table = sole_table(scenario(sections))
     assert set(table.sizes) == {"reasoning_tokens"}
     assert np.median(table.sizes["reasoning_tokens"]) == pytest.approx(478, rel=0.1)
     sections["workload"] |= {"sizes": {"reasoning_tokens": 7, "query_tokens": 5}}  # type: ignore[operator]
-    own = build_workload(scenario(sections))
+    own = sole_table(scenario(sections))
     assert {name: set(values.tolist()) for name, values in own.sizes.items()} == {
         "reasoning_tokens": {7}, "query_tokens": {5},
     }  # fmt: skip

@@ -1,22 +1,18 @@
 """The coordinator: stage to stage. Ask the pipeline for the next stage and the router for a client; hand the task over.
 
-It plays the workload's arrivals and writes a row for every request that leaves. It never looks into a client: routers
-see views, and clients report through `stage_done` and `rejected`.
+It writes a row for every request that leaves. It never looks into a client: routers see views, and clients report
+through `stage_done` and `rejected`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
 
 from mist.client import Client
 from mist.errors import InvariantError
 from mist.kernel import Kernel
 from mist.network import Network
-from mist.pipeline import PipelineFactory
 from mist.records import FINISHED, HAND_OFF, KV_TRANSFER, REFUSED, REJECTED, UNFINISHED, Records
 from mist.request import (
     DECODE,
@@ -34,14 +30,11 @@ from mist.request import (
     Task,
 )
 from mist.residents import share_prefix
-from mist.routing import RoutingPolicy
-from mist.workload import RequestTable
-
-_NO_SIZES: Mapping[str, int] = {}
+from mist.tenant import Tenant
 
 
 class Coordinator:
-    """`routers`: one per stage kind. `rng_of(i)`: a random generator of request i's own, made when a pipeline asks."""
+    """Takes the requests of all `tenants` through their stages."""
 
     def __init__(
         self,
@@ -50,19 +43,13 @@ class Coordinator:
         records: Records,
         clients: Sequence[Client],
         network: Network,
-        pipeline: PipelineFactory,
-        routers: Mapping[str, RoutingPolicy],
-        workload: RequestTable,
-        rng_of: Callable[[int], np.random.Generator],
+        tenants: Sequence[Tenant],
     ) -> None:
         self.kernel = kernel
         self.records = records
         self.clients = clients
         self.network = network
-        self.pipeline = pipeline
-        self.routers = routers
-        self.workload = workload
-        self.rng_of = rng_of
+        self.tenants = tenants
         self.in_system: dict[int, Request] = {}
         #: called with the number of requests that have left, now and then
         self.on_progress: Callable[[int], None] | None = None
@@ -72,67 +59,22 @@ class Coordinator:
         self.num_tasks = 0
         #: tasks that nobody waits for, until their clients have let them go
         self.num_cancelled = 0
-        self._num_posted = 0
         self._reasons: dict[str, int] = {}
-        self._serving = {kind: [c for c in clients if kind in c.serves] for kind in pipeline.kinds}
-        self._arrival_ns: list[int] = workload.arrival_ns.tolist()
-        self._input_tokens: list[int] = workload.input_tokens.tolist()
-        self._output_tokens: list[int] = workload.output_tokens.tolist()
-        self._sizes = tuple(workload.sizes.items())
-        self._hit_tokens: list[int] | None = None if workload.cached_tokens is None else workload.cached_tokens.tolist()
-        self._sessions: list[int] | None = None if workload.sessions is None else workload.sessions.tolist()
-        #: requests with a time of their own, in their order, and by request those that come after its end
-        self._openers: Sequence[int] = range(len(workload))
-        self._followers: dict[int, list[tuple[int, int]]] = {}
-        if workload.after is not None and workload.think_ns is not None:
-            self._openers = np.flatnonzero(workload.after < 0).tolist()
-            for index, (before, think_ns) in enumerate(
-                zip(workload.after.tolist(), workload.think_ns.tolist(), strict=True)
-            ):
-                if before >= 0:
-                    self._followers.setdefault(before, []).append((index, think_ns))
-        waits = workload.concurrency is not None or workload.after is not None
         for client in clients:
             client.coordinator = self
             # what a client fetches or writes shares channels with others
-            client.emits = waits or client.offload is not None or self._hands_over(client)
+            client.emits = client.offload is not None or any(tenant.passes_on(client) for tenant in tenants)
 
-    # --- arrivals ---
+    def start(self, tenants: Sequence[Tenant] | None = None) -> None:
+        """Let the first requests arrive, of all tenants or of some."""
+        for tenant in self.tenants if tenants is None else tenants:
+            tenant.start(self.kernel, self._begin)
 
-    def start(self) -> None:
-        """Post the first arrival (open loop), or as many as may be in flight (closed loop)."""
-        if self.workload.concurrency is None:
-            if self._openers:
-                self.kernel.at(self._arrival_ns[self._openers[0]], self._arrive_and_post_next, 0)
-            return
-        for _ in range(min(self.workload.concurrency, len(self.workload))):
-            self._post_next(self._arrival_ns[self._num_posted])
-
-    def _post_next(self, time_ns: int) -> None:
-        self.kernel.at(time_ns, self._arrive, self._num_posted)
-        self._num_posted += 1
-
-    def _arrive_and_post_next(self, place: int, now: int) -> None:
-        following = place + 1
-        if following < len(self._openers):
-            self.kernel.at(self._arrival_ns[self._openers[following]], self._arrive_and_post_next, following)
-        self._arrive(self._openers[place], now)
-
-    def _arrive(self, index: int, now: int) -> None:
-        keys = self.workload.block_keys
-        request = Request(
-            index,
-            now,
-            self._input_tokens[index],
-            self._output_tokens[index],
-            keys[index] if keys is not None else (),
-            self._hit_tokens[index] if self._hit_tokens is not None else 0,
-            {name: int(column[index]) for name, column in self._sizes} if self._sizes else _NO_SIZES,
-            self._sessions[index] if self._sessions is not None else -1,
-        )
-        self.in_system[index] = request
+    def _begin(self, tenant: Tenant, request: Request, now: int) -> None:
+        self.in_system[request.index] = request
         self.num_arrived += 1
-        branch = Branch(request, self.pipeline(request, lambda: self.rng_of(index)), now)
+        index = request.index - tenant.first_request
+        branch = Branch(request, tenant.pipeline(request, lambda: tenant.rng_of(index)), now)
         self._start(branch, None, None, now)
 
     # --- stage to stage ---
@@ -300,28 +242,18 @@ class Coordinator:
 
     def _choose(self, task: Task, now: int) -> Client:
         kind = task.stage.kind
-        candidates = self._serving.get(kind)
-        if not candidates:
+        route = self.tenants[task.request.tenant].routes.get(kind)
+        if route is None or not route.clients:
             raise InvariantError(f"the pipeline yielded a stage {kind!r} that it did not announce")
+        candidates = route.clients
         if len(candidates) == 1:
             return candidates[0]
         views = [candidate.refresh_view() for candidate in candidates]
-        router = self.routers[kind]
-        chosen = router.choose(task, views, now)
-        if not isinstance(chosen, ClientView) or kind not in self.clients[chosen.index].serves:
-            name = type(router).__name__
+        chosen = route.router.choose(task, views, now)
+        if not isinstance(chosen, ClientView) or self.clients[chosen.index] not in candidates:
+            name = type(route.router).__name__
             raise InvariantError(f"{name} chose {chosen!r} for request {task.request.index}: none of its choices")
         return self.clients[chosen.index]
-
-    def _hands_over(self, client: Client) -> bool:
-        """Whether a task's end on `client` can reach another: not where each stage is the last, or decodes on here."""
-        if not self.pipeline.is_fixed:
-            return True
-        here = client.serves
-        return any(
-            kind in here and (following != DECODE or DECODE not in here)
-            for kind, following in pairwise(self.pipeline.kinds)
-        )
 
     # --- requests leave ---
 
@@ -362,10 +294,7 @@ class Coordinator:
         )  # fmt: skip
         if status == UNFINISHED:
             return
-        if self.workload.concurrency is not None and self._num_posted < len(self.workload):
-            self._post_next(now)
-        for index, think_ns in self._followers.pop(request.index, ()):
-            self.kernel.at(now + think_ns, self._arrive, index)
+        self.tenants[request.tenant].left(request, now)
 
     def _reason(self, reason: str) -> int:
         if not reason:

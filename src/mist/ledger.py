@@ -23,6 +23,7 @@ from mist.pipeline.stages import StageList
 from mist.records import FINISHED, KV_TRANSFER, KV_WRITE, PREEMPTED, PREFIX_FETCH, Records
 from mist.request import DECODE, Step, Task, Wait
 from mist.speculation import PACE_BITS, SpeculativeCohort
+from mist.tenant import Tenant
 from mist.units import NS_PER_S
 
 #: waiting tasks, or requests, above which they are recounted only every that many steps or instants
@@ -194,20 +195,17 @@ class Ledger:
             self._true(bool(np.all(starts[1:] >= ends[:-1])), f"{client.name}: steps overlap")
         self._check_common_steps(steps)
         self._equal("requests recorded", len(requests["request"]), self.coordinator.num_arrived)
-        finished = requests["status"] == FINISHED
         first = requests["first_token_ns"]
         in_order = (first < 0) | ((requests["arrival_ns"] <= first) & (first <= requests["end_ns"]))
         self._true(bool(np.all(in_order)), "a first token lies outside its request")
         self._equal("preemptions", int(requests["num_preemptions"].sum()), int((tasks["how"] == PREEMPTED).sum()))
         self._check_tasks(tasks, requests)
-        if self.coordinator.pipeline.is_fixed:
-            generates = DECODE in self.coordinator.pipeline.kinds
-            wanted = np.asarray(self.coordinator.workload.output_tokens)[requests["request"]] * generates
-            self._true(bool(np.all((requests["output_tokens"] == wanted)[finished])), "a request ended short of tokens")
-            emitted = tasks["generated_tokens"]
-            self._equal("tokens emitted", int(emitted.sum()), int(requests["output_tokens"].sum()))
-        if type(self.coordinator.pipeline) is StageList:
-            self._check_prompts(tasks, requests)
+        for tenant in self.coordinator.tenants:
+            its_tasks, its_requests = _of(tenant, tasks), _of(tenant, requests)
+            self._check_lengths(tenant, its_tasks, its_requests)
+            allowed = {client.index for route in tenant.routes.values() for client in route.clients}
+            elsewhere = set(np.unique(its_tasks["client"]).tolist()) - allowed
+            self._true(not elsewhere, f"tenant {tenant.index} was on clients {sorted(elsewhere)}, which aren't its own")
         self._check_transfers(tasks)
         self._check_memories()
         if not self.coordinator.in_system:
@@ -235,10 +233,23 @@ class Ledger:
         again = decodes & ~np.isin(tasks["request"], preempted)
         self._equal("tokens computed again without a preemption", _sum(tasks["computed_tokens"], again), 0)
 
-    def _check_prompts(self, tasks: dict[str, np.ndarray], requests: dict[str, np.ndarray]) -> None:
+    def _check_lengths(self, tenant: Tenant, tasks: dict[str, np.ndarray], requests: dict[str, np.ndarray]) -> None:
+        """tokens: those that a tenant's requests asked for came out, where every one goes through the same stages."""
+        if tenant.pipeline.is_fixed:
+            finished = requests["status"] == FINISHED
+            generates = DECODE in tenant.pipeline.kinds
+            wanted = np.asarray(tenant.workload.output_tokens)[requests["request"] - tenant.first_request] * generates
+            self._true(bool(np.all((requests["output_tokens"] == wanted)[finished])), "a request ended short of tokens")
+            emitted = tasks["generated_tokens"]
+            self._equal("tokens emitted", int(emitted.sum()), int(requests["output_tokens"].sum()))
+        if type(tenant.pipeline) is StageList:
+            self._check_prompts(tenant.pipeline.kinds, tasks, requests)
+
+    def _check_prompts(
+        self, kinds: Sequence[str], tasks: dict[str, np.ndarray], requests: dict[str, np.ndarray]
+    ) -> None:
         """tokens: computed + found in the prefix cache = prompt, per stage, unless a preemption computed some again."""
-        kinds = self.coordinator.pipeline.kinds
-        done = np.zeros(len(self.coordinator.workload), np.int64)
+        done = np.zeros(int(requests["request"].max(initial=-1)) + 1, np.int64)
         np.add.at(done, tasks["request"], tasks["computed_tokens"] + tasks["cached_tokens"])
         plain = (requests["status"] == FINISHED) & (requests["num_preemptions"] == 0)
         wanted = requests["input_tokens"] * (len(kinds) - (DECODE in kinds))
@@ -396,6 +407,13 @@ class Ledger:
 def _is_next(client: Client) -> bool:
     """Whether its lane has a common step in flight and knows that it has work for the next."""
     return client.woken and isinstance(client.waker, Lane) and bool(client.waker.stepping)
+
+
+def _of(tenant: Tenant, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows of a tenant's requests."""
+    place = rows["request"] - tenant.first_request
+    mine = (place >= 0) & (place < len(tenant.workload))
+    return {name: column[mine] for name, column in rows.items()}
 
 
 def _sum(column: np.ndarray, where: np.ndarray) -> int:

@@ -74,6 +74,8 @@ class Records:
     memory_names: list[str] = field(default_factory=lambda: ["host memory"])
     stage_kinds: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    #: the tenants that have names, in order, each with the number of its first request
+    tenants: list[tuple[str, int]] = field(default_factory=list)
     requests: Table = _table(
         "request", "arrival_ns", "first_token_ns", "end_ns", "status", "reason",
         "input_tokens", "output_tokens", "cached_tokens", "num_preemptions",

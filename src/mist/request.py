@@ -143,7 +143,7 @@ class Request:
     of the workload; empty where the content is unknown (nothing is then shared with other requests). `hit_tokens`:
     tokens at the front of the prompt that the workload says are in the prefix cache, whatever their content.
     `sizes`: what else the workload tells of this request, by name, such as `query_tokens` or `passage_tokens`.
-    `session`: the number of the session that it is a turn of, -1 if it is of none.
+    `session`: the number of the session that it is a turn of, -1 if it is of none. `tenant`: the place of its tenant.
     """
 
     index: int
@@ -154,6 +154,7 @@ class Request:
     hit_tokens: int = 0
     sizes: Mapping[str, int] = field(default_factory=dict)
     session: int = -1
+    tenant: int = 0
     # progress
     first_token_ns: int = -1
     output_tokens: int = 0

@@ -17,12 +17,13 @@ import click
 
 from mist import __version__
 from mist.cli.calibration import calibrate
+from mist.cli.interference import interference
 from mist.cli.output import folded, print_json, table
+from mist.cli.scenario import inputs, load_plugins, load_scenario, scenario_options
 from mist.cli.validation import validate
 
 if TYPE_CHECKING:
     from mist.errors import Problem
-    from mist.scenario import Scenario
     from mist.scenario.result import Result
 
 Progress = Callable[[int, int], None]
@@ -75,24 +76,6 @@ def main() -> None:
     """
 
 
-def _scenario_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    options = (
-        click.argument("scenario", type=click.Path(path_type=Path)),
-        click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Change one value; may be repeated."),
-        click.option("--seed", type=int, help="Draw everything from this seed."),
-        click.option("--warmup", type=float, metavar="S", help="Leave the first seconds out of the metrics."),
-        click.option("--window", metavar="A:B", help="Measure only requests that arrive from A to B seconds."),
-        click.option("--limit", type=int, metavar="N", help="Only the first N requests."),
-        click.option("--rate-scale", type=float, metavar="X", help="Arrivals X times as fast."),
-        click.option(
-            "--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies."
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 def _clean_up_when_terminated() -> None:
     """SIGTERM ends the process as Ctrl-C does: half-written files are removed on the way out."""
     import signal
@@ -103,7 +86,7 @@ def _clean_up_when_terminated() -> None:
 
 
 @main.command()
-@_scenario_options
+@scenario_options
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON document.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Write summary, tables and scenario here.")
 @click.option("--overwrite", is_flag=True, help="Let --out and --trace replace what is there.")
@@ -122,8 +105,8 @@ def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, ch
         mist run scenario.yaml --out out/first --trace out/first.json.gz
     """
     _clean_up_when_terminated()
-    scenario = _load(**options)
-    _check_outputs(out, trace, overwrite, _inputs(scenario, options["scenario"], options["plugins"]))
+    scenario = load_scenario(**options)
+    _check_outputs(out, trace, overwrite, inputs(scenario, options["scenario"], options["plugins"]))
     from mist.scenario.build import run as run_scenario
 
     with _progress_bar() as progress:
@@ -144,7 +127,7 @@ def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, ch
 
 
 @main.command()
-@_scenario_options
+@scenario_options
 @click.option("--resolved", is_flag=True, help="Print the whole scenario as YAML, with every default.")
 def check(resolved: bool, **options: Any) -> None:
     """Validate SCENARIO without running it, and print what it comes to.
@@ -157,7 +140,7 @@ def check(resolved: bool, **options: Any) -> None:
         mist check scenario.yaml --set clients.gpu.weights_dtype=fp8
         mist check scenario.yaml --resolved > whole.yaml
     """
-    scenario = _load(**options)
+    scenario = load_scenario(**options)
     if resolved:
         click.echo(scenario.to_yaml(), nl=False)
         return
@@ -223,7 +206,7 @@ def explain_step(
         mist explain-step llama-3.1-70b h100-sxm --tp 4 --decode 32x2048 --json
         mist explain-step deepseek-v3 h200-sxm --tp 8 --mixed 512@0+64x2048
     """
-    _load_plugins(plugins)
+    load_plugins(plugins)
     from mist.scenario.explain import explain_step as explain
     from mist.scenario.explain import parse_step
 
@@ -255,7 +238,7 @@ def schema(plugins: tuple[str, ...]) -> None:
         # and as the first line of a scenario, for the YAML language server:
         # yaml-language-server: $schema=mist.schema.json
     """
-    _load_plugins(plugins)
+    load_plugins(plugins)
     from mist.scenario.schema import json_schema
 
     print_json(json_schema())
@@ -279,7 +262,7 @@ def list_names(what: str, as_json: bool, plugins: tuple[str, ...]) -> None:
         mist list devices
         mist list policies --json
     """
-    _load_plugins(plugins)
+    load_plugins(plugins)
     from mist.scenario.listing import rows
 
     found = rows(what)
@@ -287,61 +270,6 @@ def list_names(what: str, as_json: bool, plugins: tuple[str, ...]) -> None:
         print_json(found)
     else:
         click.echo(table(folded(found) if what in ("policies", "pipelines", "perf") else found))
-
-
-def _load(
-    scenario: Path,
-    sets: tuple[str, ...],
-    plugins: tuple[str, ...],
-    seed: int | None,
-    warmup: float | None,
-    window: str | None,
-    limit: int | None,
-    rate_scale: float | None,
-) -> Scenario:
-    from mist.errors import ScenarioError
-    from mist.scenario import load
-
-    problems: list[Problem] = []
-    try:
-        _load_plugins(plugins)
-    except ScenarioError as error:  # the scenario's own problems are told with it
-        problems += error.problems
-    options = {"seed": seed, "warmup_s": warmup, "window_s": window, "workload.limit": limit,
-               "workload.rate_scale": rate_scale}  # fmt: skip
-    try:
-        loaded = load(scenario, sets, **{path: value for path, value in options.items() if value is not None})
-    except ScenarioError as error:
-        raise ScenarioError([*problems, *error.problems]) from None
-    if problems:
-        raise ScenarioError(problems)
-    return loaded
-
-
-def _load_plugins(plugins: Iterable[str]) -> None:
-    """Every plug-in; ScenarioError tells all that can't be loaded."""
-    from mist import registry
-    from mist.errors import ScenarioError
-
-    problems: list[Problem] = []
-    for plugin in plugins:
-        try:
-            registry.load_plugin_file(plugin)
-        except ScenarioError as error:
-            problems += error.problems
-    if problems:
-        raise ScenarioError(problems)
-
-
-def _inputs(scenario: Scenario, path: Path, plugins: Iterable[str]) -> list[Path]:
-    """The files that a run reads: the scenario, its trace, its devices, models and engines, and plug-ins."""
-    found = [path, *map(Path, plugins)]
-    if scenario.workload.trace is not None:
-        found.append(scenario.trace_path())
-    for pool in scenario.source.data()["clients"].values():
-        written = (pool.get(key) for key in ("device", "model", "engine"))
-        found += [scenario.folder / name for name in written if isinstance(name, str)]
-    return [file.resolve() for file in found if file.is_file()]
 
 
 def _check_outputs(out: Path | None, trace: Path | None, overwrite: bool, inputs: Iterable[Path]) -> None:
@@ -397,5 +325,6 @@ def _tell(problems: Iterable[Problem]) -> None:
             click.echo(hint, err=True)
 
 
+main.add_command(interference)
 main.add_command(calibrate)
 main.add_command(validate)

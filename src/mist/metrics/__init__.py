@@ -7,6 +7,7 @@ is kept anywhere but in the records: each is an expression over them, defined in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from mist.metrics.quality import summarise_quality
 from mist.metrics.saturation import judge, unjudged
 from mist.metrics.slo import Targets, percentiles_of, summarise_slo
 from mist.metrics.stages import stage_times, summarise_stages
+from mist.metrics.tenants import TenantInfo, all_levels, fairness
 from mist.metrics.tokens import DecodeSteps, Segments, longest_gaps, token_gaps, tokens_by_client
 from mist.metrics.transfers import summarise_transfers
 from mist.metrics.window import BoolColumn, Columns, Window
@@ -27,7 +29,7 @@ from mist.metrics.words import counted
 from mist.records import FINISHED, STATUSES, UNFINISHED, IntColumn, Records
 from mist.units import NS_PER_S
 
-__all__ = ["SCHEMA_VERSION", "SLO_METRICS", "ClientInfo", "MemoryInfo", "Targets", "summarise"]
+__all__ = ["SCHEMA_VERSION", "SLO_METRICS", "ClientInfo", "MemoryInfo", "Targets", "TenantInfo", "summarise"]
 
 SCHEMA_VERSION = 1
 SLO_METRICS = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
@@ -44,6 +46,7 @@ def summarise(
     provenance: Mapping[str, Any] | None = None,
     oracle_output_tokens: IntColumn | None = None,
     quality: Mapping[str, float] | None = None,
+    tenants: Sequence[TenantInfo] = (),
 ) -> dict[str, Any]:
     """The summary document of a run: JSON values only, seconds and fractions, None for what has no value.
 
@@ -52,50 +55,106 @@ def summarise(
     system (closed loop, all at once), which can't be saturated. `slo` adds verdicts and goodput, and its percentiles to
     the latency figures; `provenance` (which model answered which share) is carried over. `oracle_output_tokens`
     (int64[requests], by request number) are those that the workload asks for, which the offered load is made of; left
-    out, those generated stand for them. `quality` of an answer by the stage kind that gave it. Raises ValueError for an
+    out, those generated stand for them. `quality` of an answer by the stage kind that gave it. `tenants`, where there
+    are several, have figures of their own, and what they say stands for `slo` and `quality`. Raises ValueError for an
     SLO metric or statistic that isn't known.
     """
-    targets = dict(slo or {})
-    if unknown := set(targets) - set(SLO_METRICS):
-        raise ValueError(f"no SLO metric {sorted(unknown)[0]!r}; known: {', '.join(SLO_METRICS)}")
-    percentiles = sorted({*PERCENTILES, *percentiles_of(targets)})
     span = Window.of(records, window)
-    requests = records.requests.as_columns()
-    steps, tasks = records.steps.as_columns(), _together(records.tasks.as_columns())
+    run = _Rows.of(records, len(clients))
+    sums = activity(run.steps, run.tasks, run.tokens_by_client(span), len(clients), span)
+    whole = TenantInfo(open_loop=open_loop, slo=slo or {}, oracle_output_tokens=oracle_output_tokens, quality=quality)
+    figures = _figures(run, whole, span, _statistics(slo, *(tenant.slo for tenant in tenants)))
+    by_tenant = {
+        each.name: {"priority": each.priority, **_figures(run.of_tenant(each), each, span, _statistics(each.slo))}
+        for each in tenants
+    }
+    verdict = judge(run.requests, run.tasks, run.transfers, clients, sums, span) if open_loop else unjudged()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **figures,
+        "slo": all_levels(by_tenant) if tenants else figures["slo"],
+        "tenants": by_tenant,
+        "fairness": fairness(by_tenant) if tenants else None,
+        "duration_s": (span.last_ns - span.first_ns) / NS_PER_S,
+        "window": {name: getattr(span, f"{name[:-2]}_ns") / NS_PER_S for name in ("start_s", "end_s", "span_s")},
+        "clients": summarise_clients(clients, sums, span),
+        "memories": summarise_memories(memories, run.transfers),
+        "open_loop": open_loop,
+        **verdict,
+        "notes": _notes(run.requests, span.holds(run.requests["arrival_ns"]), span, open_loop),
+        "provenance": dict(provenance or {}),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The tables of a run, or what one tenant's requests have in them."""
+
+    requests: Columns
+    tasks: Columns
+    transfers: Columns
+    steps: Columns
+    decode_steps: DecodeSteps
+    segments: Segments
+    kinds: Sequence[str]
+
+    @classmethod
+    def of(cls, records: Records, num_clients: int) -> _Rows:
+        tasks, steps = _together(records.tasks.as_columns()), records.steps.as_columns()
+        decode_steps = DecodeSteps.of(steps, num_clients)
+        segments = Segments.of(tasks, decode_steps)
+        requests, transfers = records.requests.as_columns(), records.transfers.as_columns()
+        return cls(requests, tasks, transfers, steps, decode_steps, segments, records.stage_kinds)
+
+    def of_tenant(self, tenant: TenantInfo) -> _Rows:
+        """The same with the rows of a tenant's requests; steps are everybody's."""
+        own = [number for number, kind in enumerate(self.kinds) if kind in tenant.stages]
+        tasks = tenant.rows(self.tasks)
+        tasks = {**tasks, "kind": np.searchsorted(own, tasks["kind"])}
+        kinds = [self.kinds[number] for number in own]
+        segments = Segments.of(tasks, self.decode_steps)
+        requests, transfers = tenant.rows(self.requests), tenant.rows(self.transfers)
+        return _Rows(requests, tasks, transfers, self.steps, self.decode_steps, segments, kinds)
+
+    def tokens_by_client(self, span: Window) -> IntColumn:
+        return tokens_by_client(self.segments, self.decode_steps, span)
+
+
+def _statistics(*slos: Targets | None) -> list[float]:
+    """The percentiles of latencies: those always told, and those that targets name."""
+    targets: dict[str, Mapping[str, float]] = {}
+    for number, slo in enumerate(slos):
+        if unknown := set(slo or {}) - set(SLO_METRICS):
+            raise ValueError(f"no SLO metric {sorted(unknown)[0]!r}; known: {', '.join(SLO_METRICS)}")
+        targets |= {f"{number}.{metric}": bounds for metric, bounds in (slo or {}).items()}
+    return sorted({*PERCENTILES, *percentiles_of(targets)})
+
+
+def _figures(run: _Rows, asked: TenantInfo, span: Window, percentiles: Sequence[float]) -> dict[str, Any]:
+    """What came of some requests: counts, latencies, transfers, load, throughput, stages, quality and SLOs."""
+    requests, segments, decode_steps, targets = run.requests, run.segments, run.decode_steps, dict(asked.slo)
     chosen = span.holds(requests["arrival_ns"])
-    decode_steps = DecodeSteps.of(steps, len(clients))
-    segments = Segments.of(tasks, decode_steps)
-    emitted = tokens_by_client(segments, decode_steps, span)
-    sums = activity(steps, tasks, emitted, len(clients), span)
     times: dict[str, IntColumn | FloatColumn] = {
         "ttft_s": ttft_ns(requests), "tpot_s": tpot_ns(requests), "e2e_s": e2e_ns(requests)
     }  # fmt: skip
-    figures = _latencies(requests, chosen, times, segments, decode_steps, percentiles)
+    latencies = _latencies(requests, chosen, times, segments, decode_steps, percentiles)
     finished = {name: column[chosen & (requests["status"] == FINISHED)] for name, column in requests.items()}
     if "itl_s" in targets:
         first_tokens = _first_tokens(requests, requests["status"] == FINISHED)
         longest = longest_gaps(segments.since(first_tokens, decode_steps), decode_steps, len(first_tokens))
         times["itl_s"] = longest[requests["request"]]
-    transfers = records.transfers.as_columns()
-    verdict = judge(requests, tasks, transfers, clients, sums, span) if open_loop else unjudged()
+    oracle = asked.oracle_output_tokens
+    offered = offered_load(requests, chosen, oracle, asked.first_request) if asked.open_loop else None
+    visible = _visible(int(run.tokens_by_client(span).sum()), requests, run.tasks)
     return {
-        "schema_version": SCHEMA_VERSION,
         "requests": _counts(requests, chosen),
-        **figures,
-        **summarise_transfers(transfers, requests, chosen, percentiles),
-        "offered": offered_load(requests, chosen, oracle_output_tokens) if open_loop else None,
-        "throughput": _throughput(requests, _visible(int(emitted.sum()), requests, tasks), span),
-        "duration_s": (span.last_ns - span.first_ns) / NS_PER_S,
-        "window": {name: getattr(span, f"{name[:-2]}_ns") / NS_PER_S for name in ("start_s", "end_s", "span_s")},
-        "clients": summarise_clients(clients, sums, span),
-        "memories": summarise_memories(memories, transfers),
-        "stages": _stages(finished, tasks, records.stage_kinds, transfers),
-        "quality": summarise_quality(quality or {}, finished, tasks, records.stage_kinds),
-        "slo": summarise_slo(targets, times, figures, requests, chosen, span) if targets else None,
-        "open_loop": open_loop,
-        **verdict,
-        "notes": _notes(requests, chosen, span, open_loop),
-        "provenance": dict(provenance or {}),
+        **latencies,
+        **summarise_transfers(run.transfers, requests, chosen, percentiles),
+        "offered": offered,
+        "throughput": _throughput(requests, visible, span),
+        "stages": _stages(finished, run.tasks, run.kinds, run.transfers),
+        "quality": summarise_quality(asked.quality or {}, finished, run.tasks, run.kinds),
+        "slo": summarise_slo(targets, times, latencies, requests, chosen, span) if targets else None,
     }
 
 

@@ -14,18 +14,19 @@ from mist.units import NS_PER_S
 
 
 def offered_load(
-    requests: Columns, chosen: BoolColumn, output_tokens: IntColumn | None = None
+    requests: Columns, chosen: BoolColumn, output_tokens: IntColumn | None = None, first_request: int = 0
 ) -> dict[str, float | None]:
     """Requests and output tokens asked for per second, over the time from the first chosen arrival to the last.
 
     n arrivals span n - 1 gaps: the rate is (n - 1) / span. Tokens are that rate times the mean output; `output_tokens`
-    by request number, the generated ones where None. None each where fewer than two instants are known.
+    by request number from `first_request` on, the generated ones where None. None each where fewer than two instants
+    are known.
     """
     arrivals = requests["arrival_ns"][chosen]
     span_ns = int(np.ptp(arrivals)) if len(arrivals) else 0
     if not span_ns:
         return {"requests_per_s": None, "output_tokens_per_s": None, "span_s": None}
-    asked = requests["output_tokens"] if output_tokens is None else output_tokens[requests["request"]]
+    asked = requests["output_tokens"] if output_tokens is None else output_tokens[requests["request"] - first_request]
     per_s = (len(arrivals) - 1) * NS_PER_S / span_ns
     return {
         "requests_per_s": per_s,

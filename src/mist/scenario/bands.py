@@ -38,7 +38,7 @@ def expected_error(scenario: Scenario, name: str, perf: str = "", *, saturated: 
     engine, device = pool.engine.name, pool.device.name
     band = _bands().get(engine, {}).get(device)
     found: Expected = {"engine": engine, "device": device, "perf": perf or None}
-    why = _unvalidated(scenario, pool, band)
+    why = _unvalidated(scenario, name, band)
     if saturated and not why:
         why = "this run is saturated, and what was checked isn't"
     if why or band is None:
@@ -48,15 +48,16 @@ def expected_error(scenario: Scenario, name: str, perf: str = "", *, saturated: 
     return found | {"points": band["points"], "errors": errors, "statement": " ".join(sentences)}
 
 
-def _unvalidated(scenario: Scenario, pool: Pool, band: Mapping[str, Any] | None) -> str:
+def _unvalidated(scenario: Scenario, name: str, band: Mapping[str, Any] | None) -> str:
     """Why no band is of this pool; "" where one is."""
+    pool = scenario.pools[name]
     engine, device = pool.engine.name, pool.device.name
     for kind, name, value in (("engines", engine, pool.engine), ("devices", device, pool.device)):
         if not _is_shipped(kind, name, value):
             return f"{name} is not as it ships"
     if band is None:
         return f"no checked point of {engine} on {device}"
-    beyond = [*_beyond(pool), *_around(scenario)]
+    beyond = [*_beyond(pool), *_around(scenario, name)]
     return f"there is no band for {', '.join(beyond)}" if beyond else ""
 
 
@@ -77,12 +78,14 @@ def _beyond(pool: Pool) -> Iterator[str]:
         yield f"a pool for {' and '.join(pool.serves)} only"
 
 
-def _around(scenario: Scenario) -> Iterator[str]:
-    """What requests go through beside prefill and decode."""
+def _around(scenario: Scenario, name: str) -> Iterator[str]:
+    """What the requests that come to the pool `name` go through beside prefill and decode."""
+    tenants = [tenant for tenant in scenario.tenants.values() if name in scenario.clients_of(tenant.name)]
     asked = {stage for store in scenario.stores.values() for stage in store.serves}
-    if others := [stage for stage in scenario.stages if stage not in (PREFILL, DECODE) and stage not in asked]:
+    stages = dict.fromkeys(stage for tenant in tenants for stage in tenant.stages)
+    if others := [stage for stage in stages if stage not in (PREFILL, DECODE) and stage not in asked]:
         yield f"pipelines with {', '.join(others)}"
-    if scenario.stores:
+    if asked & stages.keys():
         yield "prefixes from a KV store"
 
 

@@ -40,7 +40,6 @@ from mist.sharing import Channel, Sharing
 from mist.speculation import Speculation
 from mist.topology import Link, Place
 from mist.units import NS_PER_S
-from mist.workload import RequestTable
 
 #: blocks of a client that keeps no KV cache: more than any run takes
 _UNLIMITED = 2**60
@@ -62,8 +61,11 @@ class Fleet:
     memories: list[tuple[str, Memory]] = field(default_factory=list)
 
 
-def build_fleet(scenario: Scenario, workload: RequestTable, kernel: Kernel, records: Records) -> Fleet:
-    """A client for every attention group of every lane of every replica of every pool."""
+def build_fleet(scenario: Scenario, hash_block_size: int, kernel: Kernel, records: Records) -> Fleet:
+    """A client for every attention group of every lane of every replica of every pool.
+
+    `hash_block_size`: tokens per prefix key of the workloads, 0 where they have none.
+    """
     fleet = Fleet()
     for name, pool in scenario.clients.items():
         if isinstance(pool, StorePool):
@@ -71,7 +73,7 @@ def build_fleet(scenario: Scenario, workload: RequestTable, kernel: Kernel, reco
         elif isinstance(pool, HostPool):
             _add_hosts(fleet, name, pool, kernel, records)
         else:
-            _add_replicas(fleet, scenario, name, pool, workload.hash_block_size, kernel, records)
+            _add_replicas(fleet, scenario, name, pool, hash_block_size, kernel, records)
     return fleet
 
 

@@ -22,6 +22,7 @@ from mist.metrics.memories import MemoryInfo
 from mist.network import HOST, Network
 from mist.offload import KVStore, Memory, Offload
 from mist.records import Records
+from mist.request import PREFILL
 from mist.scenario.clients import Pool
 from mist.scenario.fleet import Fleet
 from mist.scenario.memory_groups import Where, shared, where
@@ -35,9 +36,12 @@ from mist.workload import RequestTable
 HOST_MEMORY = MemoryTier("host memory", 1 << 62, inf, hit_rate=1.0)
 
 
-def add_memories(scenario: Scenario, fleet: Fleet, workload: RequestTable, network: Network, records: Records) -> None:
-    """Give the clients of `fleet` the memories that their pools name; ScenarioError where chunks don't fit."""
-    builder = _Builder(scenario, fleet, workload.hash_block_size, network, records)
+def add_memories(scenario: Scenario, fleet: Fleet, unit_tokens: int, network: Network, records: Records) -> None:
+    """Give the clients of `fleet` the memories that their pools name; ScenarioError where chunks don't fit.
+
+    `unit_tokens`: tokens per prefix key of the workloads, 0 where they have none.
+    """
+    builder = _Builder(scenario, fleet, unit_tokens, network, records)
     builder.add_stores()
     builder.add_tiers()
 
@@ -51,12 +55,13 @@ def memory_infos(fleet: Fleet) -> list[MemoryInfo]:
     return infos
 
 
-def nothing_to_find(scenario: Scenario, workload: RequestTable) -> Iterator[str]:
-    """Sentences on memories in which this workload can't find anything."""
-    has_hits, has_hashes = workload.cached_tokens is not None, workload.block_keys is not None
+def nothing_to_find(scenario: Scenario, tables: Mapping[str, RequestTable]) -> Iterator[str]:
+    """Sentences on memories in which these workloads can't find anything."""
     for name, pool in scenario.pools.items():
         if not pool.kv_cache.tiers:
             continue
+        users = [table for tenant, table in tables.items() if name in scenario.clients_of(tenant, PREFILL)]
+        has_hits, has_hashes = _told(users)
         nearest = scenario.memories[pool.kv_cache.tiers[0]]
         if nearest.write == BACK and not pool.kv_cache.enable_prefix_caching:
             yield f"{name}: prefix caching is off, so the device evicts nothing that could be written back."
@@ -67,8 +72,15 @@ def nothing_to_find(scenario: Scenario, workload: RequestTable) -> Iterator[str]
                 yield f"{name}: its tiers go by the workload's hashes, so its cached_tokens are computed."
         elif not has_hits:
             yield f"{name}: hit_rate is of the workload's cached_tokens, and there are none: its tiers have nothing."
-    for name in scenario.stores if not has_hits and not has_hashes else ():
-        yield f"{name}: the workload has neither cached_tokens nor hashes, so it isn't asked for anything."
+    for name, store in scenario.stores.items():
+        asking = [table for tenant, table in tables.items() if {*store.serves} & {*scenario.tenants[tenant].stages}]
+        if not any(_told(asking)):
+            yield f"{name}: the workload has neither cached_tokens nor hashes, so it isn't asked for anything."
+
+
+def _told(tables: Sequence[RequestTable]) -> tuple[bool, bool]:
+    """Whether any of the workloads states hits, and whether any has hashes."""
+    return any(t.cached_tokens is not None for t in tables), any(t.block_keys is not None for t in tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +108,8 @@ class _Builder:
         self.unit_tokens = unit_tokens
         self.network = network
         self.records = records
-        self.stores: dict[int, Memory] = {}
+        #: by pool, the KV stores that it may be sent to
+        self.stores: dict[str, dict[int, Memory]] = {}
         self.layouts: dict[tuple[Any, ...], int] = {}
 
     def add_stores(self) -> None:
@@ -107,10 +120,12 @@ class _Builder:
             for client in self._of_pool(pool_name):
                 made = self._instance(pool_name, client.name, spec, place, is_outside=False)
                 made.memory.always = pool.fetch == "always"
-                self.stores[made.memory.index] = made.memory
                 draws = partial(random_of, self.scenario.seed, f"memories.{pool_name}")
                 client.store = KVStore(made.memory, self.unit_tokens, draws)
-                for replica in self._replicas(self.scenario.store_users):
+                users = self.scenario.users_of(pool_name)
+                for user_name in users:
+                    self.stores.setdefault(user_name, {})[made.memory.index] = made.memory
+                for replica in self._replicas(users):
                     link = _Link(spec, f"{client.name}.{replica.clients[0].name}")
                     for user in replica.clients:
                         self._join_store(client, made, user, link)
@@ -118,11 +133,10 @@ class _Builder:
     def add_tiers(self) -> None:
         """Instances of what the pools' tiers name, and an `Offload` for each client with tiers or a store to ask."""
         instances = {name: self._instances(name) for name in self.scenario.memories}
-        users = self.scenario.store_users
         for name, pool in self.scenario.pools.items():
             cache = pool.kv_cache
             on_host = cache.prefix_tier == "cpu" and cache.enable_prefix_caching
-            if not (cache.tiers or on_host or name in users):
+            if not (cache.tiers or on_host or name in self.stores):
                 continue
             layout = self.layouts.setdefault(pool.kv_layout, len(self.layouts))
             for client in self._of_pool(name):
@@ -136,7 +150,7 @@ class _Builder:
                     self.network,
                     self._hierarchy(name, pool, memories, layout),
                     memories,
-                    stores=self.stores if name in users else None,
+                    stores=self.stores.get(name),
                     always=on_host or cache.fetch == "always",
                     num_layers=pool.model.num_layers if cache.layerwise else 1,
                 )

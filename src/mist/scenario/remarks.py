@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from mist.hardware import GENERIC_EFFICIENCY, Device
-from mist.request import DECODE
 from mist.scenario.bands import expected_error
 from mist.scenario.clients import Pool
 from mist.scenario.named import Spec, parameters
@@ -24,7 +23,7 @@ def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None, *, s
     found = [remark for name, pool in scenario.pools.items() for remark in _memory(name, pool)]
     found += [remark for name, pool in scenario.pools.items() for remark in _speculation(name, pool)]
     found += [remark for name, host in scenario.hosts.items() for remark in _search(name, host.perf)]
-    found += [*_not_modelled(scenario), *_conversions(scenario), *_of_no_use(scenario)]
+    found += [*_not_modelled(scenario), *_conversions(scenario), *_mixed(scenario), *_of_no_use(scenario)]
     computing = {pool.device.name for pool in scenario.pools.values()}
     devices = {pool.device.name: pool.device for pool in scenario.clients.values() if pool.device}
     found += [remark for name, device in devices.items() for remark in _figures(device, name in computing)]
@@ -35,9 +34,8 @@ def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None, *, s
 
 def _not_modelled(scenario: Scenario) -> Iterator[str]:
     """What the scenario has, at no cost."""
-    pools = scenario.pools.values()
     is_free = scenario.network.kv_transfer is None and scenario.placement is None
-    if is_free and any(pool.hands_over(scenario.stages) for pool in pools):
+    if is_free and any(map(scenario.decoders_of, scenario.pools)):
         yield "KV caches go from prefill to decode clients in no time: network.kv_transfer gives them a link."
 
 
@@ -48,18 +46,32 @@ def _of_no_use(scenario: Scenario) -> Iterator[str]:
     for name in scenario.memories:
         if name not in read:
             yield f"memories.{name}: no client's tiers or KV store name it."
-    known = getattr(scenario.pipeline.build(), "sizes", None)
-    unread = [name for name in scenario.workload.sizes or () if known is not None and name not in known]
-    if unread:
-        reads = f"reads {', '.join(known)}" if known else "reads none"
-        yield f"workload.sizes: {scenario.pipeline.name} {reads}, so the others change nothing: {', '.join(unread)}."
+    for tenant in scenario.tenants.values():
+        known = getattr(tenant.pipeline.build(), "sizes", None)
+        unread = [name for name in tenant.workload.sizes or () if known is not None and name not in known]
+        if unread:
+            where = ".".join((*map(str, tenant.place), "workload.sizes"))
+            reads = f"reads {', '.join(known)}" if known else "reads none"
+            yield f"{where}: {tenant.pipeline.name} {reads}, so the others change nothing: {', '.join(unread)}."
+
+
+def _mixed(scenario: Scenario) -> Iterator[str]:
+    """Stages that may run on one model or another, by chance."""
+    for tenant in scenario.tenants.values():
+        for stage in tenant.stages:
+            serving = scenario.clients_of(tenant.name, stage)
+            models = {name: pool.model.name for name, pool in scenario.pools.items() if name in serving}
+            if len(set(models.values())) > 1:
+                whose = f"{tenant.name}: {stage}" if tenant.name else stage
+                choices = ", ".join(f"{name} ({model})" for name, model in models.items())
+                yield f"{whose} goes to one of several models, as the routing has it: {choices}."
 
 
 def _conversions(scenario: Scenario) -> Iterator[str]:
     """KV caches that are decoded in another dtype than they were computed in."""
     for name, pool in scenario.pools.items():
-        for other, decoder in scenario.pools.items() if pool.hands_over(scenario.stages) else ():
-            if DECODE in decoder.serves and decoder.kv_dtype != pool.kv_dtype:
+        for other, decoder in scenario.decoders_of(name).items():
+            if decoder.kv_dtype != pool.kv_dtype:
                 dtypes = f"{pool.kv_dtype} to {decoder.kv_dtype}"
                 yield f"{name}, {other}: KV caches are converted from {dtypes} at no cost."
 

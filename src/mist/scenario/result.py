@@ -143,6 +143,7 @@ def request_columns(records: Records) -> Columns:
     rows = {name: column[order] for name, column in rows.items()}
     return {
         "request": rows["request"],
+        **_tenants(records, rows["request"]),
         "arrival_s": _seconds(rows["arrival_ns"]),
         "first_token_s": _seconds(rows["first_token_ns"]),
         "end_s": _seconds(rows["end_ns"]),
@@ -217,6 +218,14 @@ def _time_spent(requests: Mapping[str, IntColumn], records: Records) -> Columns:
     spent = np.full((len(finished), len(PARTS)), np.nan)
     spent[finished] = times / NS_PER_S
     return {part: spent[:, i] for i, part in enumerate(PARTS)}
+
+
+def _tenants(records: Records, requests: IntColumn) -> Columns:
+    """The tenant of each request, where there are several."""
+    if not records.tenants:
+        return {}
+    names, first = zip(*records.tenants, strict=True)
+    return {"tenant": _names(names, np.searchsorted(first, requests, side="right") - 1)}
 
 
 def _seconds(times_ns: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

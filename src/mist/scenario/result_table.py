@@ -33,6 +33,7 @@ def render(name: str, summary: Summary) -> RenderableType:
     sections = [
         _headline(name, summary),
         _latencies(summary),
+        *([_tenants(summary)] if summary["tenants"] else []),
         _clients(summary),
         *([_memories(summary)] if summary["memories"] else []),
         _stages(summary),
@@ -83,6 +84,26 @@ def _latencies(summary: Summary) -> RenderableType:
         cells, unit = _scaled([figures[s] for s in statistics])
         table.add_row(label, *cells, unit)
     return table
+
+
+def _tenants(summary: Summary) -> RenderableType:
+    """A line for each tenant, its latencies in seconds."""
+    heads = ["finished", "TTFT P50", "TTFT P99", "TPOT P50", "E2E P99", "", "tokens/s", "SLOs met"]
+    table = Fitted("Tenants", heads)
+    for name, tenant in summary["tenants"].items():
+        requests, slo = tenant["requests"], tenant["slo"]
+        figures = [tenant["ttft_s"]["p50"], tenant["ttft_s"]["p99"], tenant["tpot_s"]["p50"], tenant["e2e_s"]["p99"]]
+        cells = [_NOTHING if figure is None else f"{figure:,.3f}" for figure in figures]
+        attained = _NOTHING if slo is None else _percent(slo["attainment"])
+        tokens = _rate(tenant["throughput"]["total_tokens_per_s"])
+        table.add_row(name, f"{requests['finished']:,} of {requests['arrived']:,}", *cells, "s", tokens, attained)
+    return Group(table, Text(_fairness(summary["fairness"])))
+
+
+def _fairness(fairness: Summary) -> str:
+    names = {"total_tokens_per_s": "tokens/s", "served_share": "shares served", "slo_attainment": "SLOs met"}
+    known = [f"{fairness[key]:.3f} of {name}" for key, name in names.items() if fairness[key] is not None]
+    return f"Jain's fairness index: {', '.join(known)}." if known else ""
 
 
 def _clients(summary: Summary) -> RenderableType:
@@ -155,6 +176,8 @@ def _objectives(summary: Summary) -> RenderableType:
     table = Fitted("SLO", ["target", "actual", "verdict"])
     for target in slo["targets"]:
         label = f"{_LATENCIES[target['metric']]} {target['statistic'].replace('p', 'P')}"
+        if "tenant" in target:
+            label = f"{target['tenant']}: {label}"
         verdict = {True: Text("met", "green"), False: Text("missed", "bold red"), None: Text("no data", "yellow")}
         (actual,), unit = _scaled([target["actual_s"]])
         table.add_row(label, f"≤ {_exact(target['target_s'])}", f"{actual} {unit}".strip(), verdict[target["met"]])

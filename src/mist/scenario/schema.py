@@ -38,6 +38,7 @@ from mist.workload.trace import find_trace
 Arrivals = Annotated[Spec, SpecOf("arrivals")]
 Lengths = Annotated[Spec, SpecOf("lengths", bare="fixed")]
 Routing = Annotated[Spec, SpecOf("routing")]
+PipelineSpec = Annotated[Spec, SpecOf("pipeline", bare="stages", bare_type="array")]
 
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
@@ -86,6 +87,12 @@ def _memory_name(value: str) -> str:
     return value
 
 
+def _tenant_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", value):
+        raise problem(f"{short(value)} can't name a tenant", "use letters, digits, - and _")
+    return value
+
+
 def _size_name(value: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
         raise problem(f"{short(value)} can't name a size", "use small letters, digits and _, such as query_tokens")
@@ -126,6 +133,7 @@ Window = Annotated[
 ]
 MemoryName = Annotated[str, AfterValidator(_memory_name)]
 ClientName = Annotated[str, AfterValidator(_client_name)]
+TenantName = Annotated[str, AfterValidator(_tenant_name)]
 SizeName = Annotated[str, AfterValidator(_size_name)]
 Percentile = Annotated[str, AfterValidator(_percentile)]
 Targets = dict[Percentile, PositiveSeconds]
@@ -286,18 +294,33 @@ class Slo(Section):
     """time from arrival to last token"""
 
 
+class TenantSection(Section):
+    """A tenant: a workload of its own, on clients that it may share with others."""
+
+    workload: Workload
+    """where its requests come from"""
+    pipeline: PipelineSpec | None = None
+    """the stages of a request; left out, the scenario's"""
+    clients: Annotated[list[ClientName], Field(min_length=1)] | None = None
+    """the clients that may serve it, by name; left out, all that serve a stage of it"""
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    """the lowest number is served first, where a client's batching has order: priority"""
+    slo: Slo | None = None
+    """service levels of its requests; left out, the scenario's"""
+
+
 class ScenarioFile(Section):
-    """A scenario: a workload, a pipeline, and the clients that serve it."""
+    """A scenario: a workload, a pipeline, and the clients that serve it; or several tenants, with one of each."""
 
     name: Name | None = None
     """what the result is called; left out, the file's name"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """all that is drawn comes from here; the same seed gives the same bytes"""
-    workload: Workload
+    workload: Workload | None = None
     """where requests come from"""
-    pipeline: Annotated[Spec, SpecOf("pipeline", bare="stages", bare_type="array")] = Field(
-        default=[PREFILL, DECODE], validate_default=True
-    )
+    tenants: Annotated[dict[TenantName, TenantSection], Field(min_length=1)] = {}  # noqa: RUF012
+    """in place of a workload: several, by name"""
+    pipeline: PipelineSpec = Field(default=[PREFILL, DECODE], validate_default=True)
     """the stages of a request: a list of stages, or a pipeline by name"""
     clients: Annotated[dict[ClientName, AnyPool], Field(min_length=1)]
     """who serves the stages, by name"""
@@ -317,6 +340,15 @@ class ScenarioFile(Section):
     """stop the simulation at this time; requests still in the system count as unfinished"""
     perf: PerfList = Field(default=list(PREFERRED), validate_default=True)
     """performance models of clients that name none, the first that supports the client answers"""
+
+    @classmethod
+    def conflicts(cls, given: Set[str]) -> Iterator[Located]:
+        """A scenario has a workload, or tenants with one each."""
+        if not given & {"workload", "tenants"}:
+            hint = "workload: where requests come from; or tenants: several of them, by name"
+            yield ("workload",), Problem("the key 'workload' is missing", hint=hint)
+        if {"workload", "tenants"} <= given:
+            yield ("tenants",), Problem("workload and tenants are both given", hint="give each tenant its workload")
 
 
 def json_schema() -> dict[str, Any]:

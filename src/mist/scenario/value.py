@@ -7,7 +7,7 @@ What `build` turns into a run. It is made from a file, a mapping or keywords; al
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
-from mist.errors import Problem, ScenarioError, nearest
-from mist.memory.tier import BACK
+from mist.errors import Problem, ScenarioError
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.clients import Pool
+from mist.scenario.conflicts import conflicts
 from mist.scenario.hosts import HostPool
-from mist.scenario.memory import Memory, misfits
-from mist.scenario.memory_groups import forks
+from mist.scenario.memory import Memory
 from mist.scenario.named import Located, Section, Spec
-from mist.scenario.network import Network, numbered
+from mist.scenario.network import Network
 from mist.scenario.nodes import is_text
 from mist.scenario.placement import Placement, place
 from mist.scenario.pools import AnyClient
-from mist.scenario.schema import ScenarioFile, Slo, Workload
+from mist.scenario.schema import ScenarioFile, Workload
 from mist.scenario.source import KeyPath, Source, key_path, override, read_file, read_mapping
 from mist.scenario.stores import StorePool
+from mist.scenario.tenancy import SOLE, Tenancy, tenancies
 from mist.speculation import AcceptedLengths
 from mist.workload.trace import find_trace
 
@@ -42,23 +42,20 @@ if TYPE_CHECKING:
 class Scenario:
     """A validated scenario; made by `load`, `from_mapping`, or from its sections as keywords.
 
-    `stages` are the kinds that the pipeline may yield; `routing` has a policy for each. `placement` says where clients
-    are, None where the network has no nodes. `window_s` is (start, end).
-    `placement` says where clients are; None where the network has no nodes.
+    `tenants` have all that they were left out of; one without a name, `SOLE`, is the whole workload where the scenario
+    names none. `stages` are the kinds that their pipelines may yield; `routing` has a policy for each. `placement` says
+    where clients are, None where the network has no nodes. `window_s` is (start, end).
     Two scenarios are equal when their resolved forms are.
     """
 
     name: str
     seed: int
-    workload: Workload
-    pipeline: Spec
-    stages: tuple[str, ...]
+    tenants: Mapping[str, Tenancy]
     clients: Mapping[str, AnyClient]
     memories: Mapping[str, Memory]
     routing: Mapping[str, Spec]
     network: Network
     placement: Placement | None
-    slo: Slo
     warmup_s: float
     window_s: tuple[float, float] | None
     max_time_s: float | None
@@ -95,10 +92,32 @@ class Scenario:
         return {name: pool for name, pool in self.clients.items() if isinstance(pool, StorePool)}
 
     @property
-    def store_users(self) -> dict[str, Pool]:
-        """Those that fetch from KV stores and write to them: all that compute prompts, where there is a store."""
-        computing = {name: pool for name, pool in self.pools.items() if PREFILL in pool.serves}
-        return {name: pool for name, pool in computing.items() if not pool.model.is_encoder} if self.stores else {}
+    def stages(self) -> tuple[str, ...]:
+        """The stage kinds that any tenant's requests may go through."""
+        return tuple(dict.fromkeys(kind for tenant in self.tenants.values() for kind in tenant.stages))
+
+    def clients_of(self, tenant: str, stage: str | None = None) -> dict[str, AnyClient]:
+        """Those that a tenant may use, all or those that serve a stage."""
+        wanted = self.tenants[tenant].clients
+        return {
+            name: client
+            for name, client in self.clients.items()
+            if (wanted is None or name in wanted) and (stage is None or stage in client.serves)
+        }
+
+    def decoders_of(self, name: str) -> dict[str, Pool]:
+        """The other pools that decode from the KV caches that the pool `name` computes and hands over."""
+        found: dict[str, AnyClient] = {}
+        for tenant, section in self.tenants.items():
+            if name in self.clients_of(tenant) and self.pools[name].hands_over(section.stages):
+                found |= self.clients_of(tenant, DECODE)
+        return {n: pool for n, pool in self.pools.items() if n in found}  # in the order of the file
+
+    def users_of(self, store: str) -> dict[str, Pool]:
+        """Those that fetch from a KV store and write to it: all that compute prompts of requests that ask it."""
+        asking = [n for n in self.tenants if any(store in self.clients_of(n, s) for s in self.tenants[n].stages)]
+        found = {name for tenant in asking for name in self.clients_of(tenant, PREFILL)}
+        return {name: pool for name, pool in self.pools.items() if name in found and not pool.model.is_encoder}
 
     def memory_of(self, store: StorePool) -> Memory:
         """What a KV store keeps KV caches in."""
@@ -119,14 +138,14 @@ class Scenario:
         """A problem with what was written at `path`, such as ("clients", "gpu", "tp"), for a ScenarioError."""
         return self.source.problem(path, message, hint)
 
-    def trace_path(self) -> Path:
-        """The trace file; ScenarioError where it isn't, or where the workload has none."""
+    def trace_path(self, tenant: str = SOLE) -> Path:
+        """A tenant's trace file; ScenarioError where it isn't, or where the workload has none."""
+        section = self.tenants[tenant]
         try:
-            return find_trace(self.workload.trace or "", self.folder, os.environ)
+            return find_trace(section.workload.trace or "", self.folder, os.environ)
         except ScenarioError as error:
-            raise ScenarioError(
-                self.problem(("workload", "trace"), p.message, p.hint) for p in error.problems
-            ) from None
+            place = (*section.place, "workload", "trace")
+            raise ScenarioError(self.problem(place, p.message, p.hint) for p in error.problems) from None
 
     def resolved(self) -> dict[str, Any]:
         """Every value of the scenario, defaults included, as plain data that reads back as this scenario anywhere.
@@ -134,17 +153,18 @@ class Scenario:
         Names of catalogues stay names, files of devices, models and engines are written in place, and a trace found
         beside the scenario gets its whole path.
         """
+        tenants = self._resolved_tenants()
+        slo = tenants.pop("slo", None)
         return _without_none(
             {
                 "name": self.name,
                 "seed": self.seed,
-                "workload": self._resolved_workload(),
-                "pipeline": self.pipeline.plain(),
+                **tenants,
                 "clients": {name: self._resolved_client(name) for name in self.clients},
                 "memories": {name: self._resolved_memory(name) for name in self.memories} or None,
                 "routing": {stage: spec.plain() for stage, spec in self.routing.items()},
                 "network": self._resolved_network() or None,
-                "slo": {metric: targets for metric, targets in self.slo.model_dump().items() if targets},
+                "slo": slo,
                 "warmup_s": self.warmup_s,
                 "window_s": self.window_s and list(self.window_s),
                 "max_time_s": self.max_time_s,
@@ -171,14 +191,16 @@ class Scenario:
             file = ScenarioFile.model_validate(data, context={"folder": source.folder})
         except ValidationError as error:
             raise ScenarioError(_problems(error, source)) from None
-        stages = tuple(dict.fromkeys(file.pipeline.build().kinds))
+        tenants = tenancies(file)
+        stages = dict.fromkeys(kind for tenant in tenants.values() for kind in tenant.stages)
         named = file.routing
         every = named.get("") or Spec("routing", "least_outstanding")
-        fields: dict[str, Any] = {key: getattr(file, key) for key in ScenarioFile.model_fields if key != "perf"}
+        own = ("name", "seed", "memories", "network", "warmup_s", "max_time_s")
+        fields: dict[str, Any] = {key: getattr(file, key) for key in own}
         fields |= {
             "name": file.name or source.name,
             "source": source,
-            "stages": stages,
+            "tenants": tenants,
             "clients": {name: _with_perf(client, file.perf) for name, client in file.clients.items()},
             "routing": {stage: named.get(stage, every) for stage in stages},
             "window_s": _window(file),
@@ -190,7 +212,7 @@ class Scenario:
         for key, value in fields.items():
             object.__setattr__(self, key, value)
         misplaced = placed if isinstance(placed, list) else []
-        found = [_placed(source, loc, p.message, p.hint) for loc, p in [*self._conflicts(file), *misplaced]]
+        found = [_placed(source, loc, p.message, p.hint) for loc, p in [*conflicts(self, file), *misplaced]]
         if found:
             raise ScenarioError(found)
 
@@ -204,93 +226,27 @@ class Scenario:
         ]
         return nowhere or place(network, clients)
 
-    def _conflicts(self, file: ScenarioFile) -> Iterator[Located]:
-        """What doesn't go together between sections."""
-        served = {stage for client in self.clients.values() for stage in client.serves}
-        for stage in self.stages:
-            if stage not in served:
-                hint = f"add it to `serves` of a client; they serve {', '.join(sorted(served))}"
-                yield ("pipeline",), Problem(f"no client serves the stage {stage!r}", hint=hint)
-        if DECODE in self.stages and PREFILL not in self.stages:
-            yield ("pipeline",), Problem("decode needs a prefill before it", hint="such as [prefill, decode]")
-        for stage in file.routing:
-            if stage and stage not in self.stages:
-                message = f"the pipeline has no stage {stage!r}"
-                yield ("routing", stage), Problem(message, hint=nearest(stage, self.stages))
-        for name, serves in ((name, client.serves) for name, client in self.clients.items()):
-            yield from self._unknown_stages(name, serves)
-        for name, client in self.pools.items():
-            yield from self._client_conflicts(name, client)
-            for at, found in misfits(client.kv_cache.tiers, self.memories):
-                yield ("clients", name, "kv_cache", "tiers", *at), found
-        yield from self._memory_conflicts()
-        yield from self._same_names()
-        if self.window_s is not None and self.warmup_s > self.window_s[0]:
-            message = f"the warm-up of {self.warmup_s:g} s ends after the window begins"
-            yield ("window_s",), Problem(message, hint="let the window begin later, or leave warmup_s out")
+    def _resolved_tenants(self) -> dict[str, Any]:
+        """A workload with its pipeline and SLO, or several under `tenants`."""
+        plain: dict[str, dict[str, Any]] = {
+            name: {
+                "workload": self._resolved_workload(tenant.workload),
+                "pipeline": tenant.pipeline.plain(),
+                "slo": {metric: targets for metric, targets in tenant.slo.model_dump().items() if targets},
+            }
+            for name, tenant in self.tenants.items()
+        }
+        if SOLE in plain:
+            return plain[SOLE]
+        for name, tenant in self.tenants.items():
+            plain[name]["priority"] = tenant.priority
+            if tenant.clients is not None:
+                plain[name]["clients"] = list(tenant.clients)
+        return {"tenants": plain}
 
-    def _same_names(self) -> Iterator[Located]:
-        """Pools of which replicas would be called the same: gpu-0 of a pool gpu, and a pool gpu-0."""
-        owner: dict[str, str] = {}
-        for pool, client in self.clients.items():
-            for name in numbered(pool, client.count):
-                if owner.setdefault(name, pool) != pool:
-                    message = f"{owner[name]} has a replica {name!r} already"
-                    yield ("clients", pool), Problem(message, hint="call the pool otherwise")
-                    break
-
-    def _unknown_stages(self, name: str, serves: Iterable[str]) -> Iterator[Located]:
-        known = {PREFILL, DECODE, *self.stages}
-        for index, stage in enumerate(serves):
-            if stage not in known:
-                message = f"there is no stage {stage!r}"
-                yield ("clients", name, "serves", index), Problem(message, hint=nearest(stage, known))
-
-    def _client_conflicts(self, name: str, client: Pool) -> Iterator[Located]:
-        if client.model.is_encoder and DECODE in self.stages and DECODE in client.serves:
-            message = f"{client.model.name} is an encoder: it decodes nothing"
-            yield ("clients", name, "model"), Problem(message, hint="take a decoder, or pipeline: [prefill]")
-        if client.hands_over(self.stages):
-            yield from self._hand_over_conflicts(name, client)
-
-    def _memory_conflicts(self) -> Iterator[Located]:
-        """Memories that nobody has a place for, and KV stores of what can't be exchanged."""
-        for name, memory in self.memories.items():
-            if memory.per in ("node", "rack") and not self.network.has_nodes:
-                message = f"per: {memory.per}, and the network has no {memory.per}s"
-                hint = "give network a preset or nodes, or take per: client, per: cluster or shared_by: N"
-                yield ("memories", name, "per"), Problem(message, hint=hint)
-        yield from forks(self.pools, self.memories, self.placement)
-        for name, store in self.stores.items():
-            if store.memory not in self.memories and store.memory.lower() not in catalogue.aliases("memories"):
-                known = [*self.memories, *catalogue.names("memories")]
-                message = f"there is no memory {store.memory!r}"
-                yield ("clients", name, "memory"), Problem(message, hint=nearest(store.memory, known))
-            elif self.memory_of(store).write == BACK:
-                message = f"{store.memory} is written back, and a KV store is told what was computed"
-                yield ("clients", name, "memory"), Problem(message, hint="let it be write: through")
-        layouts: dict[tuple[Any, ...], str] = {}
-        for name, pool in self.store_users.items():
-            if layouts.setdefault(pool.kv_layout, name) != next(iter(layouts.values())):
-                first = next(iter(layouts.values()))
-                message = f"a KV store is of one model and kv_dtype, and {name} has others than {first}"
-                yield ("clients", name, "model"), Problem(message, hint="give both the same, or use tiers")
-
-    def _hand_over_conflicts(self, name: str, client: Pool) -> Iterator[Located]:
-        """What keeps the KV caches of this client from being decoded elsewhere."""
-        for other_name, other in self.pools.items():
-            if DECODE not in other.serves:
-                continue
-            if other.model.layers != client.model.layers:
-                message = f"{name} hands KV caches of {client.model.name} over to {other_name}, which has another model"
-                yield ("clients", other_name, "model"), Problem(message, hint="give both the same model")
-            if other.batching.name == "static":
-                message = f"{other_name} takes decodes over from {name} one by one, which no static batch can"
-                yield ("clients", other_name, "batching"), Problem(message, hint="take chunked or continuous")
-
-    def _resolved_workload(self) -> dict[str, Any]:
-        plain = {"format" if key == "columns" else key: value for key, value in _plain(self.workload).items()}
-        trace = self.workload.trace
+    def _resolved_workload(self, workload: Workload) -> dict[str, Any]:
+        plain = {"format" if key == "columns" else key: value for key, value in _plain(workload).items()}
+        trace = workload.trace
         if trace is not None and (self.folder / trace).is_file():
             plain["trace"] = str((self.folder / trace).resolve())
         return plain

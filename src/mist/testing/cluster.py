@@ -35,6 +35,7 @@ from mist.routing import RoutingPolicy
 from mist.routing.round_robin import RoundRobin
 from mist.sharing import Sharing, duration_ns
 from mist.speculation import Speculation
+from mist.tenant import Route, Tenant
 from mist.topology import Link
 from mist.workload import RequestTable
 
@@ -198,15 +199,14 @@ def play(
         client.offload = _on_host(client, network)
     if connect is not None:
         connect(network, clients)
+    router = router or RoundRobin()
+    routes = {kind: Route([c for c in clients if kind in c.serves], router) for kind in pipeline.kinds}
     coordinator = Coordinator(
         kernel=kernel,
         records=records,
         clients=clients,
         network=network,
-        pipeline=pipeline,
-        routers=dict.fromkeys(pipeline.kinds, router or RoundRobin()),
-        workload=workload,
-        rng_of=lambda i: np.random.default_rng((7, i)),
+        tenants=[Tenant(workload, pipeline, routes, lambda i: np.random.default_rng((7, i)))],
     )
     watch = Ledger(kernel, coordinator, clients, records) if ledger else None
     if prepare is not None:

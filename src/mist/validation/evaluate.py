@@ -149,7 +149,7 @@ def _compared(point: Point, folder: Path, overrides: Overrides | None, perf: Any
 
 
 def _check_size(scenario: Scenario) -> None:
-    number = scenario.workload.num_requests or 0
+    number = sum(tenant.workload.num_requests or 0 for tenant in scenario.tenants.values())
     if number > MAX_REQUESTS:
         raise Skip(f"{number:,} requests are more than the {MAX_REQUESTS:,} that are run of a point")
 

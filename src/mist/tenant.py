@@ -1,0 +1,139 @@
+"""A tenant: a workload with its pipeline and the clients that it may use. Its requests arrive here.
+
+Beside the coordinator, which takes every request through its stages: open loops, closed loops and sessions are played
+alike, each tenant's for itself. It never looks at what a client does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from mist.client import Client
+from mist.kernel import Kernel
+from mist.pipeline import PipelineFactory
+from mist.request import DECODE, Request
+from mist.routing import RoutingPolicy
+from mist.workload import RequestTable
+
+_NO_SIZES: Mapping[str, int] = {}
+
+
+@dataclass(slots=True)
+class Route:
+    """The clients that tasks of one stage kind may go to, and the policy that picks one of them."""
+
+    clients: Sequence[Client]
+    router: RoutingPolicy
+
+
+class Tenant:
+    """`routes`: one per stage kind of the pipeline. `rng_of(i)`: a random generator of its request i's own, made when a
+    pipeline asks.
+
+    `index`: its place among the tenants. `first_request` and `first_session`: the number of its first ones in the run,
+    where those of tenants before it come first.
+    """
+
+    def __init__(
+        self,
+        workload: RequestTable,
+        pipeline: PipelineFactory,
+        routes: Mapping[str, Route],
+        rng_of: Callable[[int], np.random.Generator],
+        *,
+        index: int = 0,
+        first_request: int = 0,
+        first_session: int = 0,
+    ) -> None:
+        self.workload = workload
+        self.pipeline = pipeline
+        self.routes = routes
+        self.rng_of = rng_of
+        self.index = index
+        self.first_request = first_request
+        self._first_session = first_session
+        self._num_posted = 0
+        self._arrival_ns: list[int] = workload.arrival_ns.tolist()
+        self._input_tokens: list[int] = workload.input_tokens.tolist()
+        self._output_tokens: list[int] = workload.output_tokens.tolist()
+        self._sizes = tuple(workload.sizes.items())
+        self._hit_tokens: list[int] | None = None if workload.cached_tokens is None else workload.cached_tokens.tolist()
+        self._sessions: list[int] | None = None if workload.sessions is None else workload.sessions.tolist()
+        #: requests with a time of their own, in their order, and by request those that come after its end
+        self._openers: Sequence[int] = range(len(workload))
+        self._followers: dict[int, list[tuple[int, int]]] = {}
+        if workload.after is not None and workload.think_ns is not None:
+            self._openers = np.flatnonzero(workload.after < 0).tolist()
+            for index, (before, think_ns) in enumerate(
+                zip(workload.after.tolist(), workload.think_ns.tolist(), strict=True)
+            ):
+                if before >= 0:
+                    self._followers.setdefault(before, []).append((index, think_ns))
+
+    @property
+    def waits(self) -> bool:
+        """Whether requests arrive when others have ended: a closed loop, or sessions."""
+        return self.workload.concurrency is not None or self.workload.after is not None
+
+    def passes_on(self, client: Client) -> bool:
+        """Whether the end of one of its tasks on `client` can reach another client, or bring a request.
+
+        Not where each stage is the last, or decodes on there.
+        """
+        if not any(client in route.clients for route in self.routes.values()):
+            return False
+        if self.waits or not self.pipeline.is_fixed:
+            return True
+        here = [kind for kind, route in self.routes.items() if client in route.clients]
+        return any(
+            kind in here and (following != DECODE or DECODE not in here)
+            for kind, following in pairwise(self.pipeline.kinds)
+        )
+
+    # --- arrivals ---
+
+    def start(self, kernel: Kernel, begin: Callable[[Tenant, Request, int], None]) -> None:
+        """Post the first arrival (open loop), or as many as may be in flight; `begin` is called with each request."""
+        self._kernel, self._begin = kernel, begin
+        if self.workload.concurrency is None:
+            if self._openers:
+                kernel.at(self._arrival_ns[self._openers[0]], self._arrive_and_post_next, 0)
+            return
+        for _ in range(min(self.workload.concurrency, len(self.workload))):
+            self._post_next(self._arrival_ns[self._num_posted])
+
+    def left(self, request: Request, now: int) -> None:
+        """`request` has left: those that wait for its end come."""
+        if self.workload.concurrency is not None and self._num_posted < len(self.workload):
+            self._post_next(now)
+        for index, think_ns in self._followers.pop(request.index - self.first_request, ()):
+            self._kernel.at(now + think_ns, self._arrive, index)
+
+    def _post_next(self, time_ns: int) -> None:
+        self._kernel.at(time_ns, self._arrive, self._num_posted)
+        self._num_posted += 1
+
+    def _arrive_and_post_next(self, place: int, now: int) -> None:
+        following = place + 1
+        if following < len(self._openers):
+            self._kernel.at(self._arrival_ns[self._openers[following]], self._arrive_and_post_next, following)
+        self._arrive(self._openers[place], now)
+
+    def _arrive(self, index: int, now: int) -> None:
+        keys = self.workload.block_keys
+        request = Request(
+            self.first_request + index,
+            now,
+            self._input_tokens[index],
+            self._output_tokens[index],
+            keys[index] if keys is not None else (),
+            self._hit_tokens[index] if self._hit_tokens is not None else 0,
+            {name: int(column[index]) for name, column in self._sizes} if self._sizes else _NO_SIZES,
+            self._first_session + self._sessions[index] if self._sessions is not None else -1,
+            self.index,
+        )
+        self._begin(self, request, now)
