@@ -15,6 +15,8 @@ from mist.units import NS_PER_MS
 PREFILL = "prefill"
 DECODE = "decode"
 
+#: sizes that tell what orders go by
+ORDER_SIZES = ("priority", "deadline_ms", "predicted_output_tokens")
 #: the deadline of a request that has none, ns
 NO_DEADLINE = 1 << 62
 

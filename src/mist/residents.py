@@ -122,8 +122,8 @@ class Residents:
         """Admit a waiting task with its first chunk; the chunk's tokens, or 0 and nothing has changed."""
         if self._has_preempted or self._comes_after_a_fetch(task):
             return 0
-        if self.ranks is not None and self.handed_over and self.handed_over[0].rank < task.rank:
-            return 0  # as long as that one waits for room
+        if self.ranks is not None and self.running and self.handed_over and self.handed_over[0].rank < task.rank:
+            return 0  # the room that comes back is for that one
         kv = self.kv
         hit = kv.match(task)
         fetched = min(task.found_tokens, task.target_tokens - 1) if hit.num_tokens >= task.found_from else 0
