@@ -49,7 +49,8 @@ def _of_no_use(scenario: Scenario) -> Iterator[str]:
         if name not in read:
             yield f"memories.{name}: no client's tiers or KV store name it."
     known = getattr(scenario.pipeline.build(), "sizes", None)
-    orders = [pool.batching.params.get("order") for pool in (*scenario.pools.values(), *scenario.hosts.values())]
+    policies = [pool.batching for pool in scenario.pools.values()] + [host.batching for host in scenario.hosts.values()]
+    orders = [policy.params.get("order") for policy in policies]
     for_orders = ORDER_SIZES if any(order and order.name != "fcfs" for order in orders) else ()
     unread = [name for name in scenario.workload.sizes or () if known is not None and name not in (*known, *for_orders)]
     if unread:
