@@ -15,7 +15,7 @@ import numpy as np
 from mist.client import Client
 from mist.kernel import Kernel
 from mist.pipeline import PipelineFactory
-from mist.request import DECODE, Request
+from mist.request import DECODE, NO_DEADLINE, Request
 from mist.routing import RoutingPolicy
 from mist.workload import RequestTable
 
@@ -34,8 +34,9 @@ class Tenant:
     """`routes`: one per stage kind of the pipeline. `rng_of(i)`: a random generator of its request i's own, made when a
     pipeline asks.
 
-    `index`: its place among the tenants. `first_request` and `first_session`: the number of its first ones in the run,
-    where those of tenants before it come first.
+    `priority` (lower first) and `deadline_after_ns` (from arrival) are those of its requests, unless their sizes tell
+    others. `index`: its place among the tenants. `first_request` and `first_session`: the number of its first ones in
+    the run, where those of tenants before it come first.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class Tenant:
         routes: Mapping[str, Route],
         rng_of: Callable[[int], np.random.Generator],
         *,
+        priority: int = 0,
+        deadline_after_ns: int = NO_DEADLINE,
         index: int = 0,
         first_request: int = 0,
         first_session: int = 0,
@@ -53,6 +56,8 @@ class Tenant:
         self.pipeline = pipeline
         self.routes = routes
         self.rng_of = rng_of
+        self.priority = priority
+        self.deadline_after_ns = deadline_after_ns
         self.index = index
         self.first_request = first_request
         self._first_session = first_session
@@ -61,6 +66,7 @@ class Tenant:
         self._input_tokens: list[int] = workload.input_tokens.tolist()
         self._output_tokens: list[int] = workload.output_tokens.tolist()
         self._sizes = tuple(workload.sizes.items())
+        self._mean_output_tokens = round(workload.output_tokens.mean()) if len(workload) else 0
         self._hit_tokens: list[int] | None = None if workload.cached_tokens is None else workload.cached_tokens.tolist()
         self._sessions: list[int] | None = None if workload.sessions is None else workload.sessions.tolist()
         #: requests with a time of their own, in their order, and by request those that come after its end
@@ -135,5 +141,8 @@ class Tenant:
             {name: int(column[index]) for name, column in self._sizes} if self._sizes else _NO_SIZES,
             self._first_session + self._sessions[index] if self._sessions is not None else -1,
             self.index,
+            self.priority,
+            now + self.deadline_after_ns,
+            self._mean_output_tokens,
         )
         self._begin(self, request, now)

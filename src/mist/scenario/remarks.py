@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from mist.hardware import GENERIC_EFFICIENCY, Device
+from mist.request import ORDER_SIZES
 from mist.scenario.bands import expected_error
 from mist.scenario.clients import Pool
 from mist.scenario.named import Spec, parameters
@@ -46,9 +47,13 @@ def _of_no_use(scenario: Scenario) -> Iterator[str]:
     for name in scenario.memories:
         if name not in read:
             yield f"memories.{name}: no client's tiers or KV store name it."
+    policies = [pool.batching for pool in scenario.pools.values()] + [host.batching for host in scenario.hosts.values()]
+    orders = [policy.params.get("order") for policy in policies]
+    for_orders = ORDER_SIZES if any(order and order.name != "fcfs" for order in orders) else ()
     for tenant in scenario.tenants.values():
         known = getattr(tenant.pipeline.build(), "sizes", None)
-        unread = [name for name in tenant.workload.sizes or () if known is not None and name not in known]
+        told = tenant.workload.sizes or ()
+        unread = [name for name in told if known is not None and name not in (*known, *for_orders)]
         if unread:
             where = ".".join((*map(str, tenant.place), "workload.sizes"))
             reads = f"reads {', '.join(known)}" if known else "reads none"

@@ -11,12 +11,13 @@ from functools import partial
 
 from mist.metrics import TenantInfo
 from mist.records import Records
-from mist.request import DECODE
+from mist.request import DECODE, NO_DEADLINE
 from mist.scenario.fleet import Fleet
 from mist.scenario.seeds import random_of
 from mist.scenario.tenancy import SOLE, Tenancy
 from mist.scenario.value import Scenario
 from mist.tenant import Route, Tenant
+from mist.units import seconds_to_ns
 from mist.workload import RequestTable
 
 
@@ -34,6 +35,8 @@ def build_tenants(
             section.pipeline.build(),
             {stage: _route(scenario, fleet, name, stage, routes) for stage in section.stages},
             partial(random_of, scenario.seed, section.purpose("pipeline")),
+            priority=section.priority,
+            deadline_after_ns=_deadline_ns(section),
             index=len(tenants),
             first_request=first_request,
             first_session=first_session,
@@ -75,6 +78,12 @@ def tenant_infos(scenario: Scenario, tenants: Mapping[str, Tenant]) -> dict[str,
 def table_notes(tables: Mapping[str, RequestTable]) -> list[str]:
     """What the reader of a result should know of the workloads, each with its tenant."""
     return [f"{name}: {note}" if name else note for name, table in tables.items() for note in table.notes]
+
+
+def _deadline_ns(section: Tenancy) -> int:
+    """From arrival: the strictest target of TTFT, or of E2E where there is none."""
+    targets = [*section.slo.ttft_s.values()] or [*section.slo.e2e_s.values()]
+    return seconds_to_ns(min(targets)) if targets else NO_DEADLINE
 
 
 def _is_open_loop(section: Tenancy) -> bool:
