@@ -147,7 +147,11 @@ def check(resolved: bool, **options: Any) -> None:
     from mist.scenario.remarks import remarks
 
     click.echo(f"{scenario.name}: fine")
-    click.echo(f"  pipeline {' -> '.join(scenario.stages)}, seed {scenario.seed}")
+    for name, tenant in scenario.tenants.items():
+        stages = " -> ".join(tenant.stages)
+        where = f", on {', '.join(tenant.clients)}" if tenant.clients else ""
+        told = f"tenant {name}, priority {tenant.priority}: {stages}{where}" if name else f"pipeline {stages}"
+        click.echo(f"  {told}, seed {scenario.seed}" if not name else f"  {told}")
     for name, host in scenario.hosts.items():
         click.echo(f"  {name}: {host}")
     for name, store in scenario.stores.items():

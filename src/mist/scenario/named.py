@@ -112,6 +112,10 @@ class Spec:
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     given: frozenset[str] = frozenset()
 
+    def __str__(self) -> str:
+        """As a line of text has it."""
+        return f"{self.name} ({', '.join(f'{k} {v}' for k, v in self.params.items())})" if self.params else self.name
+
     def build(self) -> Any:
         """A fresh instance of the class registered under this kind and name."""
         built = {key: value.build() if isinstance(value, Spec) else value for key, value in self.params.items()}
