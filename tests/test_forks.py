@@ -92,6 +92,14 @@ def test_a_thought_of_one_token_ends_the_race_before_the_others_run() -> None:
     assert result.clients[0].residents.kv.used == 0
 
 
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (5, 0, 4)])
+def test_a_thought_of_no_tokens_ends_the_race_before_anybody_has_a_place(lengths: tuple[int, ...]) -> None:
+    result = run(Thoughts(lengths, k=1))
+    assert result.records.requests.as_columns()["end_ns"].tolist() == [200]
+    assert result.clients[0].residents.kv.used == 0
+    assert not result.clients[0].residents.running
+
+
 def test_thoughts_without_a_place_wait_for_one() -> None:
     result = run(Thoughts((5, 5, 5)), policy=lambda: Chunked(max_num_seqs=2))
     ends = result.records.requests.as_columns()["end_ns"].tolist()

@@ -224,7 +224,7 @@ class Coordinator:
             if branch.request.rejected_for or each.is_cancelled:
                 break
             decodes += self.advance(each, None, here, now)
-        return decodes
+        return [task for task in decodes if not task.branch.is_cancelled]  # type: ignore[union-attr]
 
     def _ended(self, branch: Branch, result: StageResult, here: Client | None, now: int) -> None:
         """A pipeline is over: its request may leave, or what waits for branches has one less to wait for."""
