@@ -24,6 +24,7 @@ class Thoughts:
     lengths: tuple[int, ...]
     k: int = 0
     score: int = 0
+    cancel_rest: bool = True
     kinds: tuple[str, ...] = field(default=(PREFILL, DECODE, "score"), init=False)
     is_fixed: bool = field(default=False, init=False)
     results: list[StageResult] = field(default_factory=list)
@@ -31,7 +32,7 @@ class Thoughts:
     def __call__(self, request: Request, rng: RequestRandom) -> Pipeline:
         yield Stage(PREFILL, input_tokens=request.input_tokens)
         thoughts = [self._thought(request, length) for length in self.lengths]
-        self.results.append((yield (FirstOf(self.k, thoughts) if self.k else All(thoughts))))
+        self.results.append((yield (FirstOf(self.k, thoughts, self.cancel_rest) if self.k else All(thoughts))))
 
     def _thought(self, request: Request, length: int) -> Pipeline:
         thought = yield Stage(DECODE, oracle_output_tokens=length)
@@ -100,6 +101,12 @@ def test_a_thought_of_no_tokens_ends_the_race_before_anybody_has_a_place(lengths
     assert not result.clients[0].residents.running
 
 
+def test_a_request_stays_until_thoughts_that_begin_after_the_race_are_over() -> None:
+    result = run(Thoughts((0, 5), k=1, cancel_rest=False))
+    assert result.records.requests.as_columns()["end_ns"].tolist() == [600]
+    assert result.records.requests.as_columns()["output_tokens"].tolist() == [5]
+
+
 def test_thoughts_without_a_place_wait_for_one() -> None:
     result = run(Thoughts((5, 5, 5)), policy=lambda: Chunked(max_num_seqs=2))
     ends = result.records.requests.as_columns()["end_ns"].tolist()
@@ -134,7 +141,7 @@ def test_random_thoughts_obey_the_laws(seed: int) -> None:
             max_num_seqs=rng.randint(1, 6), max_num_batched_tokens=rng.randint(8, 64)),
         caching=caching, unit_tokens=8 if caching else 0, until_ns=rng.choice([1 << 62, rng.randrange(1, 60_000)]),
     )  # fmt: skip
-    for residents in (client.residents for client in result.clients):
-        if not residents.running and not residents.sending and not residents.num_waiting:
-            assert residents.kv.used == 0
-            assert not residents.prefixes
+    for each in (client.residents for client in result.clients):
+        if not each.running and not each.sending and not each.num_waiting:
+            assert each.kv.used == 0
+            assert not each.prefixes
