@@ -40,6 +40,18 @@ class Thoughts:
         return thought
 
 
+@dataclass
+class Each:
+    """To each request the pipeline at its place."""
+
+    pipelines: tuple[Thoughts, ...]
+    kinds: tuple[str, ...] = field(default=(PREFILL, DECODE, "score"), init=False)
+    is_fixed: bool = field(default=False, init=False)
+
+    def __call__(self, request: Request, rng: RequestRandom) -> Pipeline:
+        return self.pipelines[request.index](request, rng)
+
+
 def run(pipeline: Any, prompt: int = 10, num_clients: int = 1, **more: Any) -> Run:
     return play(table([0], [prompt], [1]), pipeline=pipeline, **{"perf": STEPS, "num_clients": num_clients} | more)
 
@@ -105,6 +117,19 @@ def test_a_request_stays_until_thoughts_that_begin_after_the_race_are_over() -> 
     result = run(Thoughts((0, 5), k=1, cancel_rest=False))
     assert result.records.requests.as_columns()["end_ns"].tolist() == [600]
     assert result.records.requests.as_columns()["output_tokens"].tolist() == [5]
+
+
+def test_thoughts_that_have_lost_before_they_ran_make_room_at_once() -> None:
+    """Both prompts end in one step, in which the lone thought decodes; all three of the second have places beside it.
+
+    With the blocks that are left, one that had to wait for its place would wait longer.
+    """
+    pipeline = Each((Thoughts((10,)), Thoughts((1, 9, 9), k=1), Thoughts((5, 5, 5))))
+    result = play(table([0, 1, 1], [4, 4, 4], [10, 9, 5]), pipeline=pipeline, perf=STEPS, num_blocks=5, block_size=4,
+                  policy=lambda: Chunked(max_num_seqs=4))  # fmt: skip
+    tasks = result.records.tasks.as_columns()
+    decodes = (tasks["request"] == 2) & (tasks["kind"] == 1)
+    assert (decodes & (tasks["joined_ns"] == result.records.steps.as_columns()["end_ns"][1])).sum() == 3
 
 
 def test_thoughts_without_a_place_wait_for_one() -> None:
