@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from kit import decode, residents, task
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
+from mist.memory.kv_cache import KVCache
 from mist.pipeline import RequestRandom
 from mist.request import DECODE, PREFILL, All, FirstOf, Pipeline, Request, Stage, StageResult
+from mist.residents import Residents
 from mist.testing.cluster import KVLink, LinearSteps, Run, play, table
 
 STEPS = LinearSteps(base=100, per_prefill_token=10, per_decode=0, per_context=0, per_prefill=0)
@@ -144,6 +147,36 @@ def test_their_cache_is_sent_once_to_where_they_decode() -> None:
     assert result.records.transfers.as_columns()["bytes"].tolist() == [300]
     assert peak(result, 1) == 7 + 3 * 2
     assert result.clients[1].residents.kv.used == 0
+
+
+def a_group_that_waits(prompt: int) -> Residents:
+    """Of 8 blocks of 4: a prompt that two thoughts wait with, and a decode that needs another block now."""
+    made = residents(KVCache(8, 4))
+    for index, tokens in enumerate((prompt, 20)):
+        one = task(index, tokens)
+        made.enqueue(one)
+        made.admit(one, tokens)
+        made.computed(one, tokens)
+        made.chunks_done()
+        following = decode(index, tokens, 5)
+        if index:
+            made.follow(one, following)
+            made.cohort.join(following, 5)
+            continue
+        followings = [following, decode(index, tokens, 5), decode(index, tokens, 5)]
+        for waiting in made.fork(one, followings, 1):
+            made.enqueue(waiting)
+        made.leave(following, tokens, tokens)
+    return made
+
+
+def test_nothing_is_admitted_on_a_step_for_which_a_prompt_was_given_up() -> None:
+    """Its own thoughts neither: they would take the blocks back that the decodes have got."""
+    made = a_group_that_waits(12)
+    assert made.grow_decodes() == 2
+    assert [made.waiting[0].computed_tokens, len(made.handed_over), made.admit(made.waiting[0], 8)] == [0, 0, 0]
+    made.begin()
+    assert made.admit(made.waiting[0], 8) == 8
 
 
 @pytest.mark.parametrize("seed", range(300))

@@ -258,6 +258,7 @@ class Residents:
         shared = next((each for each in reversed(self.prefixes) if each in waiting), None)
         if shared is None:
             return False
+        self._has_preempted = True
         for task in [each for each in reversed(self.handed_over) if each.shared is shared]:
             self.handed_over.remove(task)
             self.on_preempt(task)
