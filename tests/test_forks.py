@@ -179,6 +179,13 @@ def test_nothing_is_admitted_on_a_step_for_which_a_prompt_was_given_up() -> None
     assert made.admit(made.waiting[0], 8) == 8
 
 
+def test_who_holds_no_block_has_none_to_give_up() -> None:
+    made = a_group_that_waits(3)
+    assert made.grow_decodes() == 0
+    assert not made.surrender()
+    assert len(made.handed_over) == 2
+
+
 @pytest.mark.parametrize("seed", range(300))
 def test_random_thoughts_obey_the_laws(seed: int) -> None:
     rng = random.Random(seed)

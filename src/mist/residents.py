@@ -255,7 +255,7 @@ class Residents:
     def surrender(self) -> bool:
         """Give back a prefix of which no user runs, whose users then compute it again; False where there is none."""
         waiting = {each.shared for each in self.handed_over if each.shared and not each.shared.num_running}
-        shared = next((each for each in reversed(self.prefixes) if each in waiting), None)
+        shared = next((each for each in reversed(self.prefixes) if each in waiting and each.num_blocks), None)
         if shared is None:
             return False
         self._has_preempted = True
