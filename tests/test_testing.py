@@ -24,6 +24,7 @@ from mist.routing.least_outstanding import LeastOutstanding
 from mist.testing import (
     BatchingContract,
     EvictionContract,
+    OrderContract,
     PerfModelContract,
     PipelineContract,
     RoutingContract,
@@ -36,6 +37,7 @@ CONTRACTS = {
     "pipeline": (PipelineContract, "pipeline"),
     "perf": (PerfModelContract, "model"),
     "eviction": (EvictionContract, "policy"),
+    "order": (OrderContract, "order"),
 }
 #: implementations whose parameters have no defaults, or such that tiny clients take long
 COMPLETE: dict[str, Any] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mist.batching import BatchingPolicy
+from mist.batching.orders.fcfs import FCFS
 from mist.engine import EngineProfile
 from mist.errors import InvariantError
 from mist.front_end import FrontEnd
@@ -65,8 +66,14 @@ class Client:
         self.emits = True
         self.woken = False
         cohort = SpeculativeCohort(kv.block_size, speculation) if speculation else None
+        order = getattr(batching, "order", None)
         self.residents = Residents(
-            kv, self._preempted, cohort, reserves_output=engine.reserves_output, generates=DECODE in serves
+            kv,
+            self._preempted,
+            cohort,
+            reserves_output=engine.reserves_output,
+            generates=DECODE in serves,
+            order=None if isinstance(order, FCFS) else order,
         )
         self.num_drafts = speculation.num_draft_tokens if speculation else 0
         self.view = ClientView(index, name, kv_blocks=kv.num_blocks)

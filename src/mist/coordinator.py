@@ -79,6 +79,7 @@ class Coordinator:
         self._input_tokens: list[int] = workload.input_tokens.tolist()
         self._output_tokens: list[int] = workload.output_tokens.tolist()
         self._sizes = tuple(workload.sizes.items())
+        self._mean_output_tokens = round(workload.output_tokens.mean()) if len(workload) else 0
         self._hit_tokens: list[int] | None = None if workload.cached_tokens is None else workload.cached_tokens.tolist()
         self._sessions: list[int] | None = None if workload.sessions is None else workload.sessions.tolist()
         #: requests with a time of their own, in their order, and by request those that come after its end
@@ -129,6 +130,7 @@ class Coordinator:
             self._hit_tokens[index] if self._hit_tokens is not None else 0,
             {name: int(column[index]) for name, column in self._sizes} if self._sizes else _NO_SIZES,
             self._sessions[index] if self._sessions is not None else -1,
+            predicted_output_tokens=self._mean_output_tokens,
         )
         self.in_system[index] = request
         self.num_arrived += 1

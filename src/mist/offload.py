@@ -169,17 +169,18 @@ class Offload:
         if not found:
             return False
         num_blocks = self._blocks(first, found)
-        if self.waiting or not self._has_room(num_blocks):
+        if self._others_come_first(task) or not self._has_room(num_blocks):
             self.waiting[task] = num_blocks, deliver
-            self._client.residents.fetch_waits_since(next(iter(self.waiting)).queued_ns)
+            self._client.residents.fetch_waits(self._first_waiting())
         else:
             self._begin(task, first, found, deliver, now)
         return True
 
     def begin_waiting(self, now: int) -> None:
-        """Blocks may have come back: let the fetches begin that there is room for."""
+        """Blocks may have come back: let the fetches begin that there is room for, in the client's order."""
         while self.waiting:
-            task, (num_blocks, deliver) = next(iter(self.waiting.items()))
+            task = self._first_waiting()
+            num_blocks, deliver = self.waiting[task]
             if not self._has_room(num_blocks):
                 break
             first, found = self._look(task, now, again=True)
@@ -192,7 +193,7 @@ class Offload:
                 self._begin(task, first, found, deliver, now)
             else:
                 deliver(task, now)
-        self._client.residents.fetch_waits_since(next(iter(self.waiting)).queued_ns if self.waiting else None)
+        self._client.residents.fetch_waits(self._first_waiting() if self.waiting else None)
 
     def admitted(self, task: Task) -> None:
         """`task` has blocks of its own for what was fetched."""
@@ -203,6 +204,16 @@ class Offload:
         self.waiting.pop(task, None)
         if task not in self.fetching:
             self.admitted(task)
+
+    def _first_waiting(self) -> Task:
+        ranks = self._client.residents.ranks
+        return next(iter(self.waiting)) if ranks is None else min(self.waiting, key=ranks.of)
+
+    def _others_come_first(self, task: Task) -> bool:
+        ranks = self._client.residents.ranks
+        if ranks is None or not self.waiting:
+            return bool(self.waiting)
+        return ranks.of(self._first_waiting()) < ranks.of(task)
 
     def _blocks(self, first_token: int, found: Sequence[Found]) -> int:
         kv = self._client.residents.kv

@@ -12,6 +12,7 @@ import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ HOMES = {
     "trace": "mist.workload",
     "pipeline": "mist.pipeline",
     "batching": "mist.batching",
+    "order": "mist.batching.orders",
     "routing": "mist.routing",
     "perf": "mist.perf",
     "eviction": "mist.memory.eviction",
@@ -32,6 +34,16 @@ HOMES = {
 
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in HOMES}
 _imported: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """Marks a parameter of an implementation that is one itself, of `kind`: scenarios give it by name.
+
+    The parameter's default is made by a registered class without arguments.
+    """
+
+    kind: str
 
 
 def register(kind: str, name: str) -> Callable[[T], T]:
@@ -59,6 +71,12 @@ def lookup(kind: str, name: str) -> Any:
         return _registered[kind][name]
     except KeyError:
         raise KeyError(f"no {kind} named {name!r}; {nearest(name, _registered[kind])}") from None
+
+
+def name_of(implementation: Any) -> str:
+    """The name that `implementation` is registered under, "" if it isn't."""
+    found = (name for known in _registered.values() for name, each in known.items() if each is implementation)
+    return next(found, "")
 
 
 def names(kind: str) -> list[str]:

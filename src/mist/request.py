@@ -10,8 +10,15 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mist.units import NS_PER_MS
+
 PREFILL = "prefill"
 DECODE = "decode"
+
+#: sizes that tell what orders go by
+ORDER_SIZES = ("priority", "deadline_ms", "predicted_output_tokens")
+#: the deadline of a request that has none, ns
+NO_DEADLINE = 1 << 62
 
 
 @dataclass(slots=True)
@@ -144,6 +151,9 @@ class Request:
     tokens at the front of the prompt that the workload says are in the prefix cache, whatever their content.
     `sizes`: what else the workload tells of this request, by name, such as `query_tokens` or `passage_tokens`.
     `session`: the number of the session that it is a turn of, -1 if it is of none.
+    Orders go by `priority` (lower first), `deadline_ns` (an instant) and `predicted_output_tokens` (what a predictor
+    says, never the truth); `sizes` called `priority`, `deadline_ms` (after its arrival) and `predicted_output_tokens`
+    are these.
     """
 
     index: int
@@ -154,6 +164,9 @@ class Request:
     hit_tokens: int = 0
     sizes: Mapping[str, int] = field(default_factory=dict)
     session: int = -1
+    priority: int = 0
+    deadline_ns: int = NO_DEADLINE
+    predicted_output_tokens: int = 0
     # progress
     first_token_ns: int = -1
     output_tokens: int = 0
@@ -174,6 +187,13 @@ class Request:
     is_answered: bool = False
     #: its pipeline turned it away
     is_refused: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sizes:
+            self.priority = self.sizes.get("priority", self.priority)
+            self.predicted_output_tokens = self.sizes.get("predicted_output_tokens", self.predicted_output_tokens)
+            if "deadline_ms" in self.sizes:
+                self.deadline_ns = self.arrival_ns + self.sizes["deadline_ms"] * NS_PER_MS
 
     def show(self, now: int) -> None:
         """The user sees a token of it at `now`."""
@@ -219,6 +239,8 @@ class Task:
     inherited_tokens: int = 0
     #: place in the client's running order; -1 while waiting
     admission: int = -1
+    #: its key in the client's order, and a number that no other task there has; empty where first come is first served
+    rank: tuple[int, ...] = ()
     started_ns: int = -1
     joined_ns: int = -1
     #: the cohort's step counter when this decode joined, and after the step of its last token; -1 before the join

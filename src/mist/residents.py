@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from mist.batching.orders import Order
 from mist.cohort import Cohort
 from mist.memory.kv_cache import KVCache
+from mist.ranks import RankedQueue, Ranks
 from mist.request import SharedPrefix, Task
 
 
 class Residents:
     """Tasks of one client: `waiting` (first come first, preempted in front), `running` in order of admission.
 
+    With an `order` those that wait stand by their `ranks`, and whoever has the largest is preempted, not the tail.
     A running task is `prefilling` (tokens left to compute) or in the cohort. A running task holds
     `kv.blocks_for(reserved tokens)` blocks: what it has computed, plus what this step computes for it. A task that is
     `sending` is done here and keeps its blocks until its KV cache has reached the client that decodes on (one that
@@ -25,9 +28,9 @@ class Residents:
     """
 
     __slots__ = (
-        "_admissions", "_fetch_waits_since", "_generates", "_grown", "_has_preempted", "_promised", "_promises",
+        "_admissions", "_first_to_fetch", "_generates", "_grown", "_has_preempted", "_promised", "_promises",
         "_scheduled", "cohort", "handed_over", "kv", "num_preemptions", "on_preempt", "pending_tokens",
-        "prefilling_tasks", "prefixes", "reserves_output", "running", "sending", "waiting",
+        "prefilling_tasks", "prefixes", "ranks", "reserves_output", "running", "sending", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -38,6 +41,7 @@ class Residents:
         *,
         reserves_output: bool = False,
         generates: bool = True,
+        order: Order | None = None,
     ) -> None:
         self.kv = kv
         self.reserves_output = reserves_output
@@ -46,7 +50,8 @@ class Residents:
         self._promises: dict[int, int] = {}
         self._promised = 0
         self.cohort = cohort or Cohort(kv.block_size)
-        self.waiting: deque[Task] = deque()
+        self.ranks = Ranks(order) if order is not None else None
+        self.waiting: deque[Task] | RankedQueue = self.ranks.queue() if self.ranks else deque()
         self.running: dict[int, Task] = {}
         self.prefilling_tasks: dict[int, Task] = {}
         self.sending: dict[int, Task] = {}
@@ -54,12 +59,12 @@ class Residents:
         self.prefixes: dict[SharedPrefix, None] = {}
         self.on_preempt = on_preempt
         #: decodes that wait with a context that was computed elsewhere: nothing for a policy to schedule
-        self.handed_over: deque[Task] = deque()
+        self.handed_over: deque[Task] | RankedQueue = self.ranks.queue() if self.ranks else deque()
         #: tokens still to be computed for waiting and prefilling tasks
         self.pending_tokens = 0
         self.num_preemptions = 0
         self._admissions = 0
-        self._fetch_waits_since: int | None = None
+        self._first_to_fetch: Task | None = None
         self._grown = False
         self._has_preempted = False
         self._scheduled: dict[int, int] = {}
@@ -117,6 +122,8 @@ class Residents:
         """Admit a waiting task with its first chunk; the chunk's tokens, or 0 and nothing has changed."""
         if self._has_preempted or self._comes_after_a_fetch(task):
             return 0
+        if self.ranks is not None and self.running and self.handed_over and self.handed_over[0].rank < task.rank:
+            return 0  # the room that comes back is for that one
         kv = self.kv
         hit = kv.match(task)
         fetched = min(task.found_tokens, task.target_tokens - 1) if hit.num_tokens >= task.found_from else 0
@@ -163,16 +170,18 @@ class Residents:
         else:
             self.handed_over.append(task)
 
-    def fetch_waits_since(self, time_ns: int | None) -> None:
-        """Since when the first task has been here that can't be fetched for until blocks come back; None: all can."""
-        self._fetch_waits_since = time_ns
+    def fetch_waits(self, task: Task | None) -> None:
+        """The first task that can't be fetched for until blocks come back; None: all can."""
+        self._first_to_fetch = task
 
     def _comes_after_a_fetch(self, task: Task) -> bool:
         """Whether `task` would take the blocks that an earlier one waits for; nobody has to while nothing runs."""
-        since = self._fetch_waits_since
-        if since is None or task.queued_ns <= since or not self.running:
+        first = self._first_to_fetch
+        if first is None or task.found_tokens or not self.running:
             return False
-        return not task.found_tokens and not task.request.num_preemptions
+        if self.ranks is not None:
+            return self.ranks.of(first) < task.rank
+        return task.queued_ns > first.queued_ns and not task.request.num_preemptions
 
     def take_over(self, max_num_seqs: int) -> Task | None:
         """Admit the first decode that was handed over if it fits with its next token; None if not.
@@ -184,7 +193,7 @@ class Residents:
         task, first = self.handed_over[0], self.waiting[0] if self.waiting else None
         shared = task.shared
         holds = shared is not None and shared.is_held  # it would keep others out while it waits
-        if first is not None and not holds and (first.request.num_preemptions or first.queued_ns <= task.queued_ns):
+        if first is not None and not holds and self._comes_before(first, task):
             return None
         kv, cohort = self.kv, self.cohort
         needed = cohort.num_new_blocks() + kv.blocks_for(task.target_tokens + cohort.tokens_per_decode)
@@ -200,6 +209,11 @@ class Residents:
             self.prefixes[shared] = None
         self._let_in(task)
         return task
+
+    def _comes_before(self, waiting: Task, handed_over: Task) -> bool:
+        if self.ranks is not None:
+            return waiting.rank < handed_over.rank
+        return waiting.request.num_preemptions > 0 or waiting.queued_ns <= handed_over.queued_ns
 
     def computed(self, task: Task, num_tokens: int) -> bool:
         """A chunk of `task` is done; True if that was its last."""
@@ -224,6 +238,7 @@ class Residents:
         following.admission = done.admission
         following.computed_tokens = following.inherited_tokens = following.target_tokens = done.computed_tokens
         following.num_indexed = done.num_indexed
+        following.rank = done.rank
         self.running[done.admission] = following
 
     def fork(self, done: Task, followings: Sequence[Task], max_num_seqs: int) -> list[Task]:
@@ -234,6 +249,8 @@ class Residents:
         num_tokens, kv = done.computed_tokens, self.kv
         for task in followings:
             task.computed_tokens = task.inherited_tokens = task.target_tokens = num_tokens
+        if self.ranks is not None:
+            self.ranks.pass_on(done, followings)
         shared = share_prefix(followings, num_tokens // kv.block_size, done)
         self.prefixes[shared] = None
         first, *others = followings
@@ -254,8 +271,10 @@ class Residents:
 
     def surrender(self) -> bool:
         """Give back a prefix of which no user runs, whose users then compute it again; False where there is none."""
-        waiting = {each.shared for each in self.handed_over if each.shared and not each.shared.num_running}
-        shared = next((each for each in reversed(self.prefixes) if each in waiting and each.num_blocks), None)
+        users = [each.shared for each in self.handed_over if each.shared and not each.shared.num_running]
+        waiting = dict.fromkeys(users)
+        last_first = reversed(waiting) if self.ranks is not None else reversed(self.prefixes)
+        shared = next((s for s in last_first if s in waiting and s in self.prefixes and s.num_blocks), None)
         if shared is None:
             return False
         self._has_preempted = True
@@ -341,29 +360,37 @@ class Residents:
         return self._promised + self._promise(task) + self.kv.watermark_blocks <= self.kv.num_blocks
 
     def _grow_one_by_one(self) -> int:
-        """The step on which blocks run out: serve decodes in order of admission, preempting from the tail."""
+        """The step on which blocks run out: serve decodes in order of admission, or of rank, preempting the last."""
         before = self.num_preemptions
         cohort, kv = self.cohort, self.kv
-        for task in list(self.running.values()):
+        tasks = list(self.running.values())
+        if self.ranks is not None:
+            tasks.sort(key=self.ranks.of)  # nobody who has grown has to go: those left rank behind
+        for task in tasks:
             if task.admission < 0 or task.admission in self.prefilling_tasks:
                 continue  # preempted meanwhile, or not a decode
             held = kv.blocks_for(cohort.reserved_tokens(task, False))
             needed = kv.blocks_for(cohort.reserved_tokens(task, True)) - held
             if needed and self._make_room(task, needed):
                 kv.take(needed)
-        self._grown = True
+        self._grown = cohort.count > 0
         return self.num_preemptions - before
 
     def _make_room(self, task: Task, num_blocks: int) -> bool:
-        """Preempt from the running tail until `num_blocks` are available; False if `task` itself had to go."""
+        """Preempt the last of the running tasks until `num_blocks` are available; False if `task` itself had to go."""
         while self.kv.available < num_blocks:
             if self.prefixes and self.surrender():
                 continue
-            victim = self.running[next(reversed(self.running))]
+            victim = self._last()
             self.preempt(victim)
             if victim is task:
                 return False
         return True
+
+    def _last(self) -> Task:
+        if self.ranks is not None:
+            return self.ranks.last(self.running.values())
+        return self.running[next(reversed(self.running))]
 
     def preempt(self, task: Task) -> None:
         """Preemption by recompute: `task` waits again, in front; what it generated becomes part of its target."""
@@ -372,11 +399,14 @@ class Residents:
             del self.prefilling_tasks[task.admission]
             tokens = task.computed_tokens
             self.pending_tokens += tokens
-            self._release(task, tokens, tokens + self._scheduled.pop(task.admission, 0), resumes=True)
+            scheduled = self._scheduled.pop(task.admission, 0)
+            lost = self.kv.unindex(task, tokens) if scheduled else 0
+            self._release(task, 0 if lost else tokens, tokens + scheduled, resumes=True, lost_blocks=lost)
         else:
             tokens = self.cohort.context(task)
             reserved = self.cohort.reserved_tokens(task, self._grown)
             self.cohort.leave(task)
+            self._grown = self._grown and self.cohort.count > 0  # a step without decodes won't say that it is over
             task.generated_tokens += self.cohort.generated(task)
             self._release(task, tokens, reserved, resumes=True)
             task.target_tokens = tokens + 1  # the token sampled last isn't in the cache yet
@@ -388,8 +418,10 @@ class Residents:
         task.request.num_preemptions += 1
         self.waiting.appendleft(task)
 
-    def _release(self, task: Task, num_tokens: int, reserved_tokens: int, *, resumes: bool) -> None:
-        num_blocks = self.kv.blocks_for(reserved_tokens)
+    def _release(
+        self, task: Task, num_tokens: int, reserved_tokens: int, *, resumes: bool, lost_blocks: int = 0
+    ) -> None:
+        num_blocks = self.kv.blocks_for(reserved_tokens) - lost_blocks
         if task.shared is None:
             is_alone = task.branch is None or task.branch.joins is None  # a run is found by its request
             self.kv.release(task, num_tokens, num_blocks, resumes=resumes and is_alone)

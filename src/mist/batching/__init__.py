@@ -17,7 +17,7 @@ class Queue(Protocol):
 
     @property
     def waiting(self) -> Sequence[Task]:
-        """Tasks not yet admitted, first come first; preempted ones are in front."""
+        """Tasks not yet admitted, by the client's order; first come first served has preempted ones in front."""
         ...
 
     @property
@@ -54,13 +54,16 @@ class Budget(Protocol):
     def grow_decodes(self) -> int:
         """Reserve the tokens of a step for every decode, preempting from the running tail if blocks run out.
 
-        Returns the number of tasks preempted. They are waiting again, in front, and nothing is admitted before the
-        next step, as in vLLM.
+        Another order than first come, first served preempts whoever is last in it. Returns the number of tasks
+        preempted. They are waiting again, and nothing is admitted before the next step, as in vLLM.
         """
         ...
 
     def grow(self, task: Task, num_tokens: int) -> bool:
-        """Reserve blocks for `num_tokens` more of an admitted task, preempting from the tail; False if it had to go."""
+        """Reserve blocks for `num_tokens` more of an admitted task, preempting as above; False if it had to go itself.
+
+        A policy that has chunks of several prompts takes those out of its batch whose task had to go (`admission` < 0).
+        """
         ...
 
     def admit(self, task: Task, max_tokens: int, *, whole: bool = False) -> int:
@@ -73,7 +76,11 @@ class Budget(Protocol):
 
 
 class BatchingPolicy(Protocol):
-    """Registered under the kind `batching`; a dataclass whose fields are its parameters."""
+    """Registered under the kind `batching`; a dataclass whose fields are its parameters.
+
+    One that takes tasks from the front of the queue may have a field `order` (`mist.batching.orders`), which the
+    client then keeps; without it, first come is first served.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -84,7 +91,7 @@ class BatchingPolicy(Protocol):
 
 
 def admit_whole(queue: Queue, budget: Budget, max_num_seqs: int, max_tokens: int) -> list[tuple[Task, int]]:
-    """Admit waiting tasks, first come first served, each whole, within `max_tokens`; a longer prompt runs alone."""
+    """Admit waiting tasks in the order of the queue, each whole, within `max_tokens`; a longer prompt runs alone."""
     chunks: list[tuple[Task, int]] = []
     tokens = max_tokens
     while queue.waiting and budget.num_running < max_num_seqs:

@@ -6,10 +6,13 @@ left of the token budget. The budget admits nothing on a step that preempted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
 from mist.batching import Budget, CohortView, Queue
-from mist.registry import register
+from mist.batching.orders import Order
+from mist.batching.orders.fcfs import FCFS
+from mist.registry import Named, register
 from mist.request import Batch, Wait
 
 
@@ -20,6 +23,7 @@ class Chunked:
 
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 256
+    order: Annotated[Order, Named("order")] = field(default_factory=FCFS)
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:

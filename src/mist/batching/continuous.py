@@ -5,10 +5,13 @@ Waiting prompts are admitted whenever they fit, so a burst of arrivals stalls th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
 from mist.batching import Budget, CohortView, Queue, admit_whole
-from mist.registry import register
+from mist.batching.orders import Order
+from mist.batching.orders.fcfs import FCFS
+from mist.registry import Named, register
 from mist.request import Batch, Wait
 
 
@@ -22,6 +25,7 @@ class Continuous:
 
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 256
+    order: Annotated[Order, Named("order")] = field(default_factory=FCFS)
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1 or self.max_num_batched_tokens < 1:

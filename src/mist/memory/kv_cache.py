@@ -191,6 +191,30 @@ class KVCache:
                 num_units = full - start
             task.num_indexed += num_units
 
+    def unindex(self, task: Task, num_tokens: int) -> int:
+        """What `task` has scheduled behind its first `num_tokens` won't be computed: it refers to no unit there.
+
+        A unit that others refer to stays, for they compute it, or have; returns the blocks of these, which `task` holds
+        no more. The blocks of the others are its own.
+        """
+        if not self.unit_blocks:
+            return 0
+        keys, first = task.request.block_keys, num_tokens // self.hash_block_size
+        start = num_lost = 0
+        while start < task.num_indexed:
+            segment = self._segments[keys[start]]
+            if start < first < start + segment.num_units:
+                segment = self._split(segment, first - start)
+            elif start >= first:
+                segment.num_users -= 1
+                if segment.num_users:
+                    num_lost += segment.num_units
+                else:
+                    del self._segments[keys[start]]
+            start += segment.num_units
+        task.num_indexed = min(first, task.num_indexed)
+        return num_lost * self.unit_blocks
+
     def release(self, task: Task, num_tokens: int, num_blocks: int, *, resumes: bool) -> None:
         """`task` gives up its `num_blocks`, which hold `num_tokens`; `resumes`: it will look for them again."""
         if not self.prefix_caching:
@@ -205,7 +229,7 @@ class KVCache:
             self.cached += private
             if resumes:
                 start = task.num_indexed * self.hash_block_size
-                self._runs[request.index] = _Run(entry, start, (num_tokens - start) // self.block_size)
+                self._runs[request.index] = _Run(entry, start, max(0, num_tokens - start) // self.block_size)
         if task.num_indexed:
             self._unrefer(request.block_keys, task.num_indexed)
             task.num_indexed = 0

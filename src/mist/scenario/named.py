@@ -37,7 +37,7 @@ from mist.errors import Problem, nearest
 #: what a kind of the registry is called in a sentence
 NOUNS = {
     "arrivals": "arrival process", "lengths": "length distribution", "trace": "trace format", "pipeline": "pipeline",
-    "batching": "batching policy", "routing": "routing policy", "perf": "performance model",
+    "batching": "batching policy", "order": "order", "routing": "routing policy", "perf": "performance model",
     "eviction": "eviction policy",
 }  # fmt: skip
 
@@ -114,7 +114,8 @@ class Spec:
 
     def build(self) -> Any:
         """A fresh instance of the class registered under this kind and name."""
-        return registry.lookup(self.kind, self.name)(**self.params)
+        built = {key: value.build() if isinstance(value, Spec) else value for key, value in self.params.items()}
+        return registry.lookup(self.kind, self.name)(**built)
 
     def refused(self, loc: tuple[str, ...] = ()) -> list[Located]:
         """Why the implementation refuses these parameters: no problem, or one at `loc` or the parameter below it."""
@@ -152,7 +153,8 @@ class SpecOf:
     unchecked: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.read)
+        dump = core_schema.plain_serializer_function_ser_schema(Spec.plain)
+        return core_schema.no_info_plain_validator_function(self.read, serialization=dump)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         if self.only:
@@ -179,7 +181,7 @@ class SpecOf:
             return self._read(self.bare, value, ())
         if not isinstance(value, dict) or len(value) != 1:
             known = f"known: {', '.join(registry.names(self.kind))}"
-            article = "an" if NOUNS[self.kind].startswith("a") else "a"
+            article = "an" if NOUNS[self.kind][0] in "aeo" else "a"
             message = f"must be {article} {NOUNS[self.kind]} by name, or as {{name: parameters}}, not {short(value)}"
             raise problem(message, known)
         ((name, params),) = value.items()
@@ -256,6 +258,9 @@ def parameters(kind: str, name: str) -> type[Section]:
 
 def _of_the_user(hint: Any) -> Any:
     """`hint` as pydantic should read it from a scenario; None where it isn't plain data, hence not the user's."""
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, registry.Named):
+            return Annotated[Spec, SpecOf(mark.kind)]
     hint = _lenient(hint)
     try:
         TypeAdapter(hint)
@@ -278,6 +283,8 @@ def _lenient(hint: Any) -> Any:
 def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default is not dataclasses.MISSING:
         return field.default
+    if name := registry.name_of(field.default_factory):
+        return Field(default=name, validate_default=True)
     if field.default_factory is not dataclasses.MISSING:
         return Field(default_factory=field.default_factory)
     return ...

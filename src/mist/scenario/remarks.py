@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from mist.hardware import GENERIC_EFFICIENCY, Device
-from mist.request import DECODE
+from mist.request import DECODE, ORDER_SIZES
 from mist.scenario.bands import expected_error
 from mist.scenario.clients import Pool
 from mist.scenario.named import Spec, parameters
@@ -49,7 +49,9 @@ def _of_no_use(scenario: Scenario) -> Iterator[str]:
         if name not in read:
             yield f"memories.{name}: no client's tiers or KV store name it."
     known = getattr(scenario.pipeline.build(), "sizes", None)
-    unread = [name for name in scenario.workload.sizes or () if known is not None and name not in known]
+    orders = [pool.batching.params.get("order") for pool in (*scenario.pools.values(), *scenario.hosts.values())]
+    for_orders = ORDER_SIZES if any(order and order.name != "fcfs" for order in orders) else ()
+    unread = [name for name in scenario.workload.sizes or () if known is not None and name not in (*known, *for_orders)]
     if unread:
         reads = f"reads {', '.join(known)}" if known else "reads none"
         yield f"workload.sizes: {scenario.pipeline.name} {reads}, so the others change nothing: {', '.join(unread)}."

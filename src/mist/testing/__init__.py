@@ -21,11 +21,13 @@ from mist.testing.contracts import (
     RoutingContract,
     small_deployment,
 )
+from mist.testing.orders import OrderContract, with_hints
 
 __all__ = [
     "BatchingContract",
     "EvictionContract",
     "LinearSteps",
+    "OrderContract",
     "PerfModelContract",
     "PipelineContract",
     "RoutingContract",
@@ -37,4 +39,5 @@ __all__ = [
     "record_bytes",
     "small_deployment",
     "table",
+    "with_hints",
 ]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mist.batching import BatchingPolicy, Budget, CohortView, Queue
+from mist.batching.orders import Order
 from mist.hardware import Device, Platform
 from mist.memory.eviction import Eviction
 from mist.model import LayerGroup, ModelSpec
@@ -60,10 +61,12 @@ class _Checked:
     policy: BatchingPolicy
     max_num_seqs: int = field(init=False)
     max_num_batched_tokens: int = field(init=False)
+    order: Order | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.max_num_seqs = self.policy.max_num_seqs
         self.max_num_batched_tokens = self.policy.max_num_batched_tokens
+        self.order = getattr(self.policy, "order", None)
 
     def next_batch(self, queue: Queue, cohort: CohortView, budget: Budget, now: int) -> Batch | Wait:
         batch = self.policy.next_batch(queue, cohort, budget, now)
