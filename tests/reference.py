@@ -20,7 +20,8 @@ class Reference:
     """One client. `step_time(num_prefill_tokens, num_decodes, context, num_prefills)` in ns.
 
     With `drafts` > 0 a decode step computes that many tokens more; `steps_for(request index, stage, tokens)` are drawn.
-    If it `merges` reads, blocks that branches share count once in the context.
+    If it `merges` reads, blocks that branches share count once in the context. Served `by_priority` as vLLM v1 does it,
+    the smallest rank is admitted first and the largest is preempted first; else first come is first served.
     """
 
     policy: str
@@ -35,6 +36,7 @@ class Reference:
     drafts: int = 0
     steps_for: Callable[[int, int, int], int] = lambda index, stage, tokens: tokens
     merges: bool = False
+    by_priority: bool = False
 
     def __post_init__(self) -> None:
         self.memory = Blocks(self.num_blocks, self.block_size, self.unit_tokens, self.caching)
@@ -47,6 +49,7 @@ class Reference:
         self.in_flight: list[Sequence] = []
         self.cancelled: list[Sequence] = []  # of these, those that nobody waits for
         self.preempted = False
+        self.num_ranked = 0
         self.events: Counter[str] = Counter()
         self.steps: list[tuple[int, ...]] = []
         self.done: dict[int, tuple[int, int, int, int]] = {}
@@ -73,8 +76,19 @@ class Reference:
         if self.never_fits(tokens, job.output):
             self.reject(seq)
         else:
+            self.number(seq)
             self.waiting.append(seq)
+            self.sort()
         return seq
+
+    def number(self, seq: Sequence) -> None:
+        self.num_ranked += 1
+        seq.number = self.num_ranked
+
+    def sort(self) -> None:
+        if self.by_priority:
+            self.waiting.sort(key=lambda seq: seq.rank)
+            self.placeless.sort(key=lambda seq: seq.rank)
 
     def never_fits(self, prompt: int, output: int) -> bool:
         drafts = self.drafts if output > 1 else 0
@@ -122,11 +136,13 @@ class Reference:
             return
         first, *others = branches
         first.blocks, first.units = prefill.blocks, prefill.units
+        first.number = prefill.number
         self.running[self.running.index(prefill)] = first
         if others:
             self.forked.append(first.request)
             first.shares = True
         for seq in others:
+            self.number(seq)
             self.memory.share(first, seq, seq.target)
             seq.shares = True
             tail = self.blocks_for(seq.target) - len(seq.blocks)
@@ -136,6 +152,7 @@ class Reference:
             else:
                 self.memory.take(seq, tail)
                 self.running.append(seq)
+        self.sort()
         for seq in branches:
             if not seq.cancelled and (seq in self.running or seq.output == 1):
                 self.decode(seq)
@@ -210,8 +227,15 @@ class Reference:
         seq.request.preemptions += 1
         self.preempted = True
         self.waiting.insert(0, seq)
+        self.sort()
 
     def preempt(self, seq: Sequence) -> None:
+        # one prompt at most is half computed: nothing else of this step's has to be taken back than what decodes got
+        assert seq.decoding or not seq.scheduled
+        if seq.scheduled:
+            self.events["grown and preempted"] += 1
+        if seq is not self.running[-1]:
+            self.events["preempted before the last"] += 1
         self.events["preempted branches" if seq.branch else "preempted"] += 1
         self.running.remove(seq)
         self.release(seq, resumes=not seq.branch)
@@ -222,23 +246,23 @@ class Reference:
 
     def surrender(self) -> bool:
         """The prompt that was forked last of those that only placeless branches hold is given up; they begin anew."""
-        for request in reversed(self.forked):
-            users = [seq for seq in request.branches if seq.shares]
-            if users and users[0].blocks and not any(seq in self.running for seq in users):
-                self.events["surrendered"] += 1
-                for seq in reversed(users):
-                    self.placeless.remove(seq)
-                    self.release(seq, resumes=False)
-                    self.wait_again(seq)
-                return True
-        return False
+        groups = [[seq for seq in request.branches if seq.shares] for request in self.forked]
+        groups = [g for g in groups if g and g[0].blocks and not any(seq in self.running for seq in g)]
+        if not groups:
+            return False
+        self.events["surrendered"] += 1
+        for seq in reversed(max(groups, key=lambda g: g[0].rank) if self.by_priority else groups[-1]):
+            self.placeless.remove(seq)
+            self.release(seq, resumes=False)
+            self.wait_again(seq)
+        return True
 
     def grow(self, seq: Sequence, tokens: int) -> bool:
         needed = self.blocks_for(seq.computed + tokens) - len(seq.blocks)
         while len(self.pool) < needed:
             if self.surrender():
                 continue
-            victim = self.running[-1]
+            victim = max(self.running, key=lambda s: s.rank) if self.by_priority else self.running[-1]
             self.preempt(victim)
             if victim is seq:
                 return False
@@ -271,6 +295,8 @@ class Reference:
         chunk = min(seq.target - hit, max_tokens)
         if self.preempted or chunk <= 0 or (whole and chunk < seq.target - hit):
             return 0
+        if self.by_priority and self.running and self.placeless and self.placeless[0].rank < seq.rank:
+            return 0  # the room that comes back is for that one
         needed = self.blocks_for(hit + chunk) - self.blocks_for(hit)
         unheld = sum(key not in self.memory.held for key in units) * self.memory.per_unit + len(own)
         if not self.has_room(needed + unheld):

@@ -27,6 +27,7 @@ class Job:
     cancels: bool = True
     prefills: bool = False
     after: tuple[int, int] = (0, 0)
+    priority: int = 0
 
 
 @dataclass(eq=False)
@@ -53,6 +54,7 @@ class Sequence(Holder):
     shares: bool = False  # full blocks of the prompt with other branches
     cancelled: bool = False
     over: bool = False
+    number: int = -1  # among those that came to the client
     stage: int = -1  # number of its decode among the stages of the request
     computed: int = 0
     generated: int = 0
@@ -61,3 +63,8 @@ class Sequence(Holder):
     pace: int = 0  # tokens per step in 2^-32, once drawn
     path: int = 0  # how far it is since it joined, in the same unit
     since_join: int = 0
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """By priority, the smallest first."""
+        return self.request.job.priority, self.request.job.arrival, self.number

@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from kit import LinearSteps, play, table
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
+from mist.batching.orders.fcfs import FCFS
+from mist.batching.orders.priority import Priority
 from mist.batching.static import Static
 from mist.pipeline import RequestRandom
 from mist.request import DECODE, PREFILL, FirstOf, Pipeline, Request, Stage
@@ -49,6 +53,7 @@ def same(
     caching: bool = False,
     speculation: Speculation | None = None,
     merges_shared_reads: bool = False,
+    by_priority: bool = False,
 ) -> Reference:
     """Play `jobs` on both, assert that they do the same, and return the reference."""
     drafts = speculation.num_draft_tokens if speculation else 0
@@ -72,12 +77,17 @@ def same(
         drafts=drafts,
         steps_for=steps_for,
         merges=merges_shared_reads,
+        by_priority=by_priority,
     )
     reference.run(list(jobs))
+    columns = ([getattr(job, name) for job in jobs] for name in ("arrival", "prompt", "output", "priority"))
+    arrivals, prompts, outputs, priorities = columns
+    workload = table(arrivals, prompts, outputs, [job.keys for job in jobs])
+    workload.sizes = {"priority": np.asarray(priorities, dtype=np.int64)}
     run = play(
-        table([j.arrival for j in jobs], [j.prompt for j in jobs], [j.output for j in jobs], [j.keys for j in jobs]),
+        workload,
         pipeline=Branches(jobs) if any(job.branches for job in jobs) else None,
-        policy=lambda: POLICIES[policy](**sizes),
+        policy=lambda: POLICIES[policy](**sizes, order=Priority() if by_priority else FCFS()),
         perf=perf,
         num_blocks=limits["num_blocks"],
         block_size=limits["block_size"],
