@@ -7,16 +7,11 @@ import random
 import numpy as np
 import pytest
 
-from kit import LinearSteps, play, table
-from mist.batching.chunked import Chunked
-from mist.batching.continuous import Continuous
-from mist.batching.static import Static
 from mist.speculation import Speculation
-from reference import Job, Reference
+from reference import Job
+from side_by_side import POLICIES, same
 
-POLICIES = {"chunked": Chunked, "continuous": Continuous, "static": Static}
 SCENARIOS_PER_CASE = 250
-COUNTS = {"hits": 0}
 
 
 def scenario(seed: int, policy: str, caching: bool) -> tuple[list[Job], dict[str, int]]:
@@ -59,47 +54,7 @@ def drawn_speculation(seed: int) -> Speculation:
 
 def compare(seed: int, policy: str, caching: bool, speculation: Speculation | None = None) -> int:
     jobs, limits = scenario(seed, policy, caching)
-    perf = LinearSteps()
-    drafts = speculation.num_draft_tokens if speculation else 0
-    limits["max_num_batched_tokens"] += drafts * limits["max_num_seqs"]
-
-    def steps_for(job: Job, tokens: int) -> int:
-        assert speculation is not None
-        return speculation.num_steps(tokens, speculation.rng_of(job.index, 1))
-
-    sizes = {"max_num_seqs": limits["max_num_seqs"], "max_num_batched_tokens": limits["max_num_batched_tokens"]}
-    reference = Reference(
-        policy,
-        limits["max_num_batched_tokens"],
-        limits["max_num_seqs"],
-        limits["num_blocks"],
-        limits["block_size"],
-        perf.of,
-        unit_tokens=limits["unit_tokens"],
-        caching=caching,
-        watermark=limits["watermark"],
-        **({"drafts": drafts, "steps_for": steps_for} if speculation else {}),
-    )
-    reference.run(jobs)
-    run = play(
-        table(*([getattr(j, name) for j in jobs] for name in ("arrival", "prompt", "output")), [j.keys for j in jobs]),
-        policy=lambda: POLICIES[policy](**sizes),
-        perf=perf,
-        num_blocks=limits["num_blocks"],
-        block_size=limits["block_size"],
-        caching=caching,
-        unit_tokens=limits["unit_tokens"],
-        watermark=limits["watermark"],
-        speculation=speculation,
-    )
-    steps = run.records.steps.as_columns()
-    got = [tuple(int(steps[name][i]) for name in run.records.steps.columns[1:]) for i in range(len(run.records.steps))]
-    assert got == reference.steps
-    rows = run.records.requests.as_columns()
-    COUNTS["hits"] += int((run.records.tasks.as_columns()["cached_tokens"] > 0).sum())
-    names = ("first_token_ns", "end_ns", "output_tokens", "num_preemptions")
-    for i in range(len(run.records.requests)):
-        assert tuple(int(rows[n][i]) for n in names) == reference.done[int(rows["request"][i])]
+    reference = same(jobs, limits, policy, caching, speculation)
     return sum(preemptions for *_, preemptions in reference.done.values())
 
 

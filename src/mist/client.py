@@ -423,9 +423,10 @@ class Client:
     def _is_in_flight(self, task: Task) -> bool:
         if self.idle or task.admission < 0:
             return False
-        if task.admission in self.residents.prefilling_tasks:
-            return any(task is each for each, _ in self._chunks)
-        return self.step.num_decodes > 0
+        if any(task is each for each, _ in self._chunks):
+            return True
+        began_before = task.started_ns <= self.now  # not with what the step has just computed
+        return self.step.num_decodes > 0 and began_before and task.admission not in self.residents.prefilling_tasks
 
     def _let_go(self, now: int) -> None:
         """The step that computed for cancelled tasks is over; some have ended with it."""

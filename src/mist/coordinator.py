@@ -98,7 +98,7 @@ class Coordinator:
         request, pipeline = branch.request, branch.pipeline
         branch.task = branch.fork = None
         if request.rejected_for:
-            self._leave_rejected(request, now)
+            self._leave_if_over(request, now)
             return ()
         branch.last = result
         try:
@@ -162,11 +162,14 @@ class Coordinator:
         pipelines = [_only(part) if isinstance(part, Stage) else part for part in fork.branches]
         join.branches = [Branch(branch.request, each, now, join, place) for place, each in enumerate(pipelines)]
         decodes: list[Task] = []
+        branch.request.num_tasks += 1  # it stays until all have begun
         for each in join.branches:
             if branch.request.rejected_for or each.is_cancelled:
                 break
             decodes += self.advance(each, None, here, now)
-        return decodes
+        branch.request.num_tasks -= 1
+        self._leave_if_over(branch.request, now)
+        return [task for task in decodes if not task.branch.is_cancelled]  # type: ignore[union-attr]
 
     def _ended(self, branch: Branch, result: StageResult, here: Client | None, now: int) -> None:
         """A pipeline is over: its request may leave, or what waits for branches has one less to wait for."""
@@ -180,8 +183,7 @@ class Coordinator:
             join.num_needed -= 1
             if not join.num_needed:
                 self._join(join, here, now)
-        if request.is_answered and not request.num_tasks and request.index in self.in_system:
-            self._leave(request, REFUSED if request.is_refused else FINISHED, now)
+        self._leave_if_over(request, now)
 
     def _join(self, join: Join, here: Client | None, now: int) -> None:
         """Enough branches have ended: their results, in the order of the branches, go to the pipeline that forked."""
@@ -264,11 +266,15 @@ class Coordinator:
         request.num_tasks -= 1
         self.num_tasks -= 1
         request.rejected_for = request.rejected_for or reason
-        self._leave_rejected(request, now)
+        self._leave_if_over(request, now)
 
-    def _leave_rejected(self, request: Request, now: int) -> None:
-        if not request.num_tasks:
+    def _leave_if_over(self, request: Request, now: int) -> None:
+        if request.num_tasks or request.index not in self.in_system:
+            return
+        if request.rejected_for:
             self._leave(request, REJECTED, now, request.rejected_for)
+        elif request.is_answered:
+            self._leave(request, REFUSED if request.is_refused else FINISHED, now)
 
     def cut(self, now: int) -> None:
         """The run stops at `now`: requests still in the system leave as unfinished."""

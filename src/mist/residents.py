@@ -274,9 +274,10 @@ class Residents:
         users = [each.shared for each in self.handed_over if each.shared and not each.shared.num_running]
         waiting = dict.fromkeys(users)
         last_first = reversed(waiting) if self.ranks is not None else reversed(self.prefixes)
-        shared = next((each for each in last_first if each in waiting and each in self.prefixes), None)
+        shared = next((s for s in last_first if s in waiting and s in self.prefixes and s.num_blocks), None)
         if shared is None:
             return False
+        self._has_preempted = True
         for task in [each for each in reversed(self.handed_over) if each.shared is shared]:
             self.handed_over.remove(task)
             self.on_preempt(task)
