@@ -60,7 +60,8 @@ class Ledger:
         if self._num_instants > DENSE and self._num_instants % SPARSE:
             return
         self.check_requests(now)
-        placed = sum(client.view.num_outstanding for client in self.clients)
+        delayed = self.coordinator.delays.waiting
+        placed = sum(client.view.num_outstanding for client in self.clients) + len(delayed)
         self._equal("tasks in exactly one place", placed, self.coordinator.num_tasks + self.coordinator.num_cancelled)
         for memory in self._memories:
             self._check_memory(memory, recount=not self._num_instants % LONG_RECOUNT)
@@ -69,6 +70,7 @@ class Ledger:
             return
         self._equal("tasks of requests", sum(request.num_tasks for request in in_system), self.coordinator.num_tasks)
         self._true(all(request.num_tasks for request in in_system), "a request in the system has no task")
+        self._true(all(until > now for until in delayed.values()), "a delay is over, and its request still waits")
 
     def check_requests(self, now: int) -> None:
         """requests: arrived = left + in the system; tasks: accepted = incoming + waiting + running.

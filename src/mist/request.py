@@ -12,6 +12,7 @@ from typing import Any
 
 PREFILL = "prefill"
 DECODE = "decode"
+TOOL = "tool"
 
 
 @dataclass(slots=True)
@@ -55,6 +56,25 @@ class Stage:
     def has_work(self) -> bool:
         """Whether it is a stage at all: one without any work is passed over."""
         return self.input_tokens > 0 or self.oracle_output_tokens > 0
+
+
+@dataclass(slots=True, init=False)
+class Delay(Stage):
+    """A stage that no client serves: its request waits for `duration_ns` outside of them, for a tool say, and goes on.
+
+    What goes on after it begins with an input of its own: no KV cache is at hand then, and nothing is sent to it.
+    """
+
+    duration_ns: int = 0
+
+    def __init__(self, duration_ns: int, kind: str = TOOL) -> None:
+        Stage.__init__(self, kind, visible=False)
+        self.duration_ns = duration_ns
+
+    @property
+    def has_work(self) -> bool:
+        """Whether it takes any time."""
+        return self.duration_ns > 0
 
 
 @dataclass(slots=True)

@@ -42,9 +42,8 @@ if TYPE_CHECKING:
 class Scenario:
     """A validated scenario; made by `load`, `from_mapping`, or from its sections as keywords.
 
-    `stages` are the kinds that the pipeline may yield; `routing` has a policy for each. `placement` says where clients
-    are, None where the network has no nodes. `window_s` is (start, end).
-    `placement` says where clients are; None where the network has no nodes.
+    `stages` are the kinds that the pipeline may yield; `routing` has a policy for each, but for its delays. `placement`
+    says where clients are; None where the network has no nodes. `window_s` is (start, end).
     Two scenarios are equal when their resolved forms are.
     """
 
@@ -171,7 +170,7 @@ class Scenario:
             file = ScenarioFile.model_validate(data, context={"folder": source.folder})
         except ValidationError as error:
             raise ScenarioError(_problems(error, source)) from None
-        stages = tuple(dict.fromkeys(file.pipeline.build().kinds))
+        stages, delays = tuple(dict.fromkeys(file.pipeline.build().kinds)), delays_of(file.pipeline)
         named = file.routing
         every = named.get("") or Spec("routing", "least_outstanding")
         fields: dict[str, Any] = {key: getattr(file, key) for key in ScenarioFile.model_fields if key != "perf"}
@@ -180,7 +179,7 @@ class Scenario:
             "source": source,
             "stages": stages,
             "clients": {name: _with_perf(client, file.perf) for name, client in file.clients.items()},
-            "routing": {stage: named.get(stage, every) for stage in stages},
+            "routing": {stage: named.get(stage, every) for stage in stages if stage not in delays},
             "window_s": _window(file),
         }
         placed = self._place(file.network, fields["clients"]) if file.network.has_nodes else None
@@ -207,14 +206,18 @@ class Scenario:
     def _conflicts(self, file: ScenarioFile) -> Iterator[Located]:
         """What doesn't go together between sections."""
         served = {stage for client in self.clients.values() for stage in client.serves}
+        delays = delays_of(self.pipeline)
         for stage in self.stages:
-            if stage not in served:
+            if stage not in served and stage not in delays:
                 hint = f"add it to `serves` of a client; they serve {', '.join(sorted(served))}"
                 yield ("pipeline",), Problem(f"no client serves the stage {stage!r}", hint=hint)
         if DECODE in self.stages and PREFILL not in self.stages:
             yield ("pipeline",), Problem("decode needs a prefill before it", hint="such as [prefill, decode]")
         for stage in file.routing:
-            if stage and stage not in self.stages:
+            if stage in delays:
+                message = f"the stage {stage!r} is a delay, which no client serves"
+                yield ("routing", stage), Problem(message, hint="leave it out")
+            elif stage and stage not in self.stages:
                 message = f"the pipeline has no stage {stage!r}"
                 yield ("routing", stage), Problem(message, hint=nearest(stage, self.stages))
         for name, serves in ((name, client.serves) for name, client in self.clients.items()):
@@ -240,9 +243,12 @@ class Scenario:
                     break
 
     def _unknown_stages(self, name: str, serves: Iterable[str]) -> Iterator[Located]:
-        known = {PREFILL, DECODE, *self.stages}
+        known, delays = {PREFILL, DECODE, *self.stages}, delays_of(self.pipeline)
         for index, stage in enumerate(serves):
-            if stage not in known:
+            if stage in delays:
+                message = f"the stage {stage!r} is a delay, which no client serves"
+                yield ("clients", name, "serves", index), Problem(message, hint="leave it out")
+            elif stage not in known:
                 message = f"there is no stage {stage!r}"
                 yield ("clients", name, "serves", index), Problem(message, hint=nearest(stage, known))
 
@@ -396,6 +402,11 @@ def _placed(source: Source, loc: KeyPath, message: str, hint: str, *, key: bool 
 
 def _with_perf(client: AnyClient, perf: list[Spec]) -> AnyClient:
     return client if isinstance(client, StorePool) or client.perf else client.model_copy(update={"perf": perf})
+
+
+def delays_of(pipeline: Spec) -> tuple[str, ...]:
+    """The stage kinds of a pipeline that are delays."""
+    return tuple(getattr(pipeline.build(), "delays", ()))
 
 
 def _window(file: ScenarioFile) -> tuple[float, float] | None:

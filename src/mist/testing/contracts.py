@@ -20,7 +20,7 @@ from mist.model import LayerGroup, ModelSpec
 from mist.perf import BOUNDS, ORIGINS, Deployment, PerfModel
 from mist.pipeline import PipelineFactory
 from mist.records import FINISHED, REFUSED, REJECTED, UNFINISHED, Records
-from mist.request import DECODE, Batch, ClientView, Fork, Pipeline, Request, Stage, StageResult, Step, Task, Wait
+from mist.request import DECODE, Batch, ClientView, Delay, Fork, Pipeline, Request, Stage, StageResult, Step, Task, Wait
 from mist.routing import RoutingPolicy
 from mist.testing.cluster import Run, SmallScenario, random_scenario, record_bytes
 from mist.units import GB, GIB
@@ -221,6 +221,8 @@ class PipelineContract:
                     assert before is not None, "a decode comes first; it needs a prefill before it"
                     assert before.kind != DECODE, "a decode follows a decode"
                     assert stage.oracle_output_tokens >= 1, "a decode of no tokens; leave it out"
+                elif isinstance(stage, Delay):
+                    assert stage.kind in getattr(factory, "delays", ()), f"{stage.kind!r} isn't one of its `delays`"
                 else:
                     assert stage.input_tokens >= 1, f"a stage {stage.kind!r} of no tokens; leave it out"
 
