@@ -177,6 +177,8 @@ class Coordinator:
         if stage.kind == PREFILL and stage.visible:
             request.prompt_tokens = stage.input_tokens
         task = Task(request, stage, request.num_stages, stage.input_tokens, now, branch)
+        if stage.context is not None:
+            task.context_keys = request.keys_of(stage.context, self.workload.hash_block_size)
         branch.task = task
         request.num_stages += 1
         request.num_tasks += 1

@@ -137,7 +137,7 @@ class Ledger:
     def fetches(self, client: Client, task: Task, first_token: int, found: Sequence[Found], now: int) -> None:
         """memories: a fetch is of what the memory has of a prompt, right behind what is there already."""
         self._now = now
-        self._true(task.reads_prompt, f"{client.name}: KV of the prompt is fetched for the stage {task.stage.kind}")
+        self._true(task.is_known, f"{client.name}: KV of the prompt is fetched for the stage {task.stage.kind}")
         assert client.offload is not None
         self._check_room(client)
         hierarchy, request, token = client.offload.hierarchy, task.request, first_token

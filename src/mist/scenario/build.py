@@ -48,6 +48,7 @@ def run(scenario: Scenario, *, check: bool = False, progress: Progress | None = 
     """
     began = time.perf_counter()
     workload, pipeline = build_workload(scenario), scenario.pipeline.build()
+    workload.hash_block_size = workload.hash_block_size or getattr(pipeline, "hash_block_size", 0)
     _check_sizes(scenario, getattr(pipeline, "needs_sizes", ()), workload)
     kernel, records = Kernel(), Records(stage_kinds=list(scenario.stages))
     window = _window_ns(scenario, workload)

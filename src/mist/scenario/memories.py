@@ -53,7 +53,7 @@ def memory_infos(fleet: Fleet) -> list[MemoryInfo]:
 
 def nothing_to_find(scenario: Scenario, workload: RequestTable) -> Iterator[str]:
     """Sentences on memories in which this workload can't find anything."""
-    has_hits, has_hashes = workload.cached_tokens is not None, workload.block_keys is not None
+    has_hits, has_hashes = workload.cached_tokens is not None, workload.hash_block_size > 0
     for name, pool in scenario.pools.items():
         if not pool.kv_cache.tiers:
             continue

@@ -33,6 +33,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, cor
 
 from mist import registry
 from mist.errors import Problem, nearest
+from mist.workload import Lengths
 
 #: what a kind of the registry is called in a sentence
 NOUNS = {
@@ -114,7 +115,8 @@ class Spec:
 
     def build(self) -> Any:
         """A fresh instance of the class registered under this kind and name."""
-        return registry.lookup(self.kind, self.name)(**self.params)
+        params = {key: each.build() if isinstance(each, Spec) else each for key, each in self.params.items()}
+        return registry.lookup(self.kind, self.name)(**params)
 
     def refused(self, loc: tuple[str, ...] = ()) -> list[Located]:
         """Why the implementation refuses these parameters: no problem, or one at `loc` or the parameter below it."""
@@ -152,7 +154,8 @@ class SpecOf:
     unchecked: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.read)
+        plain = core_schema.plain_serializer_function_ser_schema(lambda spec: spec.plain())
+        return core_schema.no_info_plain_validator_function(self.read, serialization=plain)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         if self.only:
@@ -243,7 +246,7 @@ def _cached_parameters(kind: str, implementation: Any) -> type[Section]:
     for field in dataclasses.fields(implementation):
         hint = _of_the_user(hints[field.name]) if field.init else None
         if hint is not None:
-            fields[field.name] = (hint, _default(field))
+            fields[field.name] = (hint, _default(field, hint))
     name, doc = str(getattr(implementation, "__name__", kind)), (implementation.__doc__ or "").strip()
     model: type[Section] = create_model(name, __base__=Section, __doc__=doc, **fields)
     return model
@@ -265,7 +268,9 @@ def _of_the_user(hint: Any) -> Any:
 
 
 def _lenient(hint: Any) -> Any:
-    """Tuples and sets are written as lists; everything else stays strict."""
+    """Tuples and sets are written as lists, lengths as anywhere else; everything else stays strict."""
+    if hint == Lengths:
+        return Annotated[Spec, SpecOf("lengths", bare="fixed")]
     origin, args = get_origin(hint), get_args(hint)
     if origin in (None, Annotated, Literal):
         return hint
@@ -275,9 +280,9 @@ def _lenient(hint: Any) -> Any:
     return Annotated[origin[inner], Strict(False)] if origin in (tuple, set, frozenset) else origin[inner]
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _default(field: dataclasses.Field[Any], hint: Any) -> Any:
     if field.default is not dataclasses.MISSING:
-        return field.default
+        return Field(field.default, validate_default=True) if get_origin(hint) is Annotated else field.default
     if field.default_factory is not dataclasses.MISSING:
         return Field(default_factory=field.default_factory)
     return ...

@@ -66,6 +66,10 @@ class LengthDistribution(Protocol):
         ...
 
 
+#: a number of tokens, or a distribution of them
+Lengths = int | LengthDistribution
+
+
 class TraceFormat(Protocol):
     """A public trace format; registered under the kind `trace`."""
 
