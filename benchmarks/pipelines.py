@@ -19,7 +19,15 @@ from mist.scenario import load
 from mist.scenario.result import Result
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-NAMES = ("question-answering", "guarded-qa", "news-search", "code-generation", "chat-support", "shared-host")
+NAMES = (
+    "question-answering",
+    "guarded-qa",
+    "news-search",
+    "code-generation",
+    "chat-support",
+    "shared-host",
+    "research-agent",
+)
 
 
 def wrong_sums(result: Result) -> int:
