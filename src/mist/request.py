@@ -212,13 +212,13 @@ class Request:
     def keys_of(self, context: Context, unit_tokens: int) -> tuple[int, ...]:
         """Prefix hashes of a context's whole units: those of the prompt, if they are known, and behind it its own.
 
-        Its own are below 0, where no workload has any.
+        Its own are below 0, where no workload has any: up to 2**16 contexts of up to 2**24 units.
         """
         if not unit_tokens:
             return ()
         num_units = context.num_tokens // unit_tokens
         prompt = self.block_keys[: min(num_units, self.input_tokens // unit_tokens)] if not context.number else ()
-        first = -1 - ((self.index << 32 | context.number) << 32)
+        first = -1 - ((self.index << 16 | context.number) << 24)  # within 2**61 their hashes differ
         return prompt + tuple(range(first - len(prompt), first - num_units, -1))
 
     def show(self, now: int) -> None:
