@@ -1,7 +1,8 @@
 """The shipped pipelines at length: `python benchmarks/pipelines.py [NAME ...] [--requests N]`.
 
-Runs each example of a pipeline with 10,000 requests (or `FEWER`), once with the ledger and once without, and adds up the stage times
-of every finished request: they are its E2E, to the nanosecond, or this exits with 1. Times are told, never judged.
+Runs each example of a pipeline with 10,000 requests (or `FEWER`), with the ledger and without, and adds up the
+stage times of every finished request: they are its E2E, to the nanosecond, or this exits with 1. Times are told, never
+judged.
 """
 
 from __future__ import annotations

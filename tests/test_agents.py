@@ -61,7 +61,8 @@ def sums_are_e2e(result: Run) -> bool:
     order = np.argsort(tasks["request"], kind="stable")
     tasks = {name: values[order] for name, values in tasks.items()}
     times = stage_times(finished, tasks, len(records.stage_kinds), records.transfers.as_columns())
-    return (times.sum(axis=(1, 2)) == finished["end_ns"] - finished["arrival_ns"]).all() and times.min(initial=0) >= 0
+    whole = finished["end_ns"] - finished["arrival_ns"]
+    return bool(times.min(initial=0) >= 0 and np.array_equal(times.sum(axis=(1, 2)), whole))
 
 
 def turn_ns(computed: int, output: int) -> int:
@@ -210,7 +211,7 @@ def test_an_agent_follows_its_prefix_from_client_to_client() -> None:
 # --- draws ---
 
 
-def lengths(result: Run) -> list[list[tuple[int, int]]]:
+def lengths(result: Run) -> list[list[tuple[str, int]]]:
     """Of each request the tokens that each decode generates and the times of its tools, whatever their order."""
     decodes, tools = tasks_of(result, DECODE), tasks_of(result, TOOL)
     found = []
@@ -294,17 +295,18 @@ SCENARIO: dict[str, Any] = {
 
 def test_idle_contexts_are_kept_offloaded_or_dropped() -> None:
     """A small device: its tiers have most of what it has evicted, and without any cache all is computed."""
-    computed = {
-        name: load(SCENARIO, **{f"clients.gpu.kv_cache.{key}": value for key, value in settings.items()})
-        .run(check=True)
-        .metrics["clients"]["gpu"]["prefill_tokens"]
-        for name, settings in {
-            "kept": {"tiers": [], "num_blocks": 40_000},
-            "offloaded": {},
-            "evicted": {"tiers": []},
-            "dropped": {"tiers": [], "enable_prefix_caching": False},
-        }.items()
+    settings: dict[str, dict[str, Any]] = {
+        "kept": {"tiers": [], "num_blocks": 40_000},
+        "offloaded": {},
+        "evicted": {"tiers": []},
+        "dropped": {"tiers": [], "enable_prefix_caching": False},
     }
+    computed = {}
+    for name, given in settings.items():
+        result = load(SCENARIO, **{f"clients.gpu.kv_cache.{key}": value for key, value in given.items()}).run(
+            check=True
+        )
+        computed[name] = result.metrics["clients"]["gpu"]["prefill_tokens"]
     assert computed["kept"] <= computed["offloaded"] < computed["evicted"] < computed["dropped"]
 
 
@@ -312,7 +314,8 @@ def test_idle_contexts_are_kept_offloaded_or_dropped() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_tiers_of_agents_obey_the_laws(seed: int, write: str) -> None:
     sections = {**SCENARIO, "seed": seed, "memories": {"host": {"memory": "ddr5", "capacity": "4 GiB", "write": write}}}
-    result = load(sections, **{"clients.gpu.count": 2, "routing": "prefix_affinity"}).run(check=True)
+    more: dict[str, Any] = {"clients.gpu.count": 2, "routing": "prefix_affinity"}
+    result = load(sections, **more).run(check=True)
     assert result.metrics["memories"]["host"]["hits"] > 0
     assert sum(result.requests["output_tokens"]) == 30 * 50
 
