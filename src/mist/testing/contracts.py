@@ -27,7 +27,7 @@ from mist.units import GB, GIB, NS_PER_S
 
 #: A run of a small scenario that isn't over by then (tens of thousands of steps) will never be.
 LIVELOCK_NS = 50_000_000
-#: and those of delays, in which nobody works
+#: what delays may add to that, in which nobody works
 LONGEST_DELAYS_NS = 3600 * NS_PER_S
 
 
