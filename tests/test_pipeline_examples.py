@@ -25,7 +25,9 @@ def run(name: str, num_requests: int, *sets: str) -> Result:
     return load(EXAMPLES / f"{name}.yaml", [f"workload.num_requests={num_requests}", *sets]).run(check=True)
 
 
-@pytest.mark.parametrize(("name", "num_requests"), [*((name, 60) for name in NAMES), ("reasoning-math", 8)])
+@pytest.mark.parametrize(
+    ("name", "num_requests"), [*((name, 60) for name in NAMES), ("reasoning-math", 8), ("research-agent", 12)]
+)
 def test_times_of_stages_sum_to_e2e_for_every_request(name: str, num_requests: int) -> None:
     result = run(name, num_requests)
     records = result.records
@@ -40,7 +42,7 @@ def test_times_of_stages_sum_to_e2e_for_every_request(name: str, num_requests: i
     assert times.sum(axis=(1, 2)).tolist() == (requests["end_ns"] - requests["arrival_ns"]).tolist()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "research-agent"])
 def test_what_check_resolves_reads_back_equal(name: str, tmp_path: Path) -> None:
     told = CliRunner().invoke(main, ["check", "--resolved", str(EXAMPLES / f"{name}.yaml")])
     assert told.exit_code == 0, told.output

@@ -77,7 +77,7 @@ KEYWORDS = {"$schema", "$defs", "$ref", "title", "description", "default", "anyO
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_examples_are_valid(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sections = yaml.safe_load(path.read_text())
-    if trace := sections["workload"].get("trace"):
+    if trace := sections.get("workload", {}).get("trace"):
         monkeypatch.setenv("MIST_DATA", str(tmp_path))
         (tmp_path / trace).parent.mkdir(parents=True)
         (tmp_path / trace).touch()

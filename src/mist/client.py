@@ -273,7 +273,7 @@ class Client:
 
     def _target_reached(self, task: Task, now: int) -> None:
         """All of a task's target is computed: one that generates has sampled a token and goes on, others are done."""
-        if self.offload is not None and task.reads_prompt and task.stage.input_tokens:
+        if self.offload is not None and task.is_known and task.stage.input_tokens:
             self.offload.computed(task, now)
         if task.generates:
             self._join(task, now)

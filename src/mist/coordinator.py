@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mist.client import Client
+from mist.delays import Delays
 from mist.errors import InvariantError
 from mist.kernel import Kernel
 from mist.network import Network
@@ -20,6 +21,7 @@ from mist.request import (
     TURNED_AWAY,
     Branch,
     ClientView,
+    Delay,
     FirstOf,
     Fork,
     Join,
@@ -50,6 +52,7 @@ class Coordinator:
         self.clients = clients
         self.network = network
         self.tenants = tenants
+        self.delays = Delays(kernel, records, self._delay_ended)
         self.in_system: dict[int, Request] = {}
         #: called with the number of requests that have left, now and then
         self.on_progress: Callable[[int], None] | None = None
@@ -79,7 +82,7 @@ class Coordinator:
 
     # --- stage to stage ---
 
-    def stage_done(self, task: Task, result: StageResult, client: Client, now: int) -> Sequence[Task]:
+    def stage_done(self, task: Task, result: StageResult, client: Client | None, now: int) -> Sequence[Task]:
         """`task` ended on `client`; the decodes that are to go on with its KV cache, if any."""
         request, stage, branch = task.request, task.stage, task.branch
         assert branch is not None
@@ -116,10 +119,16 @@ class Coordinator:
         if stage.kind == PREFILL and stage.visible:
             request.prompt_tokens = stage.input_tokens
         task = Task(request, stage, request.num_stages, stage.input_tokens, now, branch)
+        if stage.context is not None:
+            unit_tokens = self.tenants[request.tenant].workload.hash_block_size
+            task.context_keys = request.keys_of(stage.context, unit_tokens)
         branch.task = task
         request.num_stages += 1
         request.num_tasks += 1
         self.num_tasks += 1
+        if isinstance(stage, Delay):
+            self.delays.begin(task, stage, now)
+            return ()
         if stage.kind == DECODE and not stage.input_tokens:
             if here is None:
                 raise InvariantError(f"request {request.index}: a decode must follow a stage that leaves a KV cache")
@@ -138,6 +147,9 @@ class Coordinator:
         elif there.front_end.expect(task, now):
             network.send(task.request.index, HAND_OFF, here.index, there.index, stage.input_bytes, self._handed_on,
                          (task, there), now)  # fmt: skip
+
+    def _delay_ended(self, task: Task, now: int) -> None:
+        self.stage_done(task, StageResult(task.started_ns, now), None, now)
 
     def _handed_on(self, transfer: tuple[Task, Client], now: int) -> None:
         task, there = transfer
@@ -206,7 +218,9 @@ class Coordinator:
         if (task := branch.task) is not None:
             branch.request.num_tasks -= 1
             self.num_tasks -= 1
-            if branch.client >= 0:
+            if task in self.delays.waiting:
+                self.delays.cancel(task, now)
+            elif branch.client >= 0:
                 self.num_cancelled += 1
                 self.clients[branch.client].cancel(task, now)
 
@@ -279,6 +293,7 @@ class Coordinator:
     def cut(self, now: int) -> None:
         """The run stops at `now`: requests still in the system leave as unfinished."""
         self.network.cut(now)
+        self.delays.cut(now)
         for client in self.clients:
             for task in client.cut(now):
                 task.request.output_tokens += task.stage.seen_by_user(task.generated_tokens)

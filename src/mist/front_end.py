@@ -89,7 +89,7 @@ class FrontEnd:
     def _fetch(self, task: Task, now: int) -> None:
         if task not in self.incoming:
             return
-        offload, reads = self._client.offload, task.reads_prompt and task.remaining_tokens > 0
+        offload, reads = self._client.offload, task.is_known and task.remaining_tokens > 0
         if offload is None or not reads or not offload.fetch(task, self._enqueue, now):
             self._enqueue(task, now)
 

@@ -20,7 +20,7 @@ from mist.memory.hierarchy import Found
 from mist.metrics.load import littles_identity
 from mist.offload import Memory
 from mist.pipeline.stages import StageList
-from mist.records import FINISHED, KV_TRANSFER, KV_WRITE, PREEMPTED, PREFIX_FETCH, Records
+from mist.records import FINISHED, KV_TRANSFER, KV_WRITE, NO_CLIENT, PREEMPTED, PREFIX_FETCH, Records
 from mist.request import DECODE, Step, Task, Wait
 from mist.speculation import PACE_BITS, SpeculativeCohort
 from mist.tenant import Tenant
@@ -61,7 +61,8 @@ class Ledger:
         if self._num_instants > DENSE and self._num_instants % SPARSE:
             return
         self.check_requests(now)
-        placed = sum(client.view.num_outstanding for client in self.clients)
+        delayed = self.coordinator.delays.waiting
+        placed = sum(client.view.num_outstanding for client in self.clients) + len(delayed)
         self._equal("tasks in exactly one place", placed, self.coordinator.num_tasks + self.coordinator.num_cancelled)
         for memory in self._memories:
             self._check_memory(memory, recount=not self._num_instants % LONG_RECOUNT)
@@ -70,6 +71,7 @@ class Ledger:
             return
         self._equal("tasks of requests", sum(request.num_tasks for request in in_system), self.coordinator.num_tasks)
         self._true(all(request.num_tasks for request in in_system), "a request in the system has no task")
+        self._true(all(until > now for until in delayed.values()), "a delay is over, and its request still waits")
 
     def check_requests(self, now: int) -> None:
         """requests: arrived = left + in the system; tasks: accepted = incoming + waiting + running.
@@ -136,7 +138,7 @@ class Ledger:
     def fetches(self, client: Client, task: Task, first_token: int, found: Sequence[Found], now: int) -> None:
         """memories: a fetch is of what the memory has of a prompt, right behind what is there already."""
         self._now = now
-        self._true(task.reads_prompt, f"{client.name}: KV of the prompt is fetched for the stage {task.stage.kind}")
+        self._true(task.is_known, f"{client.name}: KV of the prompt is fetched for the stage {task.stage.kind}")
         assert client.offload is not None
         self._check_room(client)
         hierarchy, request, token = client.offload.hierarchy, task.request, first_token
@@ -203,7 +205,7 @@ class Ledger:
         for tenant in self.coordinator.tenants:
             its_tasks, its_requests = _of(tenant, tasks), _of(tenant, requests)
             self._check_lengths(tenant, its_tasks, its_requests)
-            allowed = {client.index for route in tenant.routes.values() for client in route.clients}
+            allowed = {client.index for route in tenant.routes.values() for client in route.clients} | {NO_CLIENT}
             elsewhere = set(np.unique(its_tasks["client"]).tolist()) - allowed
             self._true(not elsewhere, f"tenant {tenant.index} was on clients {sorted(elsewhere)}, which aren't its own")
         self._check_transfers(tasks)

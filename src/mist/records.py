@@ -28,6 +28,9 @@ KV_TRANSFER, PREFIX_FETCH, HAND_OFF, KV_WRITE = range(4)
 SEGMENT_ENDS = ("done", "preempted", "cut", "cancelled")
 DONE, PREEMPTED, CUT, DROPPED = range(4)
 
+#: `client` of a segment that no client serves
+NO_CLIENT = -1
+
 
 class Table:
     """A table of int64 columns; `append(row)` takes one value per column, in order."""
@@ -58,7 +61,8 @@ class Records:
 
     requests: one row per request, written when it leaves the system (or at the end, `unfinished`). `input_tokens` are
       those of the prompt that its last visible prefill computed, passages included.
-    tasks: one row per segment of a task: from its queueing to its end or preemption. It has emitted a token at
+    tasks: one row per segment of a task: from its queueing to its end or preemption; of a delay too, whose `client` is
+      `NO_CLIENT`. It has emitted a token at
       `joined_ns` (-1: it sampled none when its context was computed), then one at the end of each decode step
       `join_step` + 1 .. `last_step` (-1: it never joined) of its client, counting that client's steps with
       num_decodes > 0 from 1; more than one where it speculates: `generated_tokens` are all those of the segment, evenly

@@ -40,10 +40,12 @@ _imported: set[str] = set()
 class Named:
     """Marks a parameter of an implementation that is one itself, of `kind`: scenarios give it by name.
 
-    The parameter's default is made by a registered class without arguments.
+    A plain number stands for the one called `bare`. The parameter's default is such a number, or made by a registered
+    class without arguments.
     """
 
     kind: str
+    bare: str = ""
 
 
 def register(kind: str, name: str) -> Callable[[T], T]:

@@ -14,6 +14,20 @@ from mist.units import NS_PER_MS
 
 PREFILL = "prefill"
 DECODE = "decode"
+TOOL = "tool"
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a request's model has read and said, in a row: `num_tokens` so far, of the one with this `number`.
+
+    Number 0 begins with the request's prompt, the others with nothing that any other has. Stages that work on one and
+    the same follow each other.
+    """
+
+    number: int
+    num_tokens: int
+
 
 #: sizes that tell what orders go by
 ORDER_SIZES = ("priority", "deadline_ms", "predicted_output_tokens")
@@ -38,7 +52,8 @@ class Stage:
     tokens that were generated unseen and are shown to the user now, by a stage without work of its own. `is_resumed`:
     the request goes on from the context that this decode leaves, whose full blocks stay in the prefix cache, for this
     request alone, until they are evicted. `reads_prompt`: its input begins with the request's prompt, as that of a
-    prefill always does: the workload tells its content and hits.
+    prefill always does: the workload tells its content and hits. `context`: which of the request's contexts it works
+    on, and how long that is then; only the one numbered 0 begins with the prompt.
     """
 
     kind: str
@@ -53,6 +68,7 @@ class Stage:
     shown_tokens: int = 0
     is_resumed: bool = False
     reads_prompt: bool = False
+    context: Context | None = None
 
     def seen_by_user(self, num_tokens: int) -> int:
         """Of the first `num_tokens` that it generates, those that the user sees."""
@@ -62,6 +78,25 @@ class Stage:
     def has_work(self) -> bool:
         """Whether it is a stage at all: one without any work is passed over."""
         return self.input_tokens > 0 or self.oracle_output_tokens > 0
+
+
+@dataclass(slots=True, init=False)
+class Delay(Stage):
+    """A stage that no client serves: its request waits for `duration_ns` outside of them, for a tool say, and goes on.
+
+    What goes on after it begins with an input of its own: no KV cache is at hand then, and nothing is sent to it.
+    """
+
+    duration_ns: int = 0
+
+    def __init__(self, duration_ns: int, kind: str = TOOL) -> None:
+        Stage.__init__(self, kind, visible=False)
+        self.duration_ns = duration_ns
+
+    @property
+    def has_work(self) -> bool:
+        """Whether it takes any time."""
+        return self.duration_ns > 0
 
 
 @dataclass(slots=True)
@@ -196,6 +231,18 @@ class Request:
             if "deadline_ms" in self.sizes:
                 self.deadline_ns = self.arrival_ns + self.sizes["deadline_ms"] * NS_PER_MS
 
+    def keys_of(self, context: Context, unit_tokens: int) -> tuple[int, ...]:
+        """Prefix hashes of a context's whole units: those of the prompt, if they are known, and behind it its own.
+
+        Its own are below 0, where no workload has any: up to 2**16 contexts of up to 2**24 units.
+        """
+        if not unit_tokens:
+            return ()
+        num_units = context.num_tokens // unit_tokens
+        prompt = self.block_keys[: min(num_units, self.input_tokens // unit_tokens)] if not context.number else ()
+        first = -1 - ((self.index << 16 | context.number) << 24)  # within 2**61 their hashes differ
+        return prompt + tuple(range(first - len(prompt), first - num_units, -1))
+
     def show(self, now: int) -> None:
         """The user sees a token of it at `now`."""
         if self.first_token_ns < 0:
@@ -255,6 +302,8 @@ class Task:
     found_from: int = 0
     #: hashed units at the front of its prompt that it refers to in the prefix cache
     num_indexed: int = 0
+    #: prefix hashes of its stage's `context`, in whole units
+    context_keys: tuple[int, ...] = ()
 
     @property
     def remaining_tokens(self) -> int:
@@ -276,12 +325,32 @@ class Task:
     @property
     def reads_prompt(self) -> bool:
         """Whether its context begins with the request's prompt, of which the workload tells content and hits."""
+        if self.stage.context is not None and self.stage.context.number:
+            return False
         return self.stage.reads_prompt or self.stage.kind in (PREFILL, DECODE)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its context may be found somewhere."""
+        return bool(self.context_keys) or self.reads_prompt
 
     @property
     def prompt_keys(self) -> tuple[int, ...]:
         """The prefix hashes of its context."""
-        return self.request.block_keys if self.reads_prompt else ()
+        return self.context_keys or (self.request.block_keys if self.reads_prompt else ())
+
+    @property
+    def keyed_tokens(self) -> int:
+        """Tokens at the front of its context whose content `prompt_keys` are of."""
+        context = self.stage.context
+        return context.num_tokens if self.context_keys and context is not None else self.request.input_tokens
+
+    @property
+    def run(self) -> tuple[int, int]:
+        """What blocks of its own are kept under, behind those whose content is known: only its context finds them."""
+        context = self.stage.context
+        number = 0 if self.reads_prompt else -1 - self.stage_index
+        return self.request.index, number if context is None else context.number
 
     @property
     def generates(self) -> bool:

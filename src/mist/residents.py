@@ -291,6 +291,8 @@ class Residents:
 
     def leave(self, task: Task, num_tokens: int, reserved_tokens: int) -> None:
         """`task` stops running and releases its blocks, for `reserved_tokens`, of which it has filled `num_tokens`."""
+        if task.stage.is_resumed and task.context_keys:
+            self.kv.index(task, num_tokens)
         self._release(task, num_tokens, reserved_tokens, resumes=task.stage.is_resumed)
 
     def drop(self, task: Task) -> None:
@@ -423,7 +425,8 @@ class Residents:
     ) -> None:
         num_blocks = self.kv.blocks_for(reserved_tokens) - lost_blocks
         if task.shared is None:
-            is_alone = task.branch is None or task.branch.joins is None  # a run is found by its request
+            # a run is found by its request and context
+            is_alone = task.stage.context is not None or task.branch is None or task.branch.joins is None
             self.kv.release(task, num_tokens, num_blocks, resumes=resumes and is_alone)
         else:
             self.kv.release(task, num_tokens, num_blocks - task.shared.num_blocks, resumes=False)

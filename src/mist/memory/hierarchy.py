@@ -69,7 +69,7 @@ class Hierarchy:
         self.tiers = tuple(tiers)
         self.token_bytes = token_bytes
         self.unit_tokens = unit_tokens
-        self._first_key = layout << 64
+        self._first_key = layout << 128
         self._rng_of = rng_of
         rated = [tier.spec.hit_rate is not None for tier in tiers]
         if any(rated) and not (all(rated) and rng_of):
@@ -85,7 +85,8 @@ class Hierarchy:
         """
         most = task.target_tokens - 1
         if self.tiers and self.tiers[0].spec.hit_rate is not None:
-            return self._draw(task, min(task.request.hit_tokens, most) - num_device_tokens, 0 if again else 1)
+            stated = min(task.request.hit_tokens, most) if task.reads_prompt else 0
+            return self._draw(task, stated - num_device_tokens, 0 if again else 1)
         if not self.unit_tokens:
             return []
         keys = self.keys(task, most)
@@ -156,7 +157,7 @@ class Hierarchy:
         """What the workload and KV stores, which are of one layout, call them."""
         if not self.unit_tokens:
             return ()
-        return task.prompt_keys[: min(num_tokens, task.request.input_tokens) // self.unit_tokens]
+        return task.prompt_keys[: min(num_tokens, task.keyed_tokens) // self.unit_tokens]
 
     def _draw(self, task: Task, num_tokens: int, count: int) -> list[Found]:
         assert self._rng_of is not None

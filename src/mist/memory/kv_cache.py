@@ -114,8 +114,8 @@ class KVCache:
         self._evictable: OrderedDict[_Segment | int, int] = OrderedDict()  # a dict rescans its deleted front
         #: the hashed units that are cached or referred to, by the first key of each segment
         self._segments: dict[int, _Segment] = {}
-        #: request index -> its run, while the request waits to resume
-        self._runs: dict[int, _Run] = {}
+        #: request and context -> its run, while the request waits to resume
+        self._runs: dict[tuple[int, int], _Run] = {}
         self._next_run = -1
 
     @property
@@ -146,14 +146,14 @@ class KVCache:
         units = unreferenced = run_blocks = 0
         if self.unit_blocks:
             keys, segments = task.prompt_keys, self._segments
-            end = min(len(keys), min(most, task.request.input_tokens) // self.hash_block_size)
+            end = min(len(keys), min(most, task.keyed_tokens) // self.hash_block_size)
             while units < end and (segment := segments.get(keys[units])) is not None:
                 common = segment.count_common(keys, units, end)
                 if not segment.num_users:
                     unreferenced += common * self.unit_blocks
                 units += common
         tokens = units * self.hash_block_size
-        run = self._runs.get(task.request.index)
+        run = self._runs.get(task.run)
         if run is not None and run.start == tokens:
             run_blocks = min(run.full_blocks, self._evictable[run.entry], (most - tokens) // self.block_size)
         return Hit(tokens + run_blocks * self.block_size, units, run_blocks, unreferenced + run_blocks)
@@ -167,9 +167,9 @@ class KVCache:
     def refer(self, task: Task, hit: Hit) -> None:
         """Let `task` refer to what `match` just found."""
         while task.num_indexed < hit.num_units:
-            task.num_indexed += self._refer(task.request.block_keys, task.num_indexed, hit.num_units)
+            task.num_indexed += self._refer(task.prompt_keys, task.num_indexed, hit.num_units)
         if hit.num_run_blocks:
-            run = self._runs.pop(task.request.index)
+            run = self._runs.pop(task.run)
             self.cached -= hit.num_run_blocks
             self._evictable[run.entry] -= hit.num_run_blocks
             if not self._evictable[run.entry]:
@@ -180,7 +180,7 @@ class KVCache:
         if not self.unit_blocks:
             return
         keys = task.prompt_keys
-        full = min(len(keys), min(num_tokens, task.request.input_tokens) // self.hash_block_size)
+        full = min(len(keys), min(num_tokens, task.keyed_tokens) // self.hash_block_size)
         while task.num_indexed < full:
             start = task.num_indexed
             if keys[start] in self._segments:
@@ -220,8 +220,7 @@ class KVCache:
         if not self.prefix_caching:
             self.free += num_blocks
             return
-        request = task.request
-        self._runs.pop(request.index, None)
+        self._runs.pop(task.run, None)
         private = num_blocks - task.num_indexed * self.unit_blocks
         if private:
             entry, self._next_run = self._next_run, self._next_run - 1
@@ -229,9 +228,9 @@ class KVCache:
             self.cached += private
             if resumes:
                 start = task.num_indexed * self.hash_block_size
-                self._runs[request.index] = _Run(entry, start, max(0, num_tokens - start) // self.block_size)
+                self._runs[task.run] = _Run(entry, start, max(0, num_tokens - start) // self.block_size)
         if task.num_indexed:
-            self._unrefer(request.block_keys, task.num_indexed)
+            self._unrefer(task.prompt_keys, task.num_indexed)
             task.num_indexed = 0
 
     def count_referenced_units(self) -> int:
@@ -313,7 +312,7 @@ class KVCache:
         return (end - segment.num_units) * self.unit_blocks
 
     def _forget(self, entry: int) -> None:
-        for index, run in self._runs.items():
+        for whose, run in self._runs.items():
             if run.entry == entry:
-                del self._runs[index]
+                del self._runs[whose]
                 return

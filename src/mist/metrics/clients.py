@@ -14,7 +14,7 @@ import numpy as np
 
 from mist.metrics.distribution import FloatColumn
 from mist.metrics.window import Columns, Window
-from mist.records import PREEMPTED, IntColumn
+from mist.records import NO_CLIENT, PREEMPTED, IntColumn
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def activity(steps: Columns, tasks: Columns, output_tokens: IntColumn, num_clien
     np.maximum.at(sums["max_waiting"], client, steps["num_waiting"])
     preempted = tasks["how"] == PREEMPTED
     # a request's last segment is never a preempted one, so the row after is the same task's
-    first = (tasks["started_ns"] >= 0) & window.holds(tasks["started_ns"])
+    first = (tasks["started_ns"] >= 0) & (tasks["client"] != NO_CLIENT) & window.holds(tasks["started_ns"])
     first[1:] &= ~preempted[:-1]
     np.add.at(sums["cached_tokens"], tasks["client"][first], tasks["cached_tokens"][first])
     np.add.at(sums["fresh_tokens"], tasks["client"][first], tasks["computed_tokens"][first])

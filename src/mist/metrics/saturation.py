@@ -136,7 +136,7 @@ def unjudged() -> dict[str, Any]:
 
 def _queue(tasks: Columns, members: list[int], num_clients: int, edges: FloatColumn) -> Queue | None:
     """The tasks that waited in a pool."""
-    in_pool = np.zeros(num_clients, np.bool_)
+    in_pool = np.zeros(num_clients + 1, np.bool_)  # the last one for no client, -1
     in_pool[members] = True
     rows = in_pool[tasks["client"]] & (tasks["queued_ns"] <= edges[-1])
     request, queued, ended = (tasks[name][rows] for name in ("request", "queued_ns", "end_ns"))

@@ -13,7 +13,7 @@ import numpy as np
 
 from mist.metrics.distribution import Distribution, distribution
 from mist.metrics.window import BoolColumn, Columns
-from mist.records import DROPPED, IntColumn
+from mist.records import DROPPED, NO_CLIENT, IntColumn
 
 PARTS = ("wait_s", "serve_s", "transfer_s")
 
@@ -98,7 +98,8 @@ def _critical(tasks: Columns, transfers: Columns | None) -> BoolColumn:
     for one in np.unique(request[overlaps]).tolist():
         first, end = np.searchsorted(request, [one, one + 1]).tolist()
         places = zip(client[first:end].tolist(), queued[first:end].tolist(), strict=True)
-        sent = [left.get((one, there, at), at) for there, at in places]
+        # memories are below 0 too, and what is written to them is nobody's way to a delay
+        sent = [at if there == NO_CLIENT else left.get((one, there, at), at) for there, at in places]
         kept[first:end] = awaited(sent, ended[first:end].tolist())
     return kept
 

@@ -21,7 +21,8 @@ class PipelineFactory(Protocol):
     """Registered under the kind `pipeline`; a dataclass whose fields are its parameters.
 
     `kinds`: the stage kinds it may yield. `is_fixed`: every request goes through exactly these, in this order.
-    It may have `sizes`, the names that it reads of a request's; then others in a scenario are remarked upon.
+    It may have `sizes`, the names that it reads of a request's; then others in a scenario are remarked upon. It has
+    `delays` where some of its kinds are those of a `Delay`, which no client serves.
     """
 
     @property

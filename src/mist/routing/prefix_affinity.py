@@ -40,7 +40,7 @@ class PrefixAffinity:
 
     def choose(self, task: Task, views: Sequence[ClientView], now: int) -> ClientView:
         keys = task.prompt_keys[self.stride - 1 :: self.stride]
-        key_tokens = self.stride * task.request.input_tokens / max(1, len(task.prompt_keys))
+        key_tokens = self.stride * task.keyed_tokens / max(1, len(task.prompt_keys))
 
         def cost(view: ClientView) -> tuple[float, int, int]:
             seen_tokens = self._count_seen(view.index, keys) * key_tokens

@@ -138,7 +138,8 @@ def _play(
     coordinator.start(tenants)
     kernel.run(until)
     # a step in flight reaches past the clock's end; without any, clients wait for what never comes
-    is_stuck = until == FOREVER and all(client.idle for client in coordinator.clients)
+    is_idle = not coordinator.delays.waiting and all(client.idle for client in coordinator.clients)
+    is_stuck = until == FOREVER and is_idle
     if coordinator.in_system and is_stuck:
         stuck = sorted(coordinator.in_system)[:5]
         raise InvariantError(

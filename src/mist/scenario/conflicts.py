@@ -29,8 +29,11 @@ def conflicts(scenario: Scenario, file: ScenarioFile) -> Iterator[Located]:
     """What doesn't go together between sections."""
     for tenant in scenario.tenants.values():
         yield from _unserved(scenario, tenant)
+    delays = {stage for tenant in scenario.tenants.values() for stage in tenant.delays}
     for stage in file.routing:
-        if stage and stage not in scenario.stages:
+        if stage in delays:
+            yield ("routing", stage), _is_a_delay(stage)
+        elif stage and stage not in scenario.stages:
             message = f"no pipeline has a stage {stage!r}" if file.tenants else f"the pipeline has no stage {stage!r}"
             yield ("routing", stage), Problem(message, hint=nearest(stage, scenario.stages))
     for name, serves in ((name, client.serves) for name, client in scenario.clients.items()):
@@ -54,7 +57,7 @@ def _unserved(scenario: Scenario, tenant: Tenancy) -> Iterator[Located]:
         yield place, Problem(f"there is no client {name!r}", hint=nearest(name, scenario.clients))
     served = {stage for client in scenario.clients_of(tenant.name).values() for stage in client.serves}
     for stage in tenant.stages if not unknown else ():
-        if stage not in served:
+        if stage not in served and stage not in tenant.delays:
             whose = "none of its clients" if tenant.clients else "no client"
             hint = f"add it to `serves` of a client; they serve {', '.join(sorted(served))}"
             yield (*tenant.place, "pipeline"), Problem(f"{whose} serves the stage {stage!r}", hint=hint)
@@ -75,10 +78,17 @@ def _same_names(scenario: Scenario) -> Iterator[Located]:
 
 def _unknown_stages(scenario: Scenario, name: str, serves: Iterable[str]) -> Iterator[Located]:
     known = {PREFILL, DECODE, *scenario.stages}
+    delays = {stage for tenant in scenario.tenants.values() for stage in tenant.delays}
     for index, stage in enumerate(serves):
-        if stage not in known:
+        if stage in delays:
+            yield ("clients", name, "serves", index), _is_a_delay(stage)
+        elif stage not in known:
             message = f"there is no stage {stage!r}"
             yield ("clients", name, "serves", index), Problem(message, hint=nearest(stage, known))
+
+
+def _is_a_delay(stage: str) -> Problem:
+    return Problem(f"the stage {stage!r} is a delay, which no client serves", hint="leave it out")
 
 
 def _client_conflicts(scenario: Scenario, name: str, client: Pool) -> Iterator[Located]:

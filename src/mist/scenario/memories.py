@@ -80,7 +80,7 @@ def nothing_to_find(scenario: Scenario, tables: Mapping[str, RequestTable]) -> I
 
 def _told(tables: Sequence[RequestTable]) -> tuple[bool, bool]:
     """Whether any of the workloads states hits, and whether any has hashes."""
-    return any(t.cached_tokens is not None for t in tables), any(t.block_keys is not None for t in tables)
+    return any(t.cached_tokens is not None for t in tables), any(t.hash_block_size > 0 for t in tables)
 
 
 @dataclass(frozen=True, slots=True)

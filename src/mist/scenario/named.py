@@ -249,7 +249,7 @@ def _cached_parameters(kind: str, implementation: Any) -> type[Section]:
     for field in dataclasses.fields(implementation):
         hint = _of_the_user(hints[field.name]) if field.init else None
         if hint is not None:
-            fields[field.name] = (hint, _default(field))
+            fields[field.name] = (hint, _default(field, hint))
     name, doc = str(getattr(implementation, "__name__", kind)), (implementation.__doc__ or "").strip()
     model: type[Section] = create_model(name, __base__=Section, __doc__=doc, **fields)
     return model
@@ -264,7 +264,7 @@ def _of_the_user(hint: Any) -> Any:
     """`hint` as pydantic should read it from a scenario; None where it isn't plain data, hence not the user's."""
     for mark in getattr(hint, "__metadata__", ()):
         if isinstance(mark, registry.Named):
-            return Annotated[Spec, SpecOf(mark.kind)]
+            return Annotated[Spec, SpecOf(mark.kind, bare=mark.bare)]
     hint = _lenient(hint)
     try:
         TypeAdapter(hint)
@@ -284,9 +284,9 @@ def _lenient(hint: Any) -> Any:
     return Annotated[origin[inner], Strict(False)] if origin in (tuple, set, frozenset) else origin[inner]
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _default(field: dataclasses.Field[Any], hint: Any) -> Any:
     if field.default is not dataclasses.MISSING:
-        return field.default
+        return Field(field.default, validate_default=True) if get_origin(hint) is Annotated else field.default
     if name := registry.name_of(field.default_factory):
         return Field(default=name, validate_default=True)
     if field.default_factory is not dataclasses.MISSING:

@@ -33,11 +33,12 @@ def build_tables(scenario: Scenario) -> dict[str, RequestTable]:
 
 def _table(scenario: Scenario, tenant: Tenancy) -> RequestTable:
     """A tenant's requests: its trace, or arrivals and lengths drawn from the seed tree."""
-    workload, seed = tenant.workload, scenario.seed
+    workload, seed, pipeline = tenant.workload, scenario.seed, tenant.pipeline.build()
     try:
         table = _read(scenario, tenant) if workload.trace is not None else _draw(scenario, tenant)
     except ValueError as error:
         raise ScenarioError(scenario.problem((*tenant.place, "workload", "arrivals"), str(error))) from None
+    table.hash_block_size = table.hash_block_size or getattr(pipeline, "hash_block_size", 0)
     for name, spec in workload.size_distributions.items():
         table.sizes[name] = spec.build().sample(len(table), random_of(seed, tenant.purpose(f"sizes.{name}")))
     if workload.cached_tokens is not None:
@@ -117,7 +118,7 @@ def _apart(tables: dict[str, RequestTable]) -> dict[str, RequestTable]:
 
     A key stands for all that is in front of it, so that of several units the last one's stands for them together.
     """
-    sizes = {name: table.hash_block_size for name, table in tables.items() if table.block_keys is not None}
+    sizes = {name: table.hash_block_size for name, table in tables.items() if table.hash_block_size}
     common = lcm(*sizes.values())
     first, found = 0, {}
     for name, table in tables.items():
@@ -130,5 +131,5 @@ def _apart(tables: dict[str, RequestTable]) -> dict[str, RequestTable]:
             if every > 1:
                 note = f"Prefixes are told apart by {common} tokens, as other tenants' are, not by {sizes[name]}."
                 table.notes += (note,)
-        found[name] = replace(table, block_keys=keys, hash_block_size=common if sizes else 0)
+        found[name] = replace(table, block_keys=keys, hash_block_size=common if name in sizes else 0)
     return found

@@ -19,13 +19,17 @@ SOLE = ""
 
 @dataclass(frozen=True, slots=True)
 class Tenancy:
-    """One tenant, complete. `clients` are names, None for all; `stages` the kinds that its pipeline may yield."""
+    """One tenant, complete. `clients` are names, None for all; `stages` the kinds that its pipeline may yield.
+
+    `delays` are those of them that no client serves.
+    """
 
     name: str
     workload: Workload
     pipeline: Spec
     slo: Slo
     stages: tuple[str, ...]
+    delays: tuple[str, ...] = ()
     clients: tuple[str, ...] | None = None
     priority: int = 0
 
@@ -42,14 +46,16 @@ class Tenancy:
 def tenancies(file: ScenarioFile) -> Mapping[str, Tenancy]:
     """The tenants of a scenario by name; its pipeline and SLO are those of all that have none of their own."""
     if file.workload is not None:
-        return {SOLE: Tenancy(SOLE, file.workload, file.pipeline, file.slo, _stages(file.pipeline))}
+        return {SOLE: Tenancy(SOLE, file.workload, file.pipeline, file.slo, *_kinds(file.pipeline))}
     found = {}
     for name, given in file.tenants.items():
         pipeline, slo = given.pipeline or file.pipeline, file.slo if given.slo is None else given.slo
         clients = None if given.clients is None else tuple(given.clients)
-        found[name] = Tenancy(name, given.workload, pipeline, slo, _stages(pipeline), clients, given.priority)
+        found[name] = Tenancy(name, given.workload, pipeline, slo, *_kinds(pipeline), clients, given.priority)
     return found
 
 
-def _stages(pipeline: Spec) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(pipeline.build().kinds))
+def _kinds(pipeline: Spec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The stage kinds that a pipeline may yield, and those of them that are delays."""
+    built = pipeline.build()
+    return tuple(dict.fromkeys(built.kinds)), tuple(getattr(built, "delays", ()))

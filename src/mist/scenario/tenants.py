@@ -33,7 +33,11 @@ def build_tenants(
         tenants[name] = Tenant(
             table,
             section.pipeline.build(),
-            {stage: _route(scenario, fleet, name, stage, routes) for stage in section.stages},
+            {
+                stage: _route(scenario, fleet, name, stage, routes)
+                for stage in section.stages
+                if stage not in section.delays
+            },
             partial(random_of, scenario.seed, section.purpose("pipeline")),
             priority=section.priority,
             deadline_after_ns=_deadline_ns(section),

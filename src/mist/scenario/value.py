@@ -43,8 +43,8 @@ class Scenario:
     """A validated scenario; made by `load`, `from_mapping`, or from its sections as keywords.
 
     `tenants` have all that they were left out of; one without a name, `SOLE`, is the whole workload where the scenario
-    names none. `stages` are the kinds that their pipelines may yield; `routing` has a policy for each. `placement` says
-    where clients are, None where the network has no nodes. `window_s` is (start, end).
+    names none. `stages` are the kinds that their pipelines may yield; `routing` has a policy for each, but for delays.
+    `placement` says where clients are, None where the network has no nodes. `window_s` is (start, end).
     Two scenarios are equal when their resolved forms are.
     """
 
@@ -193,6 +193,7 @@ class Scenario:
             raise ScenarioError(_problems(error, source)) from None
         tenants = tenancies(file)
         stages = dict.fromkeys(kind for tenant in tenants.values() for kind in tenant.stages)
+        delays = {kind for tenant in tenants.values() for kind in tenant.delays}
         named = file.routing
         every = named.get("") or Spec("routing", "least_outstanding")
         own = ("name", "seed", "memories", "network", "warmup_s", "max_time_s")
@@ -202,7 +203,7 @@ class Scenario:
             "source": source,
             "tenants": tenants,
             "clients": {name: _with_perf(client, file.perf) for name, client in file.clients.items()},
-            "routing": {stage: named.get(stage, every) for stage in stages},
+            "routing": {stage: named.get(stage, every) for stage in stages if stage not in delays},
             "window_s": _window(file),
         }
         placed = self._place(file.network, fields["clients"]) if file.network.has_nodes else None

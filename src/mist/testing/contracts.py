@@ -21,13 +21,15 @@ from mist.model import LayerGroup, ModelSpec
 from mist.perf import BOUNDS, ORIGINS, Deployment, PerfModel
 from mist.pipeline import PipelineFactory
 from mist.records import FINISHED, REFUSED, REJECTED, UNFINISHED, Records
-from mist.request import DECODE, Batch, ClientView, Fork, Pipeline, Request, Stage, StageResult, Step, Task, Wait
+from mist.request import DECODE, Batch, ClientView, Delay, Fork, Pipeline, Request, Stage, StageResult, Step, Task, Wait
 from mist.routing import RoutingPolicy
 from mist.testing.cluster import Run, SmallScenario, random_scenario, record_bytes
-from mist.units import GB, GIB
+from mist.units import GB, GIB, NS_PER_S
 
 #: A run of a small scenario that isn't over by then (tens of thousands of steps) will never be.
 LIVELOCK_NS = 50_000_000
+#: what delays may add to that, in which nobody works
+LONGEST_DELAYS_NS = 3600 * NS_PER_S
 
 
 def _all_leave(run: Run, what: str) -> None:
@@ -224,6 +226,8 @@ class PipelineContract:
                     assert before is not None, "a decode comes first; it needs a prefill before it"
                     assert before.kind != DECODE, "a decode follows a decode"
                     assert stage.oracle_output_tokens >= 1, "a decode of no tokens; leave it out"
+                elif isinstance(stage, Delay):
+                    assert stage.kind in getattr(factory, "delays", ()), f"{stage.kind!r} isn't one of its `delays`"
                 else:
                     assert stage.input_tokens >= 1, f"a stage {stage.kind!r} of no tokens; leave it out"
 
@@ -235,7 +239,9 @@ class PipelineContract:
         serves = [tuple(dict.fromkeys(self.pipeline().kinds))] * 2
         for seed in range(self.num_requests):
             scenario = random_scenario(seed, roomy=True)
-            run = scenario.play(pipeline=self.pipeline(), num_clients=2, serves=serves, until_ns=LIVELOCK_NS)
+            pipeline = self.pipeline()
+            until = LIVELOCK_NS + (LONGEST_DELAYS_NS if getattr(pipeline, "delays", ()) else 0)
+            run = scenario.play(pipeline=pipeline, num_clients=2, serves=serves, until_ns=until)
             _all_leave(run, f"random_scenario({seed})")
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from mist.registry import Named
 
 IntArray = npt.NDArray[np.int64]
 
@@ -64,6 +66,10 @@ class LengthDistribution(Protocol):
     def sample(self, num_requests: int, rng: np.random.Generator) -> IntArray:
         """Token counts >= 1, int64[num_requests]."""
         ...
+
+
+#: a number of tokens, or a distribution of them
+Lengths = Annotated[int | LengthDistribution, Named("lengths", bare="fixed")]
 
 
 class TraceFormat(Protocol):

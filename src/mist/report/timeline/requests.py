@@ -13,7 +13,7 @@ from itertools import count
 import numpy as np
 
 from mist.metrics.stages import awaited
-from mist.records import DROPPED, REJECTED, SEGMENT_ENDS, STATUSES, Records
+from mist.records import DROPPED, NO_CLIENT, REJECTED, SEGMENT_ENDS, STATUSES, Records
 from mist.report.timeline.events import (
     REQUESTS,
     STEPS_THREAD,
@@ -121,7 +121,9 @@ class _Lives:
     def _slices(self, thread: int, leg: _Leg, common: str) -> Iterator[str]:
         """The parts of a segment: on its way, waiting, served."""
         (_, _, kind, client, queued, started, _, ended, how, computed, cached, *_), sent = leg
-        name, server = self._records.stage_kinds[kind], json.dumps(self._records.client_names[client])
+        name, server = self._records.stage_kinds[kind], "null"
+        if client != NO_CLIENT:
+            server = json.dumps(self._records.client_names[client])
         admitted = started if started >= 0 else ended
         served = f'"client":{server},"computed_tokens":{computed},"cached_tokens":{cached},"end":"{SEGMENT_ENDS[how]}"'
         for start, end, part, args in (
@@ -135,6 +137,8 @@ class _Lives:
     def _sent(self, segment: list[int]) -> int:
         """When what a segment works on left for its client; at its queueing where no transfer brought it."""
         request, client, queued = segment[0], segment[3], segment[4]
+        if client == NO_CLIENT:
+            return queued
         wires = self._wires.of_request(request)
         return next((sent for receiver, sent, _, end, _ in wires if (receiver, end) == (client, queued)), queued)
 
@@ -147,7 +151,7 @@ class _Lives:
         wires = self._wires.of_request(legs[0][0][0]) if legs else []
         for segment, sent in legs:
             client, started, ended = segment[3], segment[5], segment[7]
-            if started < 0:
+            if started < 0 or client == NO_CLIENT:
                 continue
             for receiver, _, start, end, thread in wires:
                 if receiver == client and sent <= start and end <= started:
