@@ -19,7 +19,8 @@ from mist.records import FINISHED
 from mist.scenario import load
 from mist.scenario.result import Result
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SCENARIOS = Path(__file__).resolve().parent / "scenarios"
+EXAMPLES = SCENARIOS.parent.parent / "examples"
 NAMES = (
     "question-answering",
     "guarded-qa",
@@ -29,6 +30,8 @@ NAMES = (
     "shared-host",
     "research-agent",
 )
+#: all pipelines as tenants of one scenario, with the requests that it says
+TOGETHER = "all-pipelines"
 #: how many times fewer requests: an agent's run has some 25 turns, its sub-agents' included
 FEWER = {"research-agent": 20}
 
@@ -48,7 +51,11 @@ def wrong_sums(result: Result) -> int:
 def measure(name: str, num_requests: int) -> int:
     """Run one example and print a line; the number of wrong sums."""
     num_requests = max(1, num_requests // FEWER.get(name, 1))
-    scenario = load(EXAMPLES / f"{name}.yaml", [f"workload.num_requests={num_requests}"])
+    if name == TOGETHER:
+        scenario = load(SCENARIOS / f"{name}.yaml")
+        num_requests = sum(tenant.workload.num_requests or 0 for tenant in scenario.tenants.values())
+    else:
+        scenario = load(EXAMPLES / f"{name}.yaml", [f"workload.num_requests={num_requests}"])
     began = time.process_time()
     result = scenario.run(check=True)
     checked_s = time.process_time() - began
@@ -67,7 +74,8 @@ def measure(name: str, num_requests: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help=", ".join(NAMES))
+    names = (*NAMES, TOGETHER)
+    parser.add_argument("names", nargs="*", default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--requests", type=int, default=10_000, metavar="N")
     arguments = parser.parse_args()
     return int(sum(measure(name, arguments.requests) for name in arguments.names) > 0)
