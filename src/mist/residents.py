@@ -115,7 +115,7 @@ class Residents:
 
     def admit(self, task: Task, max_tokens: int, *, whole: bool = False) -> int:
         """Admit a waiting task with its first chunk; the chunk's tokens, or 0 and nothing has changed."""
-        if self._has_preempted or self._comes_after_a_fetch(task):
+        if self._has_preempted or self.comes_after_a_fetch(task):
             return 0
         kv = self.kv
         hit = kv.match(task)
@@ -167,7 +167,7 @@ class Residents:
         """Since when the first task has been here that can't be fetched for until blocks come back; None: all can."""
         self._fetch_waits_since = time_ns
 
-    def _comes_after_a_fetch(self, task: Task) -> bool:
+    def comes_after_a_fetch(self, task: Task) -> bool:
         """Whether `task` would take the blocks that an earlier one waits for; nobody has to while nothing runs."""
         since = self._fetch_waits_since
         if since is None or task.queued_ns <= since or not self.running:

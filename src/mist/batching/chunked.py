@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mist.batching import Budget, CohortView, Queue
+from mist.batching import Budget, CohortView, Queue, decodes_alone
 from mist.registry import register
 from mist.request import Batch, Wait
 
@@ -30,6 +30,7 @@ class Chunked:
                 "decodes would starve; raise the first or lower the second"
             )
 
+    @decodes_alone
     def next_batch(self, queue: Queue, cohort: CohortView, budget: Budget, now: int) -> Batch | Wait:
         if cohort.count:
             budget.grow_decodes()
