@@ -232,18 +232,18 @@ class Tier:
         entries, touch = self._entries, self._policy.touch
         for key in reversed(keys):
             if key not in entries:
-                self._enter(key, num_bytes)
+                self._enter(key, num_bytes, stored)
             touch(key, now)
         self.held_bytes += missing * stored
         self.inserted_bytes += missing * stored
         return missing * stored
 
-    def _enter(self, key: int, num_bytes: int) -> None:
+    def _enter(self, key: int, num_bytes: int, stored: int) -> None:
         self._entries[key] = num_bytes
         if self.takes_time:
             self._pending[key] = self._num_writes
             self._new.append(key)
-            self._new_bytes += self.spec.stored_bytes(num_bytes)
+            self._new_bytes += stored
 
     def _expire(self, now: int) -> None:
         while (key := self._policy.evict(now, full=False)) is not None:
