@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit import POLICIES, LinearSteps, Run, SmallScenario, engine, play, rows, small_scenarios, table
+from mist.client import Client
 from mist.kernel import FOREVER, Kernel
 from mist.pipeline.stages import StageList
 from mist.records import FINISHED, PREEMPTED, REJECTED
@@ -180,6 +181,22 @@ def test_running_ahead_changes_nothing(part: int) -> None:
         assert rows(ahead.records) == rows(stepwise.records), f"random_cluster({seed})"
         num_steps += len(stepwise.records.steps)
     assert len(heap_events) < 0.6 * num_steps
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_a_policy_that_decides_nothing_need_not_be_asked(part: int) -> None:
+    asked: list[int] = []
+    ask = Client._ask
+    for seed in range(150 * part, 150 * (part + 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Client, "_ask", lambda client, now: (asked.append(1), ask(client, now))[1])
+            sometimes = random_cluster(seed)()
+            num_asked = len(asked)
+            patch.setattr(Client, "_only_decodes", lambda client: False)
+            always = random_cluster(seed)()
+        assert record_bytes(sometimes.records) == record_bytes(always.records), f"random_cluster({seed})"
+        assert num_asked <= len(asked) - num_asked
+        asked.clear()
 
 
 @few

@@ -24,7 +24,7 @@ from mist.units import NS_PER_MS, NS_PER_S
 from mist.workload import RequestTable
 from mist.workload.columns import write_trace
 from mist.workload.kv_cache_tester import KVCacheTester
-from mist.workload.sessions import begin_sessions, draw_sessions
+from mist.workload.sessions import Stretches, begin_sessions, draw_sessions
 from mist.workload.synthetic import AllAtOnce, ClosedLoop, Constant, Fixed, Poisson, Uniform
 from mist.workload.trace import detect, find_trace, limit, rate_scale, read_trace
 
@@ -323,6 +323,13 @@ def test_all_sessions_may_begin_at_once() -> None:
 # --- the public trace ---
 
 PUBLIC = "kv_cache_tester/agentic_traces_compact.jsonl.gz"
+
+
+def test_prompts_are_put_together_from_stretches() -> None:
+    keys = Stretches([(range(3),), (range(2), range(3, 5)), ()], 5)
+    assert list(keys) == [(0, 1, 2), (0, 1, 3, 4), ()]
+    assert list(keys[1:]) == [(0, 1, 3, 4), ()]
+    assert list(keys.reordered([2, 0])) == [(), (0, 1, 2)]
 
 
 def test_the_public_trace_is_whole() -> None:
