@@ -22,10 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit import POLICIES, LinearSteps, Run, SmallScenario, engine, play, rows, small_scenarios, table
+from mist.client import Client
 from mist.kernel import FOREVER, Kernel
 from mist.pipeline.stages import StageList
 from mist.records import FINISHED, PREEMPTED, REJECTED
-from mist.request import ClientView, Task
+from mist.request import Batch, ClientView, Task, Wait
 from mist.routing.join_shortest_queue import JoinShortestQueue
 from mist.routing.least_outstanding import LeastOutstanding
 from mist.routing.round_robin import RoundRobin
@@ -180,6 +181,27 @@ def test_running_ahead_changes_nothing(part: int) -> None:
         assert rows(ahead.records) == rows(stepwise.records), f"random_cluster({seed})"
         num_steps += len(stepwise.records.steps)
     assert len(heap_events) < 0.6 * num_steps
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_a_policy_that_decides_nothing_need_not_be_asked(part: int) -> None:
+    asked: list[int] = []
+    ask = Client._ask
+
+    def counting(client: Client, now: int) -> Batch | Wait:
+        asked.append(now)
+        return ask(client, now)
+
+    for seed in range(150 * part, 150 * (part + 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Client, "_ask", counting)
+            sometimes = random_cluster(seed)()
+            num_asked = len(asked)
+            patch.setattr(Client, "_only_decodes", lambda client: False)
+            always = random_cluster(seed)()
+        assert record_bytes(sometimes.records) == record_bytes(always.records), f"random_cluster({seed})"
+        assert num_asked <= len(asked) - num_asked
+        asked.clear()
 
 
 @few

@@ -28,7 +28,7 @@ from mist.network import Network
 from mist.offload import Memory, Offload, prefill_ns
 from mist.records import KV_WRITE, PREFIX_FETCH
 from mist.sharing import Channel
-from mist.testing import random_scenario
+from mist.testing import random_scenario, record_bytes
 
 UNIT = 16
 TOKEN_BYTES = 10
@@ -343,6 +343,36 @@ def test_who_came_later_does_not_take_the_room_that_a_fetch_waits_for() -> None:
     ((_, _, begun, _),) = sent(run, PREFIX_FETCH)
     assert begun > 100 + num_small
     assert not np.any((tasks["request"] > 1) & (tasks["started_ns"] < begun))
+
+
+def crowd(seed: int) -> Run:
+    """Prompts of which half are in a tier, on a device with room for few of them."""
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(20, 140, 30)
+    cached = np.where(rng.random(30) < 0.5, prompts * 9 // 10, 0)
+    workload = table(np.sort(rng.integers(0, 20_000, 30)).tolist(), prompts.tolist(), rng.integers(1, 40, 30).tolist(),
+                     cached_tokens=cached.tolist())  # fmt: skip
+    policy = POLICIES[seed % 3]
+    connect = behind(memory(hit_rate=0.9), always=bool(seed % 2))
+    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 200}
+    return play(workload, policy=lambda: policy(**limits), num_blocks=12, caching=True, connect=connect)
+
+
+def test_who_waits_behind_a_fetch_leaves_a_policy_nothing_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    only_decodes, num_waited = Client._only_decodes, 0
+
+    def counting(client: Client) -> bool:
+        nonlocal num_waited
+        found = only_decodes(client)
+        num_waited += found and len(client.residents.waiting) > 0
+        return found
+
+    for seed in range(90):
+        monkeypatch.setattr(Client, "_only_decodes", counting)
+        sometimes = crowd(seed)
+        monkeypatch.setattr(Client, "_only_decodes", lambda client: False)
+        assert record_bytes(sometimes.records) == record_bytes(crowd(seed).records), f"crowd({seed})"
+    assert num_waited > 1000
 
 
 # --- everything at once ---

@@ -24,7 +24,7 @@ from mist.units import NS_PER_MS, NS_PER_S
 from mist.workload import RequestTable
 from mist.workload.columns import write_trace
 from mist.workload.kv_cache_tester import KVCacheTester
-from mist.workload.sessions import begin_sessions, draw_sessions
+from mist.workload.sessions import Stretches, begin_sessions, draw_sessions
 from mist.workload.synthetic import AllAtOnce, ClosedLoop, Constant, Fixed, Poisson, Uniform
 from mist.workload.trace import detect, find_trace, limit, rate_scale, read_trace
 from scenarios import sole_table
@@ -61,7 +61,7 @@ def test_turns_wait_for_their_agent_and_share_its_prefix(tmp_path: Path) -> None
     assert isinstance(detect(path), KVCacheTester)
     read = read_trace(path)
     assert columns(read) == ([0, 1, 1, 0, 0], [-1, -1, 1, 0, 3], [0, 0, 1000, 3500, 24_000])
-    assert read.block_keys == [(0, 1, 2, 3), (7, 8), (7, 9, 10, 11, 12), (0, 1, 2, 3, 4, 5), (0, 1, 6)]
+    assert list(read.block_keys or ()) == [(0, 1, 2, 3), (7, 8), (7, 9, 10, 11, 12), (0, 1, 2, 3, 4, 5), (0, 1, 6)]
     assert read.hash_block_size == 4
     assert read.notes == ("In the trace 35.00% of the prompt tokens had been seen before in their session.",)
 
@@ -69,7 +69,7 @@ def test_turns_wait_for_their_agent_and_share_its_prefix(tmp_path: Path) -> None
 def test_units_of_several_blocks_hit_whole_units_only(tmp_path: Path) -> None:
     path = put(tmp_path, [turn(0, 18), turn(5, 24, 3)])
     read = read_trace(path, KVCacheTester(hash_block_size=8))
-    assert read.block_keys == [(0, 1), (0, 2, 3)]
+    assert list(read.block_keys or ()) == [(0, 1), (0, 2, 3)]
     with pytest.raises(ScenarioError, match="hash_block_size is 6, and the blocks have 4 tokens"):
         read_trace(path, KVCacheTester(hash_block_size=6))
 
@@ -324,6 +324,13 @@ def test_all_sessions_may_begin_at_once() -> None:
 # --- the public trace ---
 
 PUBLIC = "kv_cache_tester/agentic_traces_compact.jsonl.gz"
+
+
+def test_prompts_are_put_together_from_stretches() -> None:
+    keys = Stretches([(range(3),), (range(2), range(3, 5)), ()], 5)
+    assert list(keys) == [(0, 1, 2), (0, 1, 3, 4), ()]
+    assert list(keys[1:]) == [(0, 1, 3, 4), ()]
+    assert list(keys.reordered([2, 0])) == [(), (0, 1, 2)]
 
 
 def test_the_public_trace_is_whole() -> None:

@@ -152,15 +152,13 @@ def test_fetches_of_one_client_share_its_link_and_others_pass_them() -> None:
 
 
 def test_hits_that_are_computed_all_the_same_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Table.__init__
+    original = Table.append
 
-    def tampering(self: Table, columns: Any) -> None:
-        original(self, columns)
-        if "cached_tokens" in columns and "how" in columns:
-            at = tuple(columns).index("cached_tokens")
-            self.append = lambda row: self.cells.extend(0 if i == at else value for i, value in enumerate(row))
+    def tampering(self: Table, row: Any) -> None:
+        is_tasks = "how" in self.columns
+        original(self, [0 if is_tasks and n == "cached_tokens" else v for n, v in zip(self.columns, row, strict=True)])
 
-    monkeypatch.setattr(Table, "__init__", tampering)
+    monkeypatch.setattr(Table, "append", tampering)
     with pytest.raises(InvariantError, match="computed and found tokens of a request are not those of its prompt"):
         alone(100, 60)
 

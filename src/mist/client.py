@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mist.batching import BatchingPolicy
+from mist.batching import DECODES_ALONE, BatchingPolicy
 from mist.batching.orders.fcfs import FCFS
 from mist.engine import EngineProfile
 from mist.errors import InvariantError
@@ -24,6 +24,9 @@ from mist.records import CUT, DONE, DROPPED, PREEMPTED, Records
 from mist.request import DECODE, PREFILL, Batch, ClientView, StageResult, Step, Task, Wait
 from mist.residents import Residents
 from mist.speculation import Speculation, SpeculativeCohort
+
+#: what a step of decodes alone computes
+_DECODES = Batch([], decode=True)
 
 
 class Client:
@@ -85,6 +88,7 @@ class Client:
         self.store: KVStore | None = None
         self.merges_shared_reads = merges_shared_reads
         self.front_end = FrontEnd(self)
+        self._decodes_alone = getattr(batching.next_batch, DECODES_ALONE, False)
         self.now = 0
         self.idle = True
         self.step = Step(tokens_per_decode=1 + self.num_drafts)
@@ -93,7 +97,7 @@ class Client:
         self._cancelled: list[Task] = []
         #: step of the cohort -> decodes that begin with a thought and whose first visible token it generates
         self._shown_at: dict[int, list[Task]] = {}
-        self._step_row = (0, 0)
+        self._kv_used = 0
         self._append_step = records.steps.append
         self._append_task = records.tasks.append
         self.runs_model = not hasattr(perf, "demand")
@@ -101,6 +105,7 @@ class Client:
         self.shares: Host | None = None
         self.demand_of: Callable[[Step], Demand] = getattr(perf, "demand", no_demand)
         self.stage_kinds = {kind: i for i, kind in enumerate(records.stage_kinds)}
+        self._overlapped = engine.overlapped
         self._step_ns = engine.step_overhead_ns
         self._prefill_ns = engine.prefill_overhead_ns
         self._token_ns = engine.token_overhead_ns
@@ -151,13 +156,13 @@ class Client:
         cohort = residents.cohort
         self.now = now
         self.idle = False
-        residents.begin()
-        if residents.handed_over:
-            self._take_over(now)
         offload = self.offload
-        if offload is not None and offload.waiting:
-            offload.begin_waiting(now)
-        batch = self.batching.next_batch(residents, cohort, residents, now)
+        batch: Batch | Wait
+        if self._only_decodes():
+            residents.grow_decodes()
+            batch = _DECODES if cohort.count else Wait()
+        else:
+            batch = self._ask(now)
         if offload is not None and offload.evicted and residents.running:
             offload.write_back(next(reversed(residents.running.values())).request, now)
         if self.front_end.unseen:
@@ -180,8 +185,27 @@ class Client:
             self._fill_chunks(batch.chunks, now)
         if not num_decodes and not batch.chunks:
             raise InvariantError(f"{self._policy} returned an empty batch at {now} ns")
-        self._step_row = (now, residents.kv.used)
+        self._kv_used = residents.kv.used
         return True
+
+    def _only_decodes(self) -> bool:
+        """Whether decodes are all that can run, under a policy that then decides nothing."""
+        residents, offload = self.residents, self.offload
+        if not self._decodes_alone or residents.prefilling_tasks or residents.handed_over or not residents.cohort.count:
+            return False
+        if offload is not None and offload.waiting and offload.has_room_for_first():
+            return False
+        return not residents.waiting or residents.comes_after_a_fetch(residents.waiting[0])
+
+    def _ask(self, now: int) -> Batch | Wait:
+        """The policy's batch, once all that waits here and could be considered is."""
+        residents, offload = self.residents, self.offload
+        residents.begin()
+        if residents.handed_over:
+            self._take_over(now)
+        if offload is not None and offload.waiting:
+            offload.begin_waiting(now)
+        return self.batching.next_batch(residents, residents.cohort, residents, now)
 
     def price_step(self) -> int:
         """What the step that has begun lasts alone, in ns; asked once, when all that shares its devices is known."""
@@ -193,7 +217,8 @@ class Client:
         device = self.perf.step_time(step)
         if self.watcher is not None:
             self.watcher.step_started(self, step, device, self.now)
-        return max(1, host, device) if self.engine.overlapped else max(1, host + device)
+        took = host + device if not self._overlapped else max(host, device)
+        return took if took > 1 else 1
 
     def host_ns(self, step: Step) -> int:
         """Host time of `step`, ns."""
@@ -202,10 +227,9 @@ class Client:
     def finish_step(self, now: int) -> None:
         """The step in flight ends at `now`: its tokens exist, tasks move on."""
         step, residents = self.step, self.residents
-        start, kv_used = self._step_row
         self._append_step(
-            (self.index, start, now, len(step.chunks), step.num_prefill_tokens, step.num_decodes,
-             step.decode_context, kv_used, len(residents.waiting) + len(residents.handed_over))
+            (self.index, self.now, now, len(step.chunks), step.num_prefill_tokens, step.num_decodes,
+             step.decode_context, self._kv_used, len(residents.waiting) + len(residents.handed_over))
         )  # fmt: skip
         if self.watcher is not None:
             self.watcher.step_finished(self, now)
@@ -252,7 +276,7 @@ class Client:
         cohort = self.residents.cohort
         if self.step.num_decodes and cohort.step + 1 in cohort.calendar:
             return True
-        return any(task.computed_tokens + n == task.target_tokens for task, n in self._chunks)
+        return bool(self._chunks) and any(task.computed_tokens + n == task.target_tokens for task, n in self._chunks)
 
     def _go_idle(self, wait: object, now: int) -> None:
         if not isinstance(wait, Wait):

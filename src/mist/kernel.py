@@ -86,7 +86,9 @@ class Kernel:
         self._until = until_ns
         events, quiet = self._events, self._quiet
         while events or quiet:
-            now = min(events[0][0] if events else FOREVER, quiet[0][0] if quiet else FOREVER)
+            now = events[0][0] if events else FOREVER
+            if quiet and quiet[0][0] < now:
+                now = quiet[0][0]
             if now >= until_ns:
                 break
             self.now = now
@@ -102,10 +104,18 @@ class Kernel:
 
     def _finish(self, client: Stepper, now: int) -> None:
         client.finish_step(now)
-        self.wake(client)
+        if not client.woken:
+            client.woken = True
+            self._woken.append(client)
 
     def _start_woken(self, now: int) -> None:
-        woken, self._woken = self._woken, []
+        woken = self._woken
+        if len(woken) == 1:
+            client = woken.pop()
+            client.woken = False
+            client.start_step(now)
+            return
+        self._woken = []
         if len(woken) > 1:
             woken.sort(key=lambda client: client.index)
             # Another woken client may emit before the horizon that the heap shows.

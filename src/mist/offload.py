@@ -176,6 +176,12 @@ class Offload:
             self._begin(task, first, found, deliver, now)
         return True
 
+    def has_room_for_first(self) -> bool:
+        """Whether the first that waits may begin."""
+        for num_blocks, _ in self.waiting.values():
+            return self._has_room(num_blocks)
+        return False
+
     def begin_waiting(self, now: int) -> None:
         """Blocks may have come back: let the fetches begin that there is room for, in the client's order."""
         while self.waiting:
@@ -221,7 +227,7 @@ class Offload:
 
     def _has_room(self, num_blocks: int) -> bool:
         kv = self._client.residents.kv
-        return kv.used + self._num_to_take + num_blocks <= kv.num_blocks
+        return self._num_to_take + num_blocks <= kv.free + kv.cached
 
     def _look(self, task: Task, now: int, *, again: bool = False) -> tuple[int, list[Found]]:
         """Tokens that the device has, and the stretches to fetch behind them."""

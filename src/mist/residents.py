@@ -120,7 +120,7 @@ class Residents:
 
     def admit(self, task: Task, max_tokens: int, *, whole: bool = False) -> int:
         """Admit a waiting task with its first chunk; the chunk's tokens, or 0 and nothing has changed."""
-        if self._has_preempted or self._comes_after_a_fetch(task):
+        if self._has_preempted or self.comes_after_a_fetch(task):
             return 0
         if self.ranks is not None and self.running and self.handed_over and self.handed_over[0].rank < task.rank:
             return 0  # the room that comes back is for that one
@@ -174,7 +174,7 @@ class Residents:
         """The first task that can't be fetched for until blocks come back; None: all can."""
         self._first_to_fetch = task
 
-    def _comes_after_a_fetch(self, task: Task) -> bool:
+    def comes_after_a_fetch(self, task: Task) -> bool:
         """Whether `task` would take the blocks that an earlier one waits for; nobody has to while nothing runs."""
         first = self._first_to_fetch
         if first is None or task.found_tokens or not self.running:

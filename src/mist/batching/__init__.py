@@ -6,10 +6,16 @@ other clients. It sees the decode cohort as sums (count, context), since decodin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 from mist.request import Batch, Task, Wait
+
+#: what `decodes_alone` leaves on a method
+DECODES_ALONE = "decodes_alone"
+
+
+Decision = TypeVar("Decision", bound=Callable[..., Batch | Wait])
 
 
 class Queue(Protocol):
@@ -88,6 +94,16 @@ class BatchingPolicy(Protocol):
     def next_batch(self, queue: Queue, cohort: CohortView, budget: Budget, now: int) -> Batch | Wait:
         """The next step's batch at time `now` (ns), or `Wait`."""
         ...
+
+
+def decodes_alone(next_batch: Decision) -> Decision:
+    """Mark a `next_batch` that, where nothing prefills and the first that waits, if any does, can't be admitted, grows
+    the decodes and runs them, whatever the time: it admits in order.
+
+    The client then does that itself, and asks only where there is something to decide.
+    """
+    setattr(next_batch, DECODES_ALONE, True)
+    return next_batch
 
 
 def admit_whole(queue: Queue, budget: Budget, max_num_seqs: int, max_tokens: int) -> list[tuple[Task, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from mist.batching import Budget, CohortView, Queue
+from mist.batching import Budget, CohortView, Queue, decodes_alone
 from mist.batching.orders import Order
 from mist.batching.orders.fcfs import FCFS
 from mist.registry import Named, register
@@ -34,6 +34,7 @@ class Chunked:
                 "decodes would starve; raise the first or lower the second"
             )
 
+    @decodes_alone
     def next_batch(self, queue: Queue, cohort: CohortView, budget: Budget, now: int) -> Batch | Wait:
         if cohort.count:
             budget.grow_decodes()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from mist.batching import Budget, CohortView, Queue, admit_whole
+from mist.batching import Budget, CohortView, Queue, admit_whole, decodes_alone
 from mist.batching.orders import Order
 from mist.batching.orders.fcfs import FCFS
 from mist.registry import Named, register
@@ -28,6 +28,7 @@ class Static:
         if self.max_num_seqs < 1 or self.max_num_batched_tokens < 1:
             raise ValueError("max_num_seqs and max_num_batched_tokens must be at least 1")
 
+    @decodes_alone
     def next_batch(self, queue: Queue, cohort: CohortView, budget: Budget, now: int) -> Batch | Wait:
         if not budget.num_running:
             chunks = admit_whole(queue, budget, self.max_num_seqs, self.max_num_batched_tokens)

@@ -161,9 +161,10 @@ class Tier:
         self._expire(now)
         size = self.entry_units
         found = self.count_units(keys, start)
+        entries, touch = self._entries, self._policy.touch
         for key in reversed(keys[size - 1 : (start + found) // size * size : size]):
-            if key in self._entries:
-                self._policy.touch(key, now)
+            if key in entries:
+                touch(key, now)
         if not again:
             self.hits += found
             self.misses += max(0, len(keys) - start - found)
@@ -217,31 +218,32 @@ class Tier:
             return 0
         stored = self.spec.stored_bytes(num_bytes)
         keys = keys[: self.spec.capacity_bytes // stored]
-        missing = sum(key not in self._entries for key in keys)
+        missing = len(keys) - sum(map(self._entries.__contains__, keys))
         own = frozenset(keys) if self.held_bytes + missing * stored > self.spec.capacity_bytes else ()
         while self.held_bytes + missing * stored > self.spec.capacity_bytes:
             victim = self._policy.evict(now, full=True)
             assert victim is not None
-            is_here = victim in self
+            is_told = self.on_evict is not None and victim in self
             num_victim_bytes = self._drop(victim)
             if victim in own:  # it comes back with the others, its uses counted anew
                 missing += 1
-            elif is_here and self.on_evict is not None:
+            elif is_told and self.on_evict is not None:
                 self.on_evict(victim, num_victim_bytes, now)
+        entries, touch = self._entries, self._policy.touch
         for key in reversed(keys):
-            if key not in self._entries:
-                self._enter(key, num_bytes)
-            self._policy.touch(key, now)
+            if key not in entries:
+                self._enter(key, num_bytes, stored)
+            touch(key, now)
         self.held_bytes += missing * stored
         self.inserted_bytes += missing * stored
         return missing * stored
 
-    def _enter(self, key: int, num_bytes: int) -> None:
+    def _enter(self, key: int, num_bytes: int, stored: int) -> None:
         self._entries[key] = num_bytes
         if self.takes_time:
             self._pending[key] = self._num_writes
             self._new.append(key)
-            self._new_bytes += self.spec.stored_bytes(num_bytes)
+            self._new_bytes += stored
 
     def _expire(self, now: int) -> None:
         while (key := self._policy.evict(now, full=False)) is not None:

@@ -54,7 +54,9 @@ class PrefixAffinity:
     def _count_seen(self, client: int, keys: Sequence[int]) -> int:
         """How many of `keys` at their front the client was sent: a head is never forgotten before its tail."""
         seen = self._seen.get(client, ())
-        low, high = 0, len(keys)
+        if not keys or keys[0] not in seen:  # as of most sessions
+            return 0
+        low, high = 1, len(keys)
         while low < high:
             middle = (low + high) // 2
             if keys[middle] in seen:
@@ -66,9 +68,10 @@ class PrefixAffinity:
     def _remember(self, client: int, keys: Sequence[int]) -> None:
         seen = self._seen.setdefault(client, OrderedDict())
         before = len(seen)
+        use = seen.move_to_end
         for key in reversed(keys):
             seen[key] = None
-            seen.move_to_end(key)
+            use(key)
         self._num_sent[client] = self._num_sent.get(client, 0) + len(seen) - before
         while len(seen) > self.max_num_keys:
             seen.popitem(last=False)

@@ -6,6 +6,7 @@ has the same sizes under every policy (common random numbers).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -38,7 +39,7 @@ class RequestTable:
     arrival_ns: IntArray
     input_tokens: IntArray
     output_tokens: IntArray
-    block_keys: list[tuple[int, ...]] | None = None
+    block_keys: Sequence[tuple[int, ...]] | None = None
     hash_block_size: int = 0
     concurrency: int | None = None
     notes: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ from mist.units import NS_PER_S
 from mist.workload import RequestTable
 from mist.workload.column_map import MAX_TOKENS
 from mist.workload.rows import Rows, json_object, read_rows
-from mist.workload.sessions import by_arrival
+from mist.workload.sessions import Stretches, by_arrival
 
 _TIME, _INPUT, _OUTPUT, _AGENT, _BLOCKS, _HIT, _API, _THINK = "t", "i", "o", "agent", "nb", "hit", "api", "think"
 _MAIN = "0"
@@ -41,7 +41,7 @@ class _Turn:
     think_s: float | None
     before: _Turn | None = None
     row: int = -1
-    keys: tuple[int, ...] = field(default=(), repr=False)
+    keys: tuple[range, ...] = field(default=(), repr=False)
 
     @property
     def end_s(self) -> float:
@@ -101,7 +101,7 @@ class KVCacheTester:
         for turns in sessions:
             _follow(turns)
             num_keys = _share(turns, num_keys)
-        return self._table(sessions, unit_tokens)
+        return self._table(sessions, unit_tokens, num_keys)
 
     def _unit_tokens(self, rows: Rows) -> int:
         """Tokens per prefix key."""
@@ -116,7 +116,7 @@ class KVCacheTester:
             rows.problems.fail(f"hash_block_size is {unit_tokens}, and the blocks have {first} tokens", hint=hint)
         return int(unit_tokens)
 
-    def _table(self, sessions: Sequence[Sequence[_Turn]], unit_tokens: int) -> RequestTable:
+    def _table(self, sessions: Sequence[Sequence[_Turn]], unit_tokens: int, num_keys: int) -> RequestTable:
         turns = [turn for each in sessions for turn in each]
         for row, turn in enumerate(turns):
             turn.row = row
@@ -124,7 +124,7 @@ class KVCacheTester:
             arrival_ns=_ns([turn.time_s for turn in turns]),
             input_tokens=np.array([turn.input_tokens for turn in turns], np.int64),
             output_tokens=np.array([turn.output_tokens for turn in turns], np.int64),
-            block_keys=[turn.keys for turn in turns],
+            block_keys=Stretches([turn.keys for turn in turns], num_keys),
             hash_block_size=unit_tokens,
             notes=(_note(turns, unit_tokens),),
             sessions=np.repeat(np.arange(len(sessions)), [len(each) for each in sessions]),
@@ -201,17 +201,29 @@ def _share(turns: Sequence[_Turn], num_keys: int) -> int:
     else of a sub-agent's, else of the session's latest that has as many.
     """
     for place, turn in enumerate(turns):
-        head: tuple[int, ...] = ()
+        head: tuple[range, ...] = ()
+        num_new = turn.num_units
         if turn.num_shared:
             earlier = turns[:place][::-1]
             own = next((each for each in earlier if each.agent == turn.agent), None)
             alike = sorted(earlier, key=lambda each: (each.agent == _MAIN) != (turn.agent == _MAIN))
             order = [own, *alike] if own else alike
-            head = next((each.keys for each in order if each.num_units >= turn.num_shared), ())[: turn.num_shared]
-        num_new = turn.num_units - len(head)
-        turn.keys = head + tuple(range(num_keys, num_keys + num_new))
+            source = next((each for each in order if each.num_units >= turn.num_shared), None)
+            if source is not None:
+                head = tuple(_front(source.keys, turn.num_shared))
+                num_new -= turn.num_shared
+        turn.keys = (*head, range(num_keys, num_keys + num_new)) if num_new else head
         num_keys += num_new
     return num_keys
+
+
+def _front(stretches: Sequence[range], num_keys: int) -> Iterator[range]:
+    """The first `num_keys` numbers of `stretches`."""
+    for each in stretches:
+        if not num_keys:
+            return
+        yield each[:num_keys]
+        num_keys -= min(num_keys, len(each))
 
 
 def _note(turns: Sequence[_Turn], unit_tokens: int) -> str:

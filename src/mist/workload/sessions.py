@@ -6,8 +6,10 @@ knows how long a request takes: that is why these arrivals have no times.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
+from typing import overload
 
 import numpy as np
 
@@ -92,6 +94,43 @@ def begin_sessions(table: RequestTable, arrivals: ArrivalProcess, rng: np.random
     return by_arrival(replace(table, arrival_ns=table.arrival_ns + shift[session]))
 
 
+class Stretches(Sequence[tuple[int, ...]]):
+    """Prefix keys of prompts that are `stretches` of the numbers below `num_keys`, put together when asked for.
+
+    The prompts of a session have most of theirs in common: written out, those of a trace can take gigabytes.
+    """
+
+    def __init__(self, stretches: Sequence[tuple[range, ...]], num_keys: int) -> None:
+        self._stretches = stretches
+        self._numbers = list(range(num_keys))
+
+    def __len__(self) -> int:
+        return len(self._stretches)
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[int, ...]: ...
+    @overload
+    def __getitem__(self, place: slice) -> Stretches: ...
+    def __getitem__(self, place: int | slice) -> tuple[int, ...] | Stretches:
+        if isinstance(place, slice):
+            return self._of(self._stretches[place])
+        numbers = self._numbers  # the same objects for all prompts, which dictionaries find faster
+        return tuple(chain.from_iterable([numbers[each.start : each.stop] for each in self._stretches[place]]))
+
+    def reordered(self, order: Sequence[int]) -> Stretches:
+        """Those at the places of `order`."""
+        return self._of([self._stretches[place] for place in order])
+
+    def _of(self, stretches: Sequence[tuple[range, ...]]) -> Stretches:
+        part = Stretches(stretches, 0)
+        part._numbers = self._numbers
+        return part
+
+
+def _reordered(keys: Sequence[tuple[int, ...]], order: Sequence[int]) -> Sequence[tuple[int, ...]]:
+    return keys.reordered(order) if isinstance(keys, Stretches) else [keys[place] for place in order]
+
+
 def by_arrival(table: RequestTable) -> RequestTable:
     """The same requests sorted by arrival, in their order where that is equal."""
     order = np.argsort(table.arrival_ns, kind="stable")
@@ -103,7 +142,7 @@ def by_arrival(table: RequestTable) -> RequestTable:
         arrival_ns=table.arrival_ns[order],
         input_tokens=table.input_tokens[order],
         output_tokens=table.output_tokens[order],
-        block_keys=None if keys is None else [keys[i] for i in order.tolist()],
+        block_keys=None if keys is None else _reordered(keys, order.tolist()),
         cached_tokens=None if table.cached_tokens is None else table.cached_tokens[order],
         sizes={name: values[order] for name, values in table.sizes.items()},
         sessions=None if table.sessions is None else table.sessions[order],
