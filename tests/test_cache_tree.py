@@ -112,6 +112,8 @@ def test_stretches_behave_as_their_units(seed: int) -> None:
                 for key in keys[: hit.num_units]:
                     units.refer(key)
                 running.append((who, hit.num_tokens, who.target_tokens))
-        assert (kv.free, kv.cached, told) == (units.free, sum(units.evictable.values()), units.told)
+        # blocks that nobody looks for may be free before they are needed
+        assert (kv.available, told) == (units.free + sum(units.evictable.values()), units.told)
+        assert kv.free >= units.free
         assert kv.count_evictable() == kv.cached
         assert kv.count_referenced_units() == len(units.refs) * UNIT // BLOCK

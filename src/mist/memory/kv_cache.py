@@ -83,7 +83,7 @@ class KVCache:
     """
 
     __slots__ = (
-        "_evictable", "_next_run", "_runs", "_segments", "block_size", "cached", "free", "hash_block_size",
+        "_dead", "_evictable", "_next_run", "_run_of", "_runs", "_segments", "block_size", "cached", "free", "hash_block_size",
         "holds_stated_hits", "num_blocks", "on_evict", "prefix_caching", "unit_blocks", "watermark_blocks",
     )  # fmt: skip
 
@@ -114,9 +114,12 @@ class KVCache:
         self._evictable: OrderedDict[_Segment | int, int] = OrderedDict()  # a dict rescans its deleted front
         #: the hashed units that are cached or referred to, by the first key of each segment
         self._segments: dict[int, _Segment] = {}
-        #: request and context -> its run, while the request waits to resume
+        #: request and context -> its run, while the request waits to resume; and whose each such entry is
         self._runs: dict[tuple[int, int], _Run] = {}
+        self._run_of: dict[int, tuple[int, int]] = {}
         self._next_run = -1
+        #: the newest entry that nobody looks for
+        self._dead = 0
 
     @property
     def available(self) -> int:
@@ -170,6 +173,7 @@ class KVCache:
             task.num_indexed += self._refer(task.prompt_keys, task.num_indexed, hit.num_units)
         if hit.num_run_blocks:
             run = self._runs.pop(task.run)
+            del self._run_of[run.entry]
             self.cached -= hit.num_run_blocks
             self._evictable[run.entry] -= hit.num_run_blocks
             if not self._evictable[run.entry]:
@@ -220,18 +224,31 @@ class KVCache:
         if not self.prefix_caching:
             self.free += num_blocks
             return
-        self._runs.pop(task.run, None)
+        if task.run in self._runs:
+            del self._run_of[self._runs.pop(task.run).entry]
         private = num_blocks - task.num_indexed * self.unit_blocks
         if private:
-            entry, self._next_run = self._next_run, self._next_run - 1
-            self._evictable[entry] = private
-            self.cached += private
+            entry = self._add(private, resumes)
             if resumes:
                 start = task.num_indexed * self.hash_block_size
                 self._runs[task.run] = _Run(entry, start, max(0, num_tokens - start) // self.block_size)
+                self._run_of[entry] = task.run
         if task.num_indexed:
             self._unrefer(task.prompt_keys, task.num_indexed)
             task.num_indexed = 0
+
+    def _add(self, num_blocks: int, resumes: bool) -> int:
+        """The entry of private blocks that become evictable: dead ones are one with those just before them."""
+        evictable = self._evictable
+        self.cached += num_blocks
+        if not resumes and evictable and next(reversed(evictable)) == self._dead:
+            evictable[self._dead] += num_blocks
+            return self._dead
+        entry, self._next_run = self._next_run, self._next_run - 1
+        evictable[entry] = num_blocks
+        if not resumes:
+            self._dead = entry
+        return entry
 
     def count_referenced_units(self) -> int:
         """Blocks in hashed units that sequences refer to, each counted once (for the ledger)."""
@@ -282,14 +299,17 @@ class KVCache:
             self.cached += left.num_units * self.unit_blocks
 
     def _evict(self, num_blocks: int) -> None:
-        """Turn `num_blocks` or more of the least recently used content into free blocks, tails before heads."""
+        """Turn `num_blocks` or more of the least recently used content into free blocks, tails before heads.
+
+        An entry that nobody looks for goes at once: its blocks would all be taken before any others.
+        """
         evictable = self._evictable
         while num_blocks > 0:
             entry, blocks = next(iter(evictable.items()))
             if isinstance(entry, int):
-                taken = min(blocks, num_blocks)
-                if taken == blocks:
-                    self._forget(entry)
+                taken = min(blocks, num_blocks) if entry in self._run_of else blocks
+                if taken == blocks and entry in self._run_of:
+                    del self._runs[self._run_of.pop(entry)]
             else:
                 taken = self._shorten(entry, num_blocks)
             if taken < blocks:
@@ -310,9 +330,3 @@ class KVCache:
         if not segment.num_units:
             del self._segments[segment.keys[0]]
         return (end - segment.num_units) * self.unit_blocks
-
-    def _forget(self, entry: int) -> None:
-        for whose, run in self._runs.items():
-            if run.entry == entry:
-                del self._runs[whose]
-                return
