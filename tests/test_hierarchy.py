@@ -17,7 +17,7 @@ from mist.memory.hierarchy import Found, Hierarchy, expected_ns, exposed_ns
 from mist.memory.kv_cache import KVCache
 from mist.memory.tier import MemoryTier, Tier
 from mist.request import Task
-from mist.scenario.build import random_of
+from mist.scenario.seeds import random_of
 from mist.units import GB, KIB, MIB
 
 UNIT = 16

@@ -146,14 +146,14 @@ def miscount_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lose_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    after(monkeypatch, Coordinator, "_arrive", lambda result, coordinator, index, now: coordinator.in_system.popitem())
+    after(monkeypatch, Coordinator, "_begin", lambda result, coordinator, *_: coordinator.in_system.popitem())
 
 
 def count_an_arrival_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     def count(result: Any, coordinator: Coordinator, *_: Any) -> None:
         coordinator.num_arrived += 1
 
-    after(monkeypatch, Coordinator, "_arrive", count)
+    after(monkeypatch, Coordinator, "_begin", count)
 
 
 def idle_with_work(monkeypatch: pytest.MonkeyPatch) -> None:

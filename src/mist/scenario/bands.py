@@ -48,16 +48,16 @@ def expected_error(scenario: Scenario, name: str, perf: str = "", *, saturated: 
     return found | {"points": band["points"], "errors": errors, "statement": " ".join(sentences)}
 
 
-def _unvalidated(scenario: Scenario, name: str, band: Mapping[str, Any] | None) -> str:
+def _unvalidated(scenario: Scenario, pool_name: str, band: Mapping[str, Any] | None) -> str:
     """Why no band is of this pool; "" where one is."""
-    pool = scenario.pools[name]
+    pool = scenario.pools[pool_name]
     engine, device = pool.engine.name, pool.device.name
     for kind, name, value in (("engines", engine, pool.engine), ("devices", device, pool.device)):
         if not _is_shipped(kind, name, value):
             return f"{name} is not as it ships"
     if band is None:
         return f"no checked point of {engine} on {device}"
-    beyond = [*_beyond(pool), *_around(scenario, name)]
+    beyond = [*_beyond(pool), *_around(scenario, pool_name)]
     return f"there is no band for {', '.join(beyond)}" if beyond else ""
 
 
