@@ -23,6 +23,7 @@ from mist.perf import Demand, HostModel, PerfModel
 from mist.records import CUT, DONE, DROPPED, PREEMPTED, Records
 from mist.request import DECODE, PREFILL, Batch, ClientView, StageResult, Step, Task, Wait
 from mist.residents import Residents
+from mist.span import run_span
 from mist.speculation import Speculation, SpeculativeCohort
 
 #: what a step of decodes alone computes
@@ -96,9 +97,9 @@ class Client:
         #: cancelled while the step in flight computes for them
         self._cancelled: list[Task] = []
         #: step of the cohort -> decodes that begin with a thought and whose first visible token it generates
-        self._shown_at: dict[int, list[Task]] = {}
+        self.shown_at: dict[int, list[Task]] = {}
         self._kv_used = 0
-        self._append_step = records.steps.append
+        self.append_step = records.steps.append
         self._append_task = records.tasks.append
         self.runs_model = not hasattr(perf, "demand")
         #: the host whose cores and memory its steps share with others, and what they ask of it
@@ -130,6 +131,10 @@ class Client:
         """Start the next step at `now`; run ahead of the clock while nothing can reach this client."""
         kernel = self.kernel
         while True:
+            if self._has_span():
+                now = run_span(self, now)
+                if now < 0:
+                    return
             if not self.begin_step(now):
                 return
             end = now + self.price_step()
@@ -141,6 +146,20 @@ class Client:
                 return
             self.finish_step(end)
             now = end
+
+    def _has_span(self) -> bool:
+        """Whether the next steps are decodes alone, and nobody watches them, or shares their host or their drafts."""
+        if self.watcher is not None or self.shares is not None or self.num_drafts or self.front_end.unseen:
+            return False
+        if self.merges_shared_reads or not self._only_decodes():
+            return False
+        return self.offload is None or not self.offload.waiting
+
+    def begun(self, now: int, kv_used: int) -> None:
+        """A step of decodes alone is in flight since `now`, on `kv_used` blocks."""
+        self.now, self._kv_used = now, kv_used
+        self.idle, self._chunks = False, []
+        self.residents.decodes_grown()
 
     def _has_waiting_fetches(self) -> bool:
         """Of a client that emits, as every one does that fetches."""
@@ -227,7 +246,7 @@ class Client:
     def finish_step(self, now: int) -> None:
         """The step in flight ends at `now`: its tokens exist, tasks move on."""
         step, residents = self.step, self.residents
-        self._append_step(
+        self.append_step(
             (self.index, self.now, now, len(step.chunks), step.num_prefill_tokens, step.num_decodes,
              step.decode_context, self._kv_used, len(residents.waiting) + len(residents.handed_over))
         )  # fmt: skip
@@ -235,7 +254,7 @@ class Client:
             self.watcher.step_finished(self, now)
         if step.num_decodes:
             finished = residents.decode_step_done()
-            if self._shown_at:
+            if self.shown_at:
                 self._show(now)
             if finished is not None:
                 for task in finished:
@@ -402,11 +421,11 @@ class Client:
         cohort.join(task, num_tokens)
         to_first = task.stage.hidden_tokens + 1 - task.generated_tokens
         if task.stage.hidden_tokens and 0 < to_first <= num_tokens:
-            self._shown_at.setdefault(cohort.step_of(task, to_first), []).append(task)
+            self.shown_at.setdefault(cohort.step_of(task, to_first), []).append(task)
 
     def _show(self, now: int) -> None:
         """The decode step that is over may have generated first visible tokens; some of those meant here are gone."""
-        for task in self._shown_at.pop(self.residents.cohort.step, ()):
+        for task in self.shown_at.pop(self.residents.cohort.step, ()):
             is_here = self.residents.running.get(task.admission) is task and task.join_step >= 0
             if is_here and task.stage.seen_by_user(task.generated_tokens + self.residents.cohort.generated(task)):
                 task.request.show(now)

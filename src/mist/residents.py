@@ -224,6 +224,10 @@ class Residents:
         del self.prefilling_tasks[task.admission]
         return True
 
+    def decodes_grown(self) -> None:
+        """All decodes have blocks for the step that begins."""
+        self._grown = True
+
     def decode_step_done(self) -> list[Task] | None:
         """Everybody in the cohort has one token more; the tasks that have generated their last one, or None."""
         self._grown = False
