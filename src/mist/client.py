@@ -104,6 +104,8 @@ class Client:
         self.runs_model = not hasattr(perf, "demand")
         #: the host whose cores and memory its steps share with others, and what they ask of it
         self.shares: Host | None = None
+        #: what a model may have for steps of decodes alone
+        self._tabled: Callable[[int], Callable[[int], int] | None] | None = getattr(perf, "decode_time", None)
         self.demand_of: Callable[[Step], Demand] = getattr(perf, "demand", no_demand)
         self.stage_kinds = {kind: i for i, kind in enumerate(records.stage_kinds)}
         self._overlapped = engine.overlapped
@@ -154,6 +156,19 @@ class Client:
         if self.merges_shared_reads or not self._only_decodes():
             return False
         return self.offload is None or not self.offload.waiting
+
+    def decode_time(self, num_decodes: int) -> Callable[[int], int]:
+        """Device time, ns, of steps of so many decodes alone, by the sum of their contexts, the new tokens included."""
+        time = self._tabled(num_decodes) if self._tabled is not None else None
+        if time is not None:
+            return time
+        step, step_time = self.step, self.perf.step_time
+
+        def of_step(context: int) -> int:
+            step.decode_context = context
+            return step_time(step)
+
+        return of_step
 
     def begun(self, now: int, kv_used: int) -> None:
         """A step of decodes alone is in flight since `now`, on `kv_used` blocks."""

@@ -23,7 +23,8 @@ def run_span(client: Client, now: int) -> int:
     count, number, context = cohort.count, cohort.step, cohort.sum_context
     boundary, size, free, used = cohort.boundary, cohort.block_size, kv.free, kv.used
     calendar, shown_at, horizon = cohort.calendar, client.shown_at, client.kernel.horizon()
-    step_time, append, index = client.perf.step_time, client.append_step, client.index
+    append, index = client.append_step, client.index
+    time = client.decode_time(count)
     num_waiting = len(residents.waiting)
     step.num_decodes = step.num_sampled = count
     step.num_prefill_tokens = 0
@@ -37,8 +38,8 @@ def run_span(client: Client, now: int) -> int:
             break
         free -= needed
         used += needed
-        step.decode_context = attended = context + count
-        device = step_time(step)
+        attended = context + count
+        device = time(attended)
         took = (host if host > device else device) if overlapped else host + device
         end = now + (took if took > 1 else 1)
         if end >= horizon:
@@ -49,6 +50,7 @@ def run_span(client: Client, now: int) -> int:
     cohort.step, cohort.sum_context, kv.free = number, context, free
     if not is_in_flight:
         return now
+    step.decode_context = attended
     client.begun(now, used)
     client.kernel.step_ends(client, end)
     return -1

@@ -84,7 +84,8 @@ class KVCache:
 
     __slots__ = (
         "_dead", "_evictable", "_next_run", "_run_of", "_runs", "_segments", "block_size", "cached", "free",
-        "hash_block_size", "holds_stated_hits", "num_blocks", "on_evict", "prefix_caching", "unit_blocks", "watermark_blocks",
+        "hash_block_size", "holds_stated_hits", "num_blocks", "on_evict", "prefix_caching", "unit_blocks",
+        "watermark_blocks",
     )  # fmt: skip
 
     def __init__(

@@ -192,6 +192,9 @@ class PerfModel(Protocol):
     parallelism it is one group's part of a common step: what the groups share (experts, and how tokens reach them)
     takes what `shared_tokens` per group take, everything else what the group's own tokens do. So the longest part is
     the common step. Without `shared_tokens` the others have as many tokens.
+
+    One may have `decode_time(num_decodes)` too, which gives `step_time` of decodes alone as a function of the sum of
+    their contexts, or None: most steps are such, and it can look up beforehand what all of them share.
     """
 
     def supports(self, deployment: Deployment) -> str | None:

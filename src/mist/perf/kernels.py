@@ -7,6 +7,7 @@ step from lists. What isn't measured a fallback prices, operator by operator; it
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -153,6 +154,28 @@ class Kernels:
             self._attention_ns[ROOFLINE] += idle_ns
             ns += idle_ns
         return int(ns) + 1
+
+    def decode_time(self, num_decodes: int) -> Callable[[int], int] | None:
+        """`step_time` of steps of so many decodes alone, by Σ context; None where it isn't of one table each."""
+        dense, classifier, by_origin = self._dense, self._classifier, self._attention_ns
+        if self._shared or self._decode_rows or self._is_eager or len(self._decode_lists) != 1:
+            return None
+        ((window, rows, nodes, _, _),) = self._decode_lists
+        if window or num_decodes >= min(len(rows), len(dense.ns), len(classifier.ns)):
+            return None
+        times, rates, origins = rows[num_decodes]
+        fixed_ns = dense.ns[num_decodes] + classifier.ns[num_decodes]
+        dense_uses, classifier_uses = dense.uses, classifier.uses
+
+        def time(context: int) -> int:
+            dense_uses[num_decodes] += 1
+            classifier_uses[num_decodes] += 1
+            k = bisect_right(nodes, context) - 1
+            attention_ns = times[k] + (context - nodes[k]) * rates[k]
+            by_origin[origins[k]] += attention_ns
+            return int(fixed_ns + attention_ns) + 1
+
+        return time
 
     def explain(self, step: Step) -> list[OperatorTime]:
         """The operators of `step` in order, and last what the host adds where it launches every kernel itself.

@@ -6,7 +6,7 @@ classifier by rows, attention from sums. It never models the engine's host time,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -136,6 +136,22 @@ class Roofline:
         if self._is_eager:
             ns = max(ns, self._eager_ns(StepSums.of(step)))
         return int(ns) + 1
+
+    def decode_time(self, num_decodes: int) -> Callable[[int], int] | None:
+        """`step_time` of steps of so many decodes alone, by Σ context; None where it isn't of one kind of attention."""
+        if self._shared or self._is_eager or len(self._decode) != 1:
+            return None
+        ((window, flop, kv, row),) = self._decode
+        if window or num_decodes >= min(len(self._dense), len(self._classifier), len(self._decode_rows)):
+            return None
+        fixed_ns = self._dense[num_decodes] + self._classifier[num_decodes] + self._decode_rows[num_decodes]
+        rows_ns = num_decodes * row
+
+        def time(context: int) -> int:
+            memory, compute = context * kv + rows_ns, context * flop
+            return int(fixed_ns + (memory if memory > compute else compute)) + 1
+
+        return time
 
     def floor_time(self, step: Step) -> int:
         """max(FLOP / peak, bytes / bandwidth) of the whole step, ns, rounded down.
