@@ -99,7 +99,7 @@ class Client:
         #: step of the cohort -> decodes that begin with a thought and whose first visible token it generates
         self.shown_at: dict[int, list[Task]] = {}
         self._kv_used = 0
-        self.append_step = records.steps.append
+        self._append_step, self.append_steps = records.steps.append, records.steps.extend
         self._append_task = records.tasks.append
         self.runs_model = not hasattr(perf, "demand")
         #: the host whose cores and memory its steps share with others, and what they ask of it
@@ -261,7 +261,7 @@ class Client:
     def finish_step(self, now: int) -> None:
         """The step in flight ends at `now`: its tokens exist, tasks move on."""
         step, residents = self.step, self.residents
-        self.append_step(
+        self._append_step(
             (self.index, self.now, now, len(step.chunks), step.num_prefill_tokens, step.num_decodes,
              step.decode_context, self._kv_used, len(residents.waiting) + len(residents.handed_over))
         )  # fmt: skip

@@ -23,8 +23,8 @@ def run_span(client: Client, now: int) -> int:
     count, number, context = cohort.count, cohort.step, cohort.sum_context
     boundary, size, free, used = cohort.boundary, cohort.block_size, kv.free, kv.used
     calendar, shown_at, horizon = cohort.calendar, client.shown_at, client.kernel.horizon()
-    append, index = client.append_step, client.index
-    time = client.decode_time(count)
+    time, index = client.decode_time(count), client.index
+    rows: list[int] = []
     num_waiting = len(residents.waiting)
     step.num_decodes = step.num_sampled = count
     step.num_prefill_tokens = 0
@@ -45,8 +45,10 @@ def run_span(client: Client, now: int) -> int:
         if end >= horizon:
             is_in_flight = True
             break
-        append((index, now, end, 0, 0, count, attended, used, num_waiting))
+        rows += (index, now, end, 0, 0, count, attended, used, num_waiting)
         number, context, now = number + 1, attended, end
+    if rows:
+        client.append_steps(rows)
     cohort.step, cohort.sum_context, kv.free = number, context, free
     if not is_in_flight:
         return now
