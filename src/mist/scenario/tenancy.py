@@ -28,6 +28,7 @@ class Tenancy:
     stages: tuple[str, ...]
     clients: tuple[str, ...] | None = None
     priority: int = 0
+    admission: tuple[Spec, ...] = ()
 
     @property
     def place(self) -> KeyPath:
@@ -42,12 +43,15 @@ class Tenancy:
 def tenancies(file: ScenarioFile) -> Mapping[str, Tenancy]:
     """The tenants of a scenario by name; its pipeline and SLO are those of all that have none of their own."""
     if file.workload is not None:
-        return {SOLE: Tenancy(SOLE, file.workload, file.pipeline, file.slo, _stages(file.pipeline))}
+        stages, admission = _stages(file.pipeline), tuple(file.admission)
+        return {SOLE: Tenancy(SOLE, file.workload, file.pipeline, file.slo, stages, admission=admission)}
     found = {}
     for name, given in file.tenants.items():
         pipeline, slo = given.pipeline or file.pipeline, file.slo if given.slo is None else given.slo
         clients = None if given.clients is None else tuple(given.clients)
-        found[name] = Tenancy(name, given.workload, pipeline, slo, _stages(pipeline), clients, given.priority)
+        admission = tuple(file.admission if given.admission is None else given.admission)
+        stages = _stages(pipeline)
+        found[name] = Tenancy(name, given.workload, pipeline, slo, stages, clients, given.priority, admission)
     return found
 
 
