@@ -124,13 +124,11 @@ class Prices:
         self._per_decode = (many - one) / (num_seqs - 1) - self._per_context
         self._base = one - self._per_decode - self._per_context
         self._chunk_ns = _step_ns(client, Step(chunks=[(chunk, 0)], num_prefill_tokens=chunk, num_sampled=1))
-        self._cohort = client.residents.cohort
         self._decodes = DECODE in client.serves or PREFILL not in client.serves
 
-    def fill(self, view: ClientView) -> None:
-        """The prices at the load of now."""
-        cohort = self._cohort
-        beside = self._per_decode * cohort.count + self._per_context * cohort.sum_context
+    def fill(self, view: ClientView, num_decodes: int, context: int) -> None:
+        """The prices with so many decodes, of so many tokens of context together."""
+        beside = self._per_decode * num_decodes + self._per_context * context
         view.chunk_tokens = self._chunk_tokens
         view.chunk_ns = round(self._chunk_ns + beside)
         view.decode_ns = max(1, round(self._base + beside + self._per_decode)) if self._decodes else 0

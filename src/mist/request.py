@@ -337,8 +337,8 @@ class ClientView:
 
     Those after `kv_blocks` are told to policies that say in their `needs` that they read them: `num_decodes`, running,
     waiting or under way; `longest_decode`, the most steps that any task still decodes, as predicted (`oracle_`: in
-    truth, for policies that say so in their names); `chunk_ns`, a step with a chunk of `chunk_tokens` beside the
-    decodes of now; `decode_ns`, a step with one decode more than now,
+    truth, for policies that say so in their names); `chunk_ns`, a step with a chunk of `chunk_tokens` beside
+    these decodes; `decode_ns`, a step with one decode more,
     0 where prefills are all that is served.
     """
 

@@ -88,12 +88,13 @@ class _Outlook:
 
     def fill(self, view: ClientView) -> None:
         """Bring the fields up to date."""
-        if self._counts_decodes:
+        if self._counts_decodes or self._prices is not None:
             residents, incoming = self._client.residents, self._client.front_end.incoming
-            view.num_decodes = residents.cohort.count + len(residents.handed_over)
-            view.num_decodes += sum(not task.remaining_tokens for task in incoming)
-        if self._prices is not None:
-            self._prices.fill(view)
+            coming = [*residents.handed_over, *(task for task in incoming if not task.remaining_tokens)]
+            view.num_decodes = residents.cohort.count + len(coming)
+            if self._prices is not None:
+                context = residents.cohort.sum_context + sum(task.target_tokens for task in coming)
+                self._prices.fill(view, view.num_decodes, context)
         if self._predicted is not None:
             view.longest_decode = self._predicted.num_steps()
         if self._true is not None:

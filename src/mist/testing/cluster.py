@@ -259,7 +259,7 @@ class SmallScenario:
     def play(
         self, policy: Callable[..., BatchingPolicy] = Chunked, workload: RequestTable | None = None, **arguments: Any
     ) -> Run:
-        """Run it, or `workload`, with `policy(max_num_seqs=..., max_num_batched_tokens=...)` on each client; see `play`."""
+        """Run it (or `workload`) with `policy(max_num_seqs=..., max_num_batched_tokens=...)` per client; see `play`."""
         limits = {"max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": self.max_num_batched_tokens}
         for name in ("num_blocks", "block_size", "unit_tokens", "caching", "watermark"):
             arguments.setdefault(name, getattr(self, name))

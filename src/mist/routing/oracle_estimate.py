@@ -15,9 +15,9 @@ from mist.registry import register
 from mist.request import ClientView, Task
 
 
-@register("routing", "oracle_runtime_estimate")
+@register("routing", "oracle_estimate")
 @dataclass
-class OracleRuntimeEstimate:
+class OracleEstimate:
     """As `runtime_estimate`, of true lengths: those of what is on the client and of the task itself."""
 
     needs: ClassVar[frozenset[str]] = PRICES | {"oracle_longest_decode"}
