@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from math import ceil
 
 from mist.client import Client
-from mist.request import DECODE, PREFILL, Branch, ClientView, Step, Task
+from mist.request import DECODE, Branch, ClientView, Step, Task
 
 
 def predicted_tokens(task: Task) -> int:
@@ -103,7 +103,7 @@ class LongestDecode:
 
 
 class Prices:
-    """What steps of a client take, from four that its performance model explains before the run.
+    """What steps of a client and its like take, from four that its performance model explains before the run.
 
     A decode step is taken to be linear in its sequences and their context, and a chunk to add what it takes alone.
     """
@@ -124,14 +124,13 @@ class Prices:
         self._per_decode = (many - one) / (num_seqs - 1) - self._per_context
         self._base = one - self._per_decode - self._per_context
         self._chunk_ns = _step_ns(client, Step(chunks=[(chunk, 0)], num_prefill_tokens=chunk, num_sampled=1))
-        self._decodes = DECODE in client.serves or PREFILL not in client.serves
 
     def fill(self, view: ClientView, num_decodes: int, context: int) -> None:
         """The prices with so many decodes, of so many tokens of context together."""
         beside = self._per_decode * num_decodes + self._per_context * context
         view.chunk_tokens = self._chunk_tokens
         view.chunk_ns = round(self._chunk_ns + beside)
-        view.decode_ns = max(1, round(self._base + beside + self._per_decode)) if self._decodes else 0
+        view.decode_ns = max(1, round(self._base + beside + self._per_decode))
 
 
 def _step_ns(client: Client, step: Step) -> int:

@@ -12,7 +12,7 @@ from copy import copy
 from mist.client import Client
 from mist.forecast import LongestDecode, Prices, predicted_tokens, true_tokens
 from mist.load import PRICES
-from mist.request import ClientView, Task
+from mist.request import DECODE, PREFILL, ClientView, Task
 
 
 class Views:
@@ -26,6 +26,8 @@ class Views:
     def __init__(self, refresh_ns: int = 0) -> None:
         self._refresh_ns = refresh_ns
         self._outlooks: dict[int, _Outlook] = {}
+        #: by performance model, which the replicas of a pool have in common
+        self._prices: dict[int, Prices] = {}
         #: by client, the period that its view is of, and the view
         self._seen: dict[int, tuple[int, ClientView]] = {}
 
@@ -33,7 +35,10 @@ class Views:
         """`policy` will look at `clients`: from now on their views tell what it `needs`."""
         needs: frozenset[str] = getattr(policy, "needs", frozenset())
         for client in clients if needs else ():
-            self._outlooks.setdefault(client.index, _Outlook(client)).ask(needs)
+            if needs & PRICES and client.runs_model and id(client.perf) not in self._prices:
+                self._prices[id(client.perf)] = Prices(client)
+            outlook = self._outlooks.setdefault(client.index, _Outlook(client))
+            outlook.ask(needs, self._prices.get(id(client.perf)))
 
     def of(self, clients: Sequence[Client], now: int) -> list[ClientView]:
         """The views of `clients`, in their order."""
@@ -66,16 +71,17 @@ class _Outlook:
 
     def __init__(self, client: Client) -> None:
         self._client = client
+        self._only_prefills = PREFILL in client.serves and DECODE not in client.serves
         self._counts_decodes = False
         self._prices: Prices | None = None
         self._predicted: LongestDecode | None = None
         self._true: LongestDecode | None = None
 
-    def ask(self, needs: frozenset[str]) -> None:
+    def ask(self, needs: frozenset[str], prices: Prices | None) -> None:
         client = self._client
         self._counts_decodes |= "num_decodes" in needs
-        if self._prices is None and needs & PRICES and client.runs_model:
-            self._prices = Prices(client)
+        if needs & PRICES:
+            self._prices = prices
         if self._predicted is None and "longest_decode" in needs:
             self._predicted = LongestDecode(client, predicted_tokens)
         if self._true is None and "oracle_longest_decode" in needs:
@@ -95,6 +101,8 @@ class _Outlook:
             if self._prices is not None:
                 context = residents.cohort.sum_context + sum(task.target_tokens for task in coming)
                 self._prices.fill(view, view.num_decodes, context)
+                if self._only_prefills:
+                    view.decode_ns = 0
         if self._predicted is not None:
             view.longest_decode = self._predicted.num_steps()
         if self._true is not None:
