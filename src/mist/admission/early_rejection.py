@@ -22,8 +22,8 @@ class EarlyRejection:
     """Turn away who would wait for its first token longer than `ttft_s`, or decode slower than `tpot_s`.
 
     TTFT: (tokens pending + the prompt) x the time per token of a full chunk beside the decodes of now. TPOT: a decode
-    step with one sequence more. Both on the best client of the stage. Source: Qin et al., "Mooncake" (FAST 2025,
-    section 7), early rejection by load.
+    step with one sequence more. Both on the best client of the stage. Source: early rejection in Qin et al.,
+    "Mooncake" (arXiv 2407.00079, section 7), with estimates of its own.
     """
 
     ttft_s: float | None = None
