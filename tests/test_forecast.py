@@ -125,6 +125,18 @@ def test_a_look_costs_what_came_not_what_is_there() -> None:
     assert calls < 6 * 500
 
 
+def test_who_has_left_is_forgotten_though_longer_ones_stay() -> None:
+    """Two decodes stay to the end, beneath which 2,000 short ones come and go."""
+    workload = table([0, 0, *range(1000, 2_001_000, 1000)], [1] * 2002, [2500, 2500] + [2] * 2000)
+    workload.sizes["predicted_output_tokens"] = workload.output_tokens
+    run = play(workload, num_clients=2, router=RuntimeEstimate(), ledger=False, policy=lambda: Chunked(4096, 512))
+    for outlook in run.coordinator.views._outlooks.values():
+        longest = outlook._predicted
+        assert longest is not None
+        assert longest._num_pushed > 500
+        assert len(longest._before) + len(longest._decoding) < 300
+
+
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_prices_of_steps_that_are_linear_are_exact(overlapped: bool) -> None:
     """A chunk beside the decodes of now, and a step with one decode more, as the client would price them."""

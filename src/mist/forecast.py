@@ -7,7 +7,7 @@ never O(batch); nothing here is told of steps, and nothing changes a client.
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import ceil
 
 from mist.client import Client
@@ -41,6 +41,7 @@ class LongestDecode:
         speculation = getattr(client.residents.cohort, "speculation", None)
         self._tokens_per_step: float = speculation.tokens_per_step if speculation else 1
         self._num_pushed = 0
+        self._max_num_kept = 64
         self._num_preemptions = 0
 
     def came(self, task: Task) -> None:
@@ -48,6 +49,8 @@ class LongestDecode:
         if task.branch is not None and (task.generates or self._decodes_here):
             self._num_pushed += 1
             heappush(self._before, (-self._left(task), self._num_pushed, task.branch))
+            if len(self._before) + len(self._decoding) > self._max_num_kept:
+                self._prune()
 
     def num_steps(self) -> int:
         """Of the longest one, 0 where there is none, or where all have outlived their lengths."""
@@ -93,9 +96,21 @@ class LongestDecode:
         for _, _, task in decoding:
             self.came(task)
 
+    def _prune(self) -> None:
+        """Forget whoever has left beneath a longer one; what is kept may double before the next time."""
+        running = self._client.residents.running
+        self._before = [each for each in self._before if self._is_here(each[2])]
+        self._decoding = [each for each in self._decoding if running.get(each[2].admission) is each[2]]
+        heapify(self._before)
+        heapify(self._decoding)
+        self._max_num_kept = 64 + 2 * (len(self._before) + len(self._decoding))
+
+    def _is_here(self, branch: Branch) -> bool:
+        is_wanted = not branch.is_over and not branch.is_cancelled and not branch.request.rejected_for
+        return is_wanted and branch.client == self._client.index
+
     def _task_here(self, branch: Branch) -> Task | None:
-        is_here = branch.client == self._client.index and not branch.is_over and not branch.is_cancelled
-        return branch.task if is_here and not branch.request.rejected_for else None
+        return branch.task if self._is_here(branch) else None
 
     def _left(self, task: Task) -> int:
         """Tokens from its join on, or from now where it hasn't joined."""

@@ -108,7 +108,8 @@ class Tenant:
     def ask(self, views: Views) -> None:
         """Its routers and admission policies will look at its clients."""
         for route in self.routes.values():
-            for policy in (route.router, *self.admission):
+            choosing = [route.router] if len(route.clients) > 1 else []
+            for policy in (*choosing, *self.admission):
                 views.ask(route.clients, policy)
 
     def refuses(self, request: Request, views: Views, now: int, *, before_decode: bool = False) -> str:
