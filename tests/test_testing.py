@@ -8,6 +8,9 @@ from typing import Any, ClassVar
 import pytest
 
 from kit import LinearSteps
+from mist.admission.early_rejection import EarlyRejection
+from mist.admission.max_waiting import MaxWaiting
+from mist.admission.rate_limit import RateLimit
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
 from mist.errors import InvariantError
@@ -20,8 +23,10 @@ from mist.pipeline.model_router import ModelRouter
 from mist.pipeline.stages import StageList
 from mist.registry import lookup, names
 from mist.request import Batch, Stage, Wait
+from mist.routing.least_loaded import LeastLoaded
 from mist.routing.least_outstanding import LeastOutstanding
 from mist.testing import (
+    AdmissionContract,
     BatchingContract,
     EvictionContract,
     OrderContract,
@@ -34,6 +39,7 @@ from mist.testing import (
 CONTRACTS = {
     "batching": (BatchingContract, "policy"),
     "routing": (RoutingContract, "router"),
+    "admission": (AdmissionContract, "admission"),
     "pipeline": (PipelineContract, "pipeline"),
     "perf": (PerfModelContract, "model"),
     "eviction": (EvictionContract, "policy"),
@@ -44,6 +50,10 @@ COMPLETE: dict[str, Any] = {
     "ttl": partial(TTL, 100),
     "beam": partial(Beam, width=2, expansion=2, rounds=1, round_tokens=4),
     "cascade": partial(Cascade, escalate=0.4),
+    "least_loaded": partial(LeastLoaded, "tokens_in_process"),
+    "early_rejection": partial(EarlyRejection, ttft_s=2e-6, tpot_s=1.1e-6),
+    "max_waiting": partial(MaxWaiting, 1),
+    "rate_limit": partial(RateLimit, 1e6, 2),
     "model_router": partial(ModelRouter, probability={"small": 0.6}),
 }
 
@@ -77,7 +87,9 @@ def test_what_ships_keeps_its_contract(kind: str, name: str, check: str) -> None
     implementation = COMPLETE.get(name, lookup(kind, name))
     if kind == "perf" and (problem := implementation().supports(small_deployment())):
         pytest.skip(problem)  # needs data or a fallback; its own tests bring them
-    getattr(suite(kind, implementation), check)()
+    checked = suite(kind, implementation)
+    checked.oracle = name.startswith("oracle_")
+    getattr(checked, check)()
 
 
 def test_the_made_up_performance_model_keeps_the_contract() -> None:

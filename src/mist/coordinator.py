@@ -33,6 +33,7 @@ from mist.request import (
 )
 from mist.residents import share_prefix
 from mist.tenant import Tenant
+from mist.views import Views
 
 
 class Coordinator:
@@ -46,6 +47,7 @@ class Coordinator:
         clients: Sequence[Client],
         network: Network,
         tenants: Sequence[Tenant],
+        views: Views | None = None,
     ) -> None:
         self.kernel = kernel
         self.records = records
@@ -53,6 +55,10 @@ class Coordinator:
         self.network = network
         self.tenants = tenants
         self.delays = Delays(kernel, records, self._delay_ended)
+        #: what routers and admission policies see of the clients
+        self.views = views or Views()
+        for tenant in tenants:
+            tenant.ask(self.views)
         self.in_system: dict[int, Request] = {}
         #: called with the number of requests that have left, now and then
         self.on_progress: Callable[[int], None] | None = None
@@ -76,6 +82,9 @@ class Coordinator:
     def _begin(self, tenant: Tenant, request: Request, now: int) -> None:
         self.in_system[request.index] = request
         self.num_arrived += 1
+        if tenant.admission and (reason := tenant.refuses(request, self.views, now)):
+            self._leave(request, REJECTED, now, reason)
+            return
         index = request.index - tenant.first_request
         branch = Branch(request, tenant.pipeline(request, lambda: tenant.rng_of(index)), now)
         self._start(branch, None, None, now)
@@ -233,6 +242,8 @@ class Coordinator:
 
         Those that go on with one context go together, and it is sent once.
         """
+        if self._turned_away(followings, client, now):
+            return False
         there = self._choose(followings[0], now)
         expected = []
         for following in followings:
@@ -249,6 +260,16 @@ class Coordinator:
                           transfer, now)  # fmt: skip
         return True
 
+    def _turned_away(self, followings: Sequence[Task], client: Client, now: int) -> bool:
+        """Whether admission, asked again, refuses these decodes, which are then rejected."""
+        request = followings[0].request
+        tenant = self.tenants[request.tenant]
+        reason = tenant.admission and tenant.refuses(request, self.views, now, before_decode=True)
+        for following in followings if reason else ():
+            if not following.branch.is_cancelled:  # type: ignore[union-attr]
+                self.rejected(following, client, str(reason), now)
+        return bool(reason)
+
     def _handed_over(self, transfer: tuple[Any, ...], now: int) -> None:
         task, here, there, *followings = transfer
         here.sent(task)
@@ -262,14 +283,15 @@ class Coordinator:
         if route is None or not route.clients:
             raise InvariantError(f"the pipeline yielded a stage {kind!r} that it did not announce")
         candidates = route.clients
-        if len(candidates) == 1:
-            return candidates[0]
-        views = [candidate.refresh_view() for candidate in candidates]
-        chosen = route.router.choose(task, views, now)
-        if not isinstance(chosen, ClientView) or self.clients[chosen.index] not in candidates:
-            name = type(route.router).__name__
-            raise InvariantError(f"{name} chose {chosen!r} for request {task.request.index}: none of its choices")
-        return self.clients[chosen.index]
+        there = candidates[0]
+        if len(candidates) > 1:
+            chosen = route.router.choose(task, self.views.of(candidates, now), now)
+            if not isinstance(chosen, ClientView) or self.clients[chosen.index] not in candidates:
+                name = type(route.router).__name__
+                raise InvariantError(f"{name} chose {chosen!r} for request {task.request.index}: none of its choices")
+            there = self.clients[chosen.index]
+        self.views.placed(task, there)
+        return there
 
     # --- requests leave ---
 

@@ -28,6 +28,7 @@ HOMES = {
     "batching": "mist.batching",
     "order": "mist.batching.orders",
     "routing": "mist.routing",
+    "admission": "mist.admission",
     "perf": "mist.perf",
     "eviction": "mist.memory.eviction",
 }

@@ -402,7 +402,14 @@ class Step:
 
 @dataclass(slots=True)
 class ClientView:
-    """What a router may know of a client: counts of tasks and tokens, never the true output lengths."""
+    """What a router may know of a client: counts of tasks and tokens, never the true output lengths.
+
+    Those after `kv_blocks` are told to policies that say in their `needs` that they read them: `num_decodes`, running,
+    waiting or under way; `longest_decode`, the most steps that any task still decodes, as predicted (`oracle_`: in
+    truth, for policies that say so in their names); `chunk_ns`, a step with a chunk of `chunk_tokens` beside
+    these decodes; `decode_ns`, a step with one decode more,
+    0 where prefills are all that is served.
+    """
 
     index: int
     name: str
@@ -413,3 +420,9 @@ class ClientView:
     decode_context: int = 0
     kv_blocks_used: int = 0
     kv_blocks: int = 0
+    num_decodes: int = 0
+    longest_decode: int = 0
+    oracle_longest_decode: int = 0
+    chunk_tokens: int = 0
+    chunk_ns: int = 0
+    decode_ns: int = 0

@@ -12,11 +12,13 @@ from itertools import pairwise
 
 import numpy as np
 
+from mist.admission import AdmissionPolicy
 from mist.client import Client
 from mist.kernel import Kernel
 from mist.pipeline import PipelineFactory
 from mist.request import DECODE, NO_DEADLINE, Request
 from mist.routing import RoutingPolicy
+from mist.views import Views
 from mist.workload import RequestTable
 
 _NO_SIZES: Mapping[str, int] = {}
@@ -35,8 +37,9 @@ class Tenant:
     pipeline asks.
 
     `priority` (lower first) and `deadline_after_ns` (from arrival) are those of its requests, unless their sizes tell
-    others. `index`: its place among the tenants. `first_request` and `first_session`: the number of its first ones in
-    the run, where those of tenants before it come first.
+    others. A request is let in if no policy of `admission` refuses it. `index`: its place among the tenants.
+    `first_request` and `first_session`: the number of its first ones in the run, where those of tenants before it come
+    first.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Tenant:
         *,
         priority: int = 0,
         deadline_after_ns: int = NO_DEADLINE,
+        admission: Sequence[AdmissionPolicy] = (),
         index: int = 0,
         first_request: int = 0,
         first_session: int = 0,
@@ -58,6 +62,7 @@ class Tenant:
         self.rng_of = rng_of
         self.priority = priority
         self.deadline_after_ns = deadline_after_ns
+        self.admission = admission
         self.index = index
         self.first_request = first_request
         self._first_session = first_session
@@ -99,6 +104,22 @@ class Tenant:
             kind in here and (following != DECODE or DECODE not in here)
             for kind, following in pairwise(self.pipeline.kinds)
         )
+
+    def ask(self, views: Views) -> None:
+        """Its routers and admission policies will look at its clients."""
+        for route in self.routes.values():
+            choosing = [route.router] if len(route.clients) > 1 else []
+            for policy in (*choosing, *self.admission):
+                views.ask(route.clients, policy)
+
+    def refuses(self, request: Request, views: Views, now: int, *, before_decode: bool = False) -> str:
+        """Why `request` isn't let in, or isn't let go on to decode elsewhere; "" where it is."""
+        asked = [each for each in self.admission if not before_decode or getattr(each, "asks_before_decode", False)]
+        if not asked:
+            return ""
+        kinds = (DECODE,) if before_decode else tuple(self.routes)
+        seen = {kind: views.of(self.routes[kind].clients, now) for kind in kinds}
+        return next((reason for each in asked if (reason := each.refuses(request, seen, now))), "")
 
     # --- arrivals ---
 

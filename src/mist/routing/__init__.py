@@ -6,6 +6,9 @@ true output length.
 
 from __future__ import annotations
 
+import hashlib
+import random
+import struct
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,8 +16,18 @@ from mist.request import ClientView, Task
 
 
 class RoutingPolicy(Protocol):
-    """Registered under the kind `routing`; a dataclass whose fields are its parameters."""
+    """Registered under the kind `routing`; a dataclass whose fields are its parameters.
+
+    It may have `needs`, a frozenset of fields of a view that are brought up to date only for policies that read them;
+    and `sizes`, the names that it reads of a request's. A parameter `seed` that is None is drawn from the run's seed.
+    """
 
     def choose(self, task: Task, views: Sequence[ClientView], now: int) -> ClientView:
         """One of `views` (never empty), at time `now` in ns."""
         ...
+
+
+def rng_of(seed: int | None, task: Task) -> random.Random:
+    """A generator of this task's own: its draws depend on no other request and on no other choice."""
+    key = struct.pack("<Qqq", seed or 0, task.request.index, task.stage_index)
+    return random.Random(hashlib.blake2b(key, digest_size=8).digest())

@@ -33,6 +33,7 @@ from mist.scenario.tenants import build_tenants, table_notes, tenant_infos
 from mist.scenario.value import Scenario
 from mist.tenant import Tenant
 from mist.units import NS_PER_S, seconds_to_ns
+from mist.views import Views
 from mist.workload import RequestTable
 
 #: called with the requests that have left and the requests of the workload
@@ -59,7 +60,12 @@ def run(
     infos = tenant_infos(scenario, playing)
     window = _window_ns(scenario, [tenant.workload for tenant in playing.values()])
     coordinator = Coordinator(
-        kernel=kernel, records=records, clients=fleet.clients, network=network, tenants=list(tenants.values())
+        kernel=kernel,
+        records=records,
+        clients=fleet.clients,
+        network=network,
+        tenants=list(tenants.values()),
+        views=Views(seconds_to_ns(scenario.view_refresh_s)),
     )
     ledger = Ledger(kernel, coordinator, fleet.clients, records) if check else None
     started = time.perf_counter()

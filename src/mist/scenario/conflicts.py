@@ -29,6 +29,7 @@ def conflicts(scenario: Scenario, file: ScenarioFile) -> Iterator[Located]:
     """What doesn't go together between sections."""
     for tenant in scenario.tenants.values():
         yield from _unserved(scenario, tenant)
+        yield from _inadmissible(tenant, file)
     delays = {stage for tenant in scenario.tenants.values() for stage in tenant.delays}
     for stage in file.routing:
         if stage in delays:
@@ -63,6 +64,17 @@ def _unserved(scenario: Scenario, tenant: Tenancy) -> Iterator[Located]:
             yield (*tenant.place, "pipeline"), Problem(f"{whose} serves the stage {stage!r}", hint=hint)
     if DECODE in tenant.stages and PREFILL not in tenant.stages:
         yield (*tenant.place, "pipeline"), Problem("decode needs a prefill before it", hint="such as [prefill, decode]")
+
+
+def _inadmissible(tenant: Tenancy, file: ScenarioFile) -> Iterator[Located]:
+    """Admission policies that look at the clients of a stage that the tenant hasn't."""
+    given = file.tenants[tenant.name].admission if tenant.name else file.admission
+    place = ("admission",) if given is None else (*tenant.place, "admission")
+    for spec in tenant.admission:
+        for stage in getattr(spec.build(), "stages", ()):
+            if stage not in tenant.stages:
+                message = f"{spec.name} looks at the clients of {stage!r}, and the pipeline has no such stage"
+                yield place, Problem(message, hint=nearest(stage, tenant.stages))
 
 
 def _same_names(scenario: Scenario) -> Iterator[Located]:

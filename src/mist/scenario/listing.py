@@ -16,7 +16,7 @@ from mist.scenario.named import parameters
 from mist.units import GB, GIB
 
 #: the kinds of policies, in the order in which a scenario names them
-POLICIES = ("trace", "arrivals", "lengths", "batching", "order", "routing", "perf", "eviction")
+POLICIES = ("trace", "arrivals", "lengths", "batching", "order", "routing", "admission", "perf", "eviction")
 
 Row = dict[str, Any]
 

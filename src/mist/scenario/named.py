@@ -37,8 +37,8 @@ from mist.errors import Problem, nearest
 #: what a kind of the registry is called in a sentence
 NOUNS = {
     "arrivals": "arrival process", "lengths": "length distribution", "trace": "trace format", "pipeline": "pipeline",
-    "batching": "batching policy", "order": "order", "routing": "routing policy", "perf": "performance model",
-    "eviction": "eviction policy",
+    "batching": "batching policy", "order": "order", "routing": "routing policy",
+    "admission": "admission policy", "perf": "performance model", "eviction": "eviction policy",
 }  # fmt: skip
 
 _PLAIN = (int, float, str, bool, type(None))

@@ -51,9 +51,14 @@ def _of_no_use(scenario: Scenario) -> Iterator[str]:
     orders = [policy.params.get("order") for policy in policies]
     for_orders = ORDER_SIZES if any(order and order.name != "fcfs" for order in orders) else ()
     for tenant in scenario.tenants.values():
+        choosing = [
+            *(scenario.routing[stage] for stage in tenant.stages if stage in scenario.routing),
+            *tenant.admission,
+        ]
+        for_choices = {size for spec in choosing for size in getattr(spec.build(), "sizes", ())}
         known = getattr(tenant.pipeline.build(), "sizes", None)
         told = tenant.workload.sizes or ()
-        unread = [name for name in told if known is not None and name not in (*known, *for_orders)]
+        unread = [name for name in told if known is not None and name not in {*known, *for_orders, *for_choices}]
         if unread:
             where = ".".join((*map(str, tenant.place), "workload.sizes"))
             reads = f"reads {', '.join(known)}" if known else "reads none"

@@ -38,6 +38,10 @@ from mist.workload.trace import find_trace
 Arrivals = Annotated[Spec, SpecOf("arrivals")]
 Lengths = Annotated[Spec, SpecOf("lengths", bare="fixed")]
 Routing = Annotated[Spec, SpecOf("routing")]
+Admission = Annotated[
+    list[Annotated[Spec, SpecOf("admission")]],
+    Short(lambda value: value if isinstance(value, list) else [value]),
+]
 PipelineSpec = Annotated[Spec, SpecOf("pipeline", bare="stages", bare_type="array")]
 
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
@@ -307,6 +311,8 @@ class TenantSection(Section):
     """the lowest number is served first, where a client's batching has order: priority"""
     slo: Slo | None = None
     """service levels of its requests; left out, the scenario's"""
+    admission: Admission | None = None
+    """policies that may turn its requests away as they arrive; left out, the scenario's"""
 
 
 class ScenarioFile(Section):
@@ -328,6 +334,10 @@ class ScenarioFile(Section):
     """memories outside the devices, by name, for `tiers` of clients and for KV stores"""
     routing: Routings = Field(default="least_outstanding", validate_default=True)
     """which replica takes a task: a policy for all stages, or {stage: policy}"""
+    admission: Admission = []  # noqa: RUF012
+    """policies that may turn requests away as they arrive, such as {early_rejection: {ttft_s: 2}}, or a list of them"""
+    view_refresh_s: Seconds = 0.0
+    """routing and admission see the clients as of the period of this length that it is; 0: as of now"""
     network: Network = Network()
     """what lies between the clients"""
     slo: Slo = Slo()

@@ -32,6 +32,7 @@ class Tenancy:
     delays: tuple[str, ...] = ()
     clients: tuple[str, ...] | None = None
     priority: int = 0
+    admission: tuple[Spec, ...] = ()
 
     @property
     def place(self) -> KeyPath:
@@ -46,12 +47,15 @@ class Tenancy:
 def tenancies(file: ScenarioFile) -> Mapping[str, Tenancy]:
     """The tenants of a scenario by name; its pipeline and SLO are those of all that have none of their own."""
     if file.workload is not None:
-        return {SOLE: Tenancy(SOLE, file.workload, file.pipeline, file.slo, *_kinds(file.pipeline))}
+        kinds, admission = _kinds(file.pipeline), tuple(file.admission)
+        return {SOLE: Tenancy(SOLE, file.workload, file.pipeline, file.slo, *kinds, admission=admission)}
     found = {}
     for name, given in file.tenants.items():
         pipeline, slo = given.pipeline or file.pipeline, file.slo if given.slo is None else given.slo
         clients = None if given.clients is None else tuple(given.clients)
-        found[name] = Tenancy(name, given.workload, pipeline, slo, *_kinds(pipeline), clients, given.priority)
+        admission = tuple(file.admission if given.admission is None else given.admission)
+        kinds = _kinds(pipeline)
+        found[name] = Tenancy(name, given.workload, pipeline, slo, *kinds, clients, given.priority, admission)
     return found
 
 

@@ -6,14 +6,16 @@ together. It decides nothing that the scenario doesn't say, and runs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 
 from mist.metrics import TenantInfo
 from mist.records import Records
 from mist.request import DECODE, NO_DEADLINE
 from mist.scenario.fleet import Fleet
-from mist.scenario.seeds import random_of
+from mist.scenario.named import Spec
+from mist.scenario.seeds import random_of, seed_of
 from mist.scenario.tenancy import SOLE, Tenancy
 from mist.scenario.value import Scenario
 from mist.tenant import Route, Tenant
@@ -41,6 +43,7 @@ def build_tenants(
             partial(random_of, scenario.seed, section.purpose("pipeline")),
             priority=section.priority,
             deadline_after_ns=_deadline_ns(section),
+            admission=[spec.build() for spec in section.admission],
             index=len(tenants),
             first_request=first_request,
             first_session=first_session,
@@ -56,8 +59,17 @@ def _route(scenario: Scenario, fleet: Fleet, tenant: str, stage: str, routes: di
     pools = scenario.clients_of(tenant, stage)
     if (stage, *pools) not in routes:
         clients = [client for client, info in zip(fleet.clients, fleet.infos, strict=True) if info.pool in pools]
-        routes[stage, *pools] = Route(clients, scenario.routing[stage].build())
+        routes[stage, *pools] = Route(clients, _seeded(scenario, stage, pools).build())
     return routes[stage, *pools]
+
+
+def _seeded(scenario: Scenario, stage: str, pools: Iterable[str]) -> Spec:
+    """The policy of a stage; one that draws has a seed of its own in the tree, unless it is given one."""
+    spec = scenario.routing[stage]
+    if spec.params.get("seed", 0) is not None:
+        return spec
+    own = seed_of(scenario.seed, ".".join(("routing", stage, *pools)))
+    return replace(spec, params={**spec.params, "seed": int(own.generate_state(1)[0])})
 
 
 def tenant_infos(scenario: Scenario, tenants: Mapping[str, Tenant]) -> dict[str, TenantInfo]:

@@ -59,6 +59,7 @@ class Scenario:
     warmup_s: float
     window_s: tuple[float, float] | None
     max_time_s: float | None
+    view_refresh_s: float
     source: Source
 
     def __init__(self, **sections: Any) -> None:
@@ -168,6 +169,7 @@ class Scenario:
                 "warmup_s": self.warmup_s,
                 "window_s": self.window_s and list(self.window_s),
                 "max_time_s": self.max_time_s,
+                "view_refresh_s": self.view_refresh_s or None,
             }
         )
 
@@ -196,7 +198,7 @@ class Scenario:
         delays = {kind for tenant in tenants.values() for kind in tenant.delays}
         named = file.routing
         every = named.get("") or Spec("routing", "least_outstanding")
-        own = ("name", "seed", "memories", "network", "warmup_s", "max_time_s")
+        own = ("name", "seed", "memories", "network", "warmup_s", "max_time_s", "view_refresh_s")
         fields: dict[str, Any] = {key: getattr(file, key) for key in own}
         fields |= {
             "name": file.name or source.name,
@@ -237,6 +239,9 @@ class Scenario:
             }
             for name, tenant in self.tenants.items()
         }
+        for name, tenant in self.tenants.items():
+            if tenant.admission:
+                plain[name]["admission"] = [spec.plain() for spec in tenant.admission]
         if SOLE in plain:
             return plain[SOLE]
         for name, tenant in self.tenants.items():

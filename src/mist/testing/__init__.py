@@ -3,6 +3,7 @@
 The one package that may import all others; nothing imports it, and it never imports a test framework.
 """
 
+from mist.testing.admission import AdmissionContract
 from mist.testing.cluster import (
     LinearSteps,
     Run,
@@ -12,6 +13,7 @@ from mist.testing.cluster import (
     random_scenario,
     record_bytes,
     table,
+    with_hints,
 )
 from mist.testing.contracts import (
     BatchingContract,
@@ -21,9 +23,10 @@ from mist.testing.contracts import (
     RoutingContract,
     small_deployment,
 )
-from mist.testing.orders import OrderContract, with_hints
+from mist.testing.orders import OrderContract
 
 __all__ = [
+    "AdmissionContract",
     "BatchingContract",
     "EvictionContract",
     "LinearSteps",

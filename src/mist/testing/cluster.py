@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mist.admission import AdmissionPolicy
 from mist.batching import BatchingPolicy
 from mist.batching.chunked import Chunked
 from mist.client import Client
@@ -37,7 +38,8 @@ from mist.sharing import Sharing, duration_ns
 from mist.speculation import Speculation
 from mist.tenant import Route, Tenant
 from mist.topology import Link
-from mist.workload import RequestTable
+from mist.views import Views
+from mist.workload import IntArray, RequestTable
 
 
 @dataclass
@@ -158,6 +160,8 @@ def play(
     connect: Callable[[Network, list[Client]], None] | None = None,
     speculation: Speculation | None = None,
     merges_shared_reads: bool = False,
+    admission: Sequence[AdmissionPolicy] = (),
+    view_refresh_ns: int = 0,
 ) -> Run:
     """Run `workload` to the end (or `until_ns`) on equal clients and check every law on the way.
 
@@ -206,7 +210,8 @@ def play(
         records=records,
         clients=clients,
         network=network,
-        tenants=[Tenant(workload, pipeline, routes, lambda i: np.random.default_rng((7, i)))],
+        tenants=[Tenant(workload, pipeline, routes, lambda i: np.random.default_rng((7, i)), admission=admission)],
+        views=Views(view_refresh_ns),
     )
     watch = Ledger(kernel, coordinator, clients, records) if ledger else None
     if prepare is not None:
@@ -251,12 +256,14 @@ class SmallScenario:
         arrivals, prompts, outputs, keys = (list(column) for column in zip(*self.requests, strict=True))
         return table(arrivals, prompts, outputs, keys, self.concurrency)
 
-    def play(self, policy: Callable[..., BatchingPolicy] = Chunked, **arguments: Any) -> Run:
-        """Run it with `policy(max_num_seqs=..., max_num_batched_tokens=...)` on each client; see `play`."""
+    def play(
+        self, policy: Callable[..., BatchingPolicy] = Chunked, workload: RequestTable | None = None, **arguments: Any
+    ) -> Run:
+        """Run it (or `workload`) with `policy(max_num_seqs=..., max_num_batched_tokens=...)` per client; see `play`."""
         limits = {"max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": self.max_num_batched_tokens}
         for name in ("num_blocks", "block_size", "unit_tokens", "caching", "watermark"):
             arguments.setdefault(name, getattr(self, name))
-        return play(self.workload(), policy=lambda: policy(**limits), **arguments)
+        return play(workload or self.workload(), policy=lambda: policy(**limits), **arguments)
 
     def with_longer_output(self, index: int, by: int) -> SmallScenario:
         """The same but for request `index`, which generates `by` tokens more."""
@@ -285,6 +292,21 @@ def random_scenario(seed: int, *, roomy: bool = False) -> SmallScenario:
     blocks = 1000 if roomy else rng.randint(max(1, 40 // block), 200 // block)
     tokens = seqs + rng.randint(0, 30)
     return SmallScenario(tuple(requests), seqs, tokens, blocks, block, unit, bool(unit), rng.choice([0, 0, 1]))
+
+
+def with_hints(workload: RequestTable, seed: int) -> RequestTable:
+    """`workload` with random priorities, deadlines and predictions, all with ties."""
+    rng, n = random.Random(seed), len(workload)
+
+    def column(*values: int) -> IntArray:
+        return np.array([rng.choice(values) for _ in range(n)], np.int64)
+
+    workload.sizes |= {
+        "priority": column(0, 0, 1, 5),
+        "deadline_ms": column(0, 1, 2, 1000),
+        "predicted_output_tokens": column(1, 10, 100),
+    }
+    return workload
 
 
 def record_bytes(records: Records) -> tuple[bytes, ...]:

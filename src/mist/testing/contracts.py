@@ -23,7 +23,7 @@ from mist.pipeline import PipelineFactory
 from mist.records import FINISHED, REFUSED, REJECTED, UNFINISHED, Records
 from mist.request import DECODE, Batch, ClientView, Delay, Fork, Pipeline, Request, Stage, StageResult, Step, Task, Wait
 from mist.routing import RoutingPolicy
-from mist.testing.cluster import Run, SmallScenario, random_scenario, record_bytes
+from mist.testing.cluster import Run, SmallScenario, random_scenario, record_bytes, with_hints
 from mist.units import GB, GIB, NS_PER_S
 
 #: A run of a small scenario that isn't over by then (tens of thousands of steps) will never be.
@@ -115,7 +115,7 @@ class BatchingContract:
 
 
 class RoutingContract:
-    """Inherit, and return your policy from `router`."""
+    """Inherit, and return your policy from `router`. `oracle`: it reads true output lengths and says so in its name."""
 
     oracle = False
     num_scenarios = 40
@@ -126,7 +126,8 @@ class RoutingContract:
 
     def _play(self, scenario: SmallScenario) -> Run:
         num_clients = 2 + len(scenario.requests) % 3
-        return scenario.play(router=self.router(), num_clients=num_clients, until_ns=LIVELOCK_NS)
+        workload = with_hints(scenario.workload(), len(scenario.requests))
+        return scenario.play(workload=workload, router=self.router(), num_clients=num_clients, until_ns=LIVELOCK_NS)
 
     def test_it_chooses_one_of_the_views_and_changes_none(self) -> None:
         rng = random.Random(1)
@@ -160,6 +161,8 @@ def _view(index: int, rng: random.Random) -> ClientView:
     view.num_outstanding = view.num_waiting + view.num_running
     view.pending_prefill_tokens, view.decode_context = rng.randint(0, 99), rng.randint(0, 99)
     view.kv_blocks_used = rng.randint(0, 64)
+    view.num_decodes, view.longest_decode, view.oracle_longest_decode = (rng.randint(0, 9) for _ in range(3))
+    view.chunk_tokens, view.chunk_ns, view.decode_ns = rng.randint(1, 64), rng.randint(1, 999), rng.randint(1, 99)
     return view
 
 

@@ -8,33 +8,15 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
-
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
 from mist.batching.orders import Order
 from mist.batching.static import Static
 from mist.request import DECODE, PREFILL, Request, Stage, Task
-from mist.testing.cluster import Run, SmallScenario, play, random_scenario, record_bytes
+from mist.testing.cluster import Run, SmallScenario, play, random_scenario, record_bytes, with_hints
 from mist.testing.contracts import LIVELOCK_NS, _all_leave, _same_until_it_knows
-from mist.workload import IntArray, RequestTable
 
 _POLICIES = (Chunked, Continuous, Static)
-
-
-def with_hints(workload: RequestTable, seed: int) -> RequestTable:
-    """`workload` with random priorities, deadlines and predictions, all with ties."""
-    rng, n = random.Random(seed), len(workload)
-
-    def column(*values: int) -> IntArray:
-        return np.array([rng.choice(values) for _ in range(n)], np.int64)
-
-    workload.sizes |= {
-        "priority": column(0, 0, 1, 5),
-        "deadline_ms": column(0, 1, 2, 1000),
-        "predicted_output_tokens": column(1, 10, 100),
-    }
-    return workload
 
 
 class OrderContract:
