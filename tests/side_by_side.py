@@ -59,6 +59,7 @@ def same(
     drafts = speculation.num_draft_tokens if speculation else 0
     sizes = {name: limits[name] for name in ("max_num_seqs", "max_num_batched_tokens")}
     sizes["max_num_batched_tokens"] += drafts * sizes["max_num_seqs"]
+    longest = limits.get("long_prefill_token_threshold", 0)
 
     def steps_for(index: int, stage: int, tokens: int) -> int:
         return speculation.num_steps(tokens, speculation.rng_of(index, stage)) if speculation else tokens
@@ -78,7 +79,10 @@ def same(
         steps_for=steps_for,
         merges=merges_shared_reads,
         by_priority=by_priority,
+        longest=longest,
     )
+    if longest:
+        sizes["long_prefill_token_threshold"] = longest
     reference.run(list(jobs))
     columns = ([getattr(job, name) for job in jobs] for name in ("arrival", "prompt", "output", "priority"))
     arrivals, prompts, outputs, priorities = columns

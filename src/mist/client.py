@@ -71,7 +71,7 @@ class Client:
             kv,
             self._preempted,
             cohort,
-            reserves_output=engine.reserves_output,
+            reserves_output=getattr(batching, "reserves_output", engine.reserves_output),
             generates=DECODE in serves,
             order=None if isinstance(order, FCFS) else order,
         )

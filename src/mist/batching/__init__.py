@@ -6,7 +6,7 @@ other clients. It sees the decode cohort as sums (count, context), since decodin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from mist.request import Batch, Task, Wait
@@ -36,6 +36,12 @@ class CohortView(Protocol):
     count: int
     sum_context: int
     tokens_per_decode: int
+    #: tokens of a KV block
+    block_size: int
+
+    def generated(self, task: Task) -> int:
+        """Tokens that a task which decodes here (`join_step` >= 0) has generated since it joined."""
+        ...
 
 
 class Budget(Protocol):
@@ -44,6 +50,11 @@ class Budget(Protocol):
     @property
     def num_running(self) -> int:
         """Admitted tasks, prefilling and decoding."""
+        ...
+
+    @property
+    def running(self) -> Mapping[int, Task]:
+        """These by `admission`, in its order, for a policy that has to look at each: takes as long as they are many."""
         ...
 
     @property
