@@ -90,7 +90,8 @@ class BatchingPolicy(Protocol):
     """Registered under the kind `batching`; a dataclass whose fields are its parameters.
 
     One that takes tasks from the front of the queue may have a field `order` (`mist.batching.orders`), which the
-    client then keeps; without it, first come is first served.
+    client then keeps; without it, first come is first served. A class attribute `serves` names the stage kinds that it
+    can serve, where these aren't all; one `reserves_output`, a bool, goes before that of the engine's profile.
     """
 
     max_num_seqs: int

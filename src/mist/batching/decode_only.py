@@ -7,13 +7,13 @@ that has not been preempted here; a scenario refuses it for a client that serves
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from mist.batching import Budget, CohortView, Queue
 from mist.batching.orders import Order
 from mist.batching.orders.fcfs import FCFS
 from mist.registry import Named, register
-from mist.request import Batch, Wait
+from mist.request import DECODE, Batch, Wait
 
 
 @register("batching", "decode_only")
@@ -24,6 +24,7 @@ class DecodeOnly:
     `max_num_batched_tokens` sizes the largest step for the memory of its activations; it limits no context.
     """
 
+    serves: ClassVar[tuple[str, ...]] = (DECODE,)
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 256
     order: Annotated[Order, Named("order")] = field(default_factory=FCFS)

@@ -46,4 +46,4 @@ class Mixed:
         if cohort.count:
             budget.grow_decodes()
         chunks = admit_within(queue, budget, self.max_num_seqs, tokens)
-        return Batch(chunks, decode=True) if chunks or cohort.count else Wait()
+        return Batch(chunks, decode=cohort.count > 0) if chunks or cohort.count else Wait()

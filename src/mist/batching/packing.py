@@ -55,7 +55,7 @@ def admit_chunks(queue: Queue, budget: Budget, max_num_seqs: int, max_tokens: in
 
 
 def admit_within(queue: Queue, budget: Budget, max_num_seqs: int, max_tokens: int) -> Chunks:
-    """Admit waiting tasks in the order of the queue, each whole, within `max_tokens`; the first that doesn't fit waits."""
+    """Admit waiting tasks in the order of the queue, each whole, until one doesn't fit into `max_tokens`."""
     chunks: Chunks = []
     while queue.waiting and budget.num_running < max_num_seqs:
         task = queue.waiting[0]

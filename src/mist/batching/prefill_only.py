@@ -7,13 +7,13 @@ It never computes a decode step.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from mist.batching import Budget, CohortView, Queue, admit_whole
 from mist.batching.orders import Order
 from mist.batching.orders.fcfs import FCFS
 from mist.registry import Named, register
-from mist.request import Batch, Wait
+from mist.request import PREFILL, Batch, Wait
 
 
 @register("batching", "prefill_only")
@@ -21,6 +21,7 @@ from mist.request import Batch, Wait
 class PrefillOnly:
     """Steps of whole prompts, together at most `max_num_batched_tokens` tokens; a longer one is computed alone."""
 
+    serves: ClassVar[tuple[str, ...]] = (PREFILL,)
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 256
     order: Annotated[Order, Named("order")] = field(default_factory=FCFS)

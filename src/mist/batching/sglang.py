@@ -1,7 +1,7 @@
 """SGLang's scheduler: prefills first, in chunks, and admission by an estimate of the tokens still to be generated.
 
-Facts from its documentation ("Hyperparameter tuning", "Server arguments") and its scheduler's constants. It estimates by
-predicted answers, never by true ones, and preempts as every policy here: from the running tail or by the order.
+Facts from its documentation ("Hyperparameter tuning", "Server arguments") and its scheduler's constants. It estimates
+by predicted answers, never by true ones, and preempts as every policy here: from the running tail or by the order.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from mist.batching import Budget, CohortView, Queue
+from mist.batching import Budget, CohortView, Queue, admit_whole
 from mist.batching.orders import Order
 from mist.batching.orders.fcfs import FCFS
 from mist.batching.packing import admit_chunks, admit_within, go_on
@@ -20,8 +20,9 @@ from mist.request import Batch, Wait
 @register("batching", "tensorrt_llm")
 @dataclass
 class TensorRTLLM:
-    """Decodes first, then contexts, whole unless `enable_chunked_context`; `max_num_batched_tokens`: its max_num_tokens.
+    """Decodes first, then contexts, whole unless `enable_chunked_context`.
 
+    `max_num_batched_tokens`, `max_num_seqs`: its max_num_tokens and max_batch_size.
     `capacity_scheduler_policy`: guaranteed_no_evict admits a request only where it and all that run have KV blocks to
     their last token, whatever the engine profile says; max_utilization as soon as its context fits, and preempts when
     blocks run out; static_batch, in addition to guaranteed_no_evict, only when nothing runs. A context that doesn't fit
@@ -51,8 +52,8 @@ class TensorRTLLM:
         chunks, tokens = go_on(queue, cohort, budget, self.max_num_batched_tokens)
         if self.enable_chunked_context:
             chunks += admit_chunks(queue, budget, max_num_seqs, tokens)
-        else:
-            if not budget.num_running and queue.waiting:
-                tokens = max(tokens, queue.waiting[0].remaining_tokens)
+        elif budget.num_running:
             chunks += admit_within(queue, budget, max_num_seqs, tokens)
-        return Batch(chunks, decode=True) if chunks or cohort.count else Wait()
+        else:
+            chunks = admit_whole(queue, budget, max_num_seqs, tokens)
+        return Batch(chunks, decode=cohort.count > 0) if chunks or cohort.count else Wait()

@@ -34,6 +34,7 @@ from mist.scenario.memory import TierSettings
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems
 from mist.scenario.pricing import runs_without_model
 from mist.scenario.speculation_settings import SpeculationSettings
+from mist.scenario.unserved import unserved
 
 DEFAULT_ENGINE = "vllm-0.10"
 MAX_STEP_TOKENS = 2**22
@@ -342,6 +343,7 @@ class Pool(Section):
         yield from refused
         yield from self._unmergeable()
         yield from cut_sequences(self.model, self.batching)
+        yield from unserved(self.batching, self.serves)
         yield from kept_caches(self.model, self.kv_cache.tiers, self.kv_cache.prefix_tier)
         if reason := self.model.parallel_problem(self.tp, self.pp, self.ep, self.attn_dp) or self.platform.problem():
             key = next((key for key in ("pp", "ep", "attn_dp") if f"{key} = " in reason), "tp")

@@ -12,14 +12,16 @@ import numpy as np
 
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
+from mist.batching.mixed import Mixed
 from mist.batching.orders import Order
+from mist.batching.sglang import SGLang
 from mist.batching.static import Static
 from mist.request import DECODE, PREFILL, Request, Stage, Task
 from mist.testing.cluster import Run, SmallScenario, play, random_scenario, record_bytes
 from mist.testing.contracts import LIVELOCK_NS, _all_leave, _same_until_it_knows
 from mist.workload import IntArray, RequestTable
 
-_POLICIES = (Chunked, Continuous, Static)
+_POLICIES = (Chunked, Continuous, Static, Mixed, SGLang)
 
 
 def with_hints(workload: RequestTable, seed: int) -> RequestTable:
