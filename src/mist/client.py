@@ -51,6 +51,7 @@ class Client:
         speculation: Speculation | None = None,
         kv_bytes_per_token: int = 0,
         merges_shared_reads: bool = False,
+        residents: type[Residents] = Residents,
     ) -> None:
         self.index = index
         self.name = name
@@ -67,7 +68,7 @@ class Client:
         self.woken = False
         cohort = SpeculativeCohort(kv.block_size, speculation) if speculation else None
         order = getattr(batching, "order", None)
-        self.residents = Residents(
+        self.residents = residents(
             kv,
             self._preempted,
             cohort,

@@ -113,12 +113,14 @@ class BatchingContract:
 
     def _play(self, scenario: SmallScenario) -> Run:
         """On one client, or where the policy `serves` one stage alone with a chunked one beside it for the other."""
-        mine = getattr(self.policy(9, 9), "serves", (PREFILL, DECODE))
+        mine = getattr(self.policy(max_num_seqs=9, max_num_batched_tokens=9), "serves", (PREFILL, DECODE))
         serves = [each for each in (mine, tuple(kind for kind in (PREFILL, DECODE) if kind not in mine)) if each]
-        beside = iter([None, Chunked])
+        clients = iter(range(2))
 
-        def policy(**limits: int) -> BatchingPolicy:
-            return (next(beside) or (lambda **limits: _Checked(self.policy(**limits))))(**limits)
+        def policy(max_num_seqs: int, max_num_batched_tokens: int) -> BatchingPolicy:
+            if next(clients):
+                return Chunked(max_num_batched_tokens, max_num_seqs)
+            return _Checked(self.policy(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens))
 
         return scenario.play(policy, num_clients=len(serves), serves=serves, until_ns=LIVELOCK_NS)
 
