@@ -45,7 +45,10 @@ class Chunked:
     def next_batch(self, queue: Queue, cohort: CohortView, budget: Budget, now: int) -> Batch | Wait:
         if cohort.count:
             budget.grow_decodes()
+        if not queue.waiting and not queue.prefilling:  # most steps
+            return Batch([], decode=True) if cohort.count else Wait()
         longest = self.long_prefill_token_threshold
         chunks, tokens = go_on(queue, cohort, budget, self.max_num_batched_tokens, longest)
-        chunks += admit_chunks(queue, budget, self.max_num_seqs, tokens, longest)
+        if queue.waiting:
+            chunks += admit_chunks(queue, budget, self.max_num_seqs, tokens, longest)
         return Batch(chunks, decode=True) if chunks or cohort.count else Wait()

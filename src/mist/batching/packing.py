@@ -20,10 +20,11 @@ def go_on(
     has to go for another's KV blocks gives back the tokens that this step had for it, as in vLLM: its chunk is taken
     out.
     """
-    num_running = budget.num_running
     chunks: Chunks = []
-    left = max_tokens - _of_decodes(cohort)
-    for task in queue.prefilling:
+    left = max_tokens - (cohort.count * cohort.tokens_per_decode if cohort is not None else 0)
+    prefilling = queue.prefilling
+    num_running = budget.num_running if prefilling else 0
+    for task in prefilling:
         chunk = min(task.remaining_tokens, longest or max_tokens, left)
         if chunk <= 0:
             break
@@ -33,12 +34,9 @@ def go_on(
         if budget.num_running < num_running:
             num_running = budget.num_running
             chunks = [each for each in chunks if each[0].admission >= 0]
-            left = max_tokens - _of_decodes(cohort) - sum(num_tokens for _, num_tokens in chunks)
+            left = max_tokens - (cohort.count * cohort.tokens_per_decode if cohort is not None else 0)
+            left -= sum(num_tokens for _, num_tokens in chunks)
     return chunks, left
-
-
-def _of_decodes(cohort: CohortView | None) -> int:
-    return cohort.count * cohort.tokens_per_decode if cohort is not None else 0
 
 
 def admit_chunks(queue: Queue, budget: Budget, max_num_seqs: int, max_tokens: int, longest: int = 0) -> Chunks:
