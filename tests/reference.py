@@ -319,12 +319,12 @@ class Reference:
             if seq in self.running and seq.decoding:
                 self.grow(seq, 1 + self.drafts)
 
-    def admit_all(self, tokens: int, whole: bool) -> list[Sequence]:
-        """First come, first served, while there is room; a prompt that is admitted `whole` may be longer, alone."""
+    def admit_all(self, tokens: int, whole: bool, alone: bool = True) -> list[Sequence]:
+        """First come, first served, while there is room; a prompt that is admitted `whole` may be longer, `alone`."""
         admitted: list[Sequence] = []
         while self.waiting and (whole or tokens > 0):
             seq = self.waiting[0]
-            most = max(tokens, seq.target) if whole and not admitted else min(tokens, self.longest or tokens)
+            most = max(tokens, seq.target) if whole and alone and not admitted else min(tokens, self.longest or tokens)
             chunk = self.admit(seq, most, whole)
             if not chunk:
                 break
@@ -334,6 +334,12 @@ class Reference:
 
     def schedule(self) -> tuple[list[Sequence], list[Sequence]]:
         """The sequences that prefill, and those that decode, in the next step."""
+        if self.policy == "mixed":
+            tokens = self.left([])
+            if self.waiting and self.waiting[0].target > tokens and (admitted := self.admit_all(self.max_tokens, True)):
+                return admitted, []
+            self.grow_decodes()
+            return self.admit_all(tokens, whole=True, alone=False), [s for s in self.running if s.decoding]
         if self.policy != "chunked":
             if self.policy == "continuous" or not self.running:
                 admitted = self.admit_all(self.max_tokens, whole=True)

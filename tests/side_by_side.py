@@ -11,6 +11,7 @@ import numpy as np
 from kit import LinearSteps, play, table
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
+from mist.batching.mixed import Mixed
 from mist.batching.orders.fcfs import FCFS
 from mist.batching.orders.priority import Priority
 from mist.batching.static import Static
@@ -19,7 +20,7 @@ from mist.request import DECODE, PREFILL, FirstOf, Pipeline, Request, Stage
 from mist.speculation import Speculation
 from reference import Job, Reference
 
-POLICIES: dict[str, Any] = {"chunked": Chunked, "continuous": Continuous, "static": Static}
+POLICIES: dict[str, Any] = {"chunked": Chunked, "continuous": Continuous, "static": Static, "mixed": Mixed}
 
 
 @dataclass

@@ -84,7 +84,7 @@ def test_guaranteed_no_evict_is_what_a_profile_reserves() -> None:
     for seed in range(80):
         scenario = random_scenario(seed)
         for reserves, profile in zip((False, True), profiles, strict=True):
-            name = "guaranteed_no_evict" if reserves else "max_utilization"
+            name: Any = "guaranteed_no_evict" if reserves else "max_utilization"
             named = partial(TensorRTLLM, capacity_scheduler_policy=name, enable_chunked_context=True)
             runs = [scenario.play(named), scenario.play(Chunked, engine_profile=profile)]
             assert record_bytes(runs[0].records) == record_bytes(runs[1].records), seed

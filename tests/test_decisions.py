@@ -214,7 +214,7 @@ def test_tensorrt_llm_has_a_capacity_policy() -> None:
     for name in ("guaranteed_no_evict", "max_utilization", "static_batch"):
         run = play(
             workload,
-            policy=lambda: TensorRTLLM(64, 8, capacity_scheduler_policy=name),  # type: ignore[arg-type]  # noqa: B023
+            policy=lambda: TensorRTLLM(64, 8, capacity_scheduler_policy=name),  # noqa: B023
             num_blocks=10,
             block_size=4,
         )
