@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 from mist.batching import BatchingPolicy
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
+from mist.batching.mixed import Mixed
+from mist.batching.sglang import SGLang
 from mist.batching.static import Static
+from mist.batching.tensorrt_llm import TensorRTLLM
 from mist.memory.kv_cache import KVCache
 from mist.records import Records
 from mist.request import Request, Stage, Task
@@ -29,7 +32,7 @@ __all__ = [
     "task",
 ]
 
-POLICIES: tuple[type[BatchingPolicy], ...] = (Chunked, Continuous, Static)
+POLICIES: tuple[type[BatchingPolicy], ...] = (Chunked, Continuous, Static, Mixed, SGLang, TensorRTLLM)
 
 #: columns that hold instants
 TIMES = {"arrival_ns", "first_token_ns", "end_ns", "queued_ns", "started_ns", "joined_ns", "start_ns"}

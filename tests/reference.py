@@ -21,7 +21,8 @@ class Reference:
 
     With `drafts` > 0 a decode step computes that many tokens more; `steps_for(request index, stage, tokens)` are drawn.
     If it `merges` reads, blocks that branches share count once in the context. Served `by_priority` as vLLM v1 does it,
-    the smallest rank is admitted first and the largest is preempted first; else first come is first served.
+    the smallest rank is admitted first and the largest is preempted first; else first come is first served. A step
+    computes at most `longest` tokens of one prompt; 0: no such limit.
     """
 
     policy: str
@@ -37,6 +38,7 @@ class Reference:
     steps_for: Callable[[int, int, int], int] = lambda index, stage, tokens: tokens
     merges: bool = False
     by_priority: bool = False
+    longest: int = 0
 
     def __post_init__(self) -> None:
         self.memory = Blocks(self.num_blocks, self.block_size, self.unit_tokens, self.caching)
@@ -230,14 +232,16 @@ class Reference:
         self.sort()
 
     def preempt(self, seq: Sequence) -> None:
-        # one prompt at most is half computed: nothing else of this step's has to be taken back than what decodes got
-        assert seq.decoding or not seq.scheduled
+        # without such a limit one prompt at most is half computed, and nothing else is taken back than what decodes got
+        assert seq.decoding or not seq.scheduled or self.longest
         if seq.scheduled:
-            self.events["grown and preempted"] += 1
+            self.events["grown and preempted" if seq.decoding else "chunks taken out"] += 1
         if seq is not self.running[-1]:
             self.events["preempted before the last"] += 1
         self.events["preempted branches" if seq.branch else "preempted"] += 1
         self.running.remove(seq)
+        if seq.scheduled and not seq.decoding and self.memory.unindex(seq, seq.computed):
+            seq.computed = 0  # what is its own behind the blocks of others is of no use
         self.release(seq, resumes=not seq.branch)
         if seq.decoding:
             seq.target = seq.computed + 1  # the token that came out last isn't in memory yet
@@ -315,12 +319,13 @@ class Reference:
             if seq in self.running and seq.decoding:
                 self.grow(seq, 1 + self.drafts)
 
-    def admit_all(self, tokens: int, whole: bool) -> list[Sequence]:
-        """First come, first served, while there is room; a prompt that is admitted `whole` may be longer, alone."""
+    def admit_all(self, tokens: int, whole: bool, alone: bool = True) -> list[Sequence]:
+        """First come, first served, while there is room; a prompt that is admitted `whole` may be longer, `alone`."""
         admitted: list[Sequence] = []
         while self.waiting and (whole or tokens > 0):
             seq = self.waiting[0]
-            chunk = self.admit(seq, max(tokens, seq.target) if whole and not admitted else tokens, whole)
+            most = max(tokens, seq.target) if whole and alone and not admitted else min(tokens, self.longest or tokens)
+            chunk = self.admit(seq, most, whole)
             if not chunk:
                 break
             admitted.append(seq)
@@ -329,6 +334,12 @@ class Reference:
 
     def schedule(self) -> tuple[list[Sequence], list[Sequence]]:
         """The sequences that prefill, and those that decode, in the next step."""
+        if self.policy == "mixed":
+            tokens = self.left([])
+            if self.waiting and self.waiting[0].target > tokens and (admitted := self.admit_all(self.max_tokens, True)):
+                return admitted, []
+            self.grow_decodes()
+            return self.admit_all(tokens, whole=True, alone=False), [s for s in self.running if s.decoding]
         if self.policy != "chunked":
             if self.policy == "continuous" or not self.running:
                 admitted = self.admit_all(self.max_tokens, whole=True)
@@ -337,18 +348,22 @@ class Reference:
             self.grow_decodes()
             return [], [s for s in self.running if s.decoding]
         self.grow_decodes()
-        tokens = self.max_tokens - sum(1 + self.drafts for s in self.running if s.decoding)
         chunks: list[Sequence] = []
         for seq in [s for s in self.running if not s.decoding]:
-            if seq in self.running and tokens > 0:
-                chunk = min(seq.target - seq.computed, tokens)
-                if not self.grow(seq, chunk):
-                    break
+            chunk = min(seq.target - seq.computed, self.left(chunks), self.longest or self.max_tokens)
+            if seq in self.running and chunk > 0 and self.grow(seq, chunk):
                 self.memory.index(seq, seq.computed + chunk)
                 chunks.append(seq)
-                tokens -= chunk
+            chunks = [s for s in chunks if s in self.running]
+        tokens = self.left(chunks)
+        self.events["half computed together"] += sum(s.target > s.computed + s.scheduled for s in chunks) > 1
         chunks += self.admit_all(tokens, whole=False)
         return chunks, [s for s in self.running if s.decoding]
+
+    def left(self, chunks: list[Sequence]) -> int:
+        """Tokens of the step that neither decodes nor these chunks have."""
+        decodes = sum(1 + self.drafts for s in self.running if s.decoding)
+        return self.max_tokens - decodes - sum(s.scheduled for s in chunks)
 
     def plan(self) -> tuple[list[Sequence], list[Sequence]]:
         while True:

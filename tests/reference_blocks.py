@@ -146,3 +146,22 @@ class Blocks:
                     block.unit = key
             self.held[key] = self.held.get(key, 0) + 1
             holder.units += 1
+
+    def unindex(self, holder: Holder, computed: int) -> bool:
+        """What it has scheduled behind its first `computed` tokens won't be; whether others keep blocks of that."""
+        lost = False
+        while self.unit_tokens and holder.units > computed // self.unit_tokens:
+            holder.units -= 1
+            key = holder.keys[holder.units]
+            place = slice(holder.units * self.per_unit, (holder.units + 1) * self.per_unit)
+            self.held[key] -= 1
+            if self.held[key]:
+                lost = True
+                for block in holder.blocks[place]:
+                    block.users -= 1
+                del holder.blocks[place]
+            else:
+                del self.held[key]
+                for block in self.unit_blocks.pop(key):
+                    block.unit = None
+        return lost

@@ -11,6 +11,7 @@ import numpy as np
 from kit import LinearSteps, play, table
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
+from mist.batching.mixed import Mixed
 from mist.batching.orders.fcfs import FCFS
 from mist.batching.orders.priority import Priority
 from mist.batching.static import Static
@@ -19,7 +20,7 @@ from mist.request import DECODE, PREFILL, FirstOf, Pipeline, Request, Stage
 from mist.speculation import Speculation
 from reference import Job, Reference
 
-POLICIES: dict[str, Any] = {"chunked": Chunked, "continuous": Continuous, "static": Static}
+POLICIES: dict[str, Any] = {"chunked": Chunked, "continuous": Continuous, "static": Static, "mixed": Mixed}
 
 
 @dataclass
@@ -59,6 +60,7 @@ def same(
     drafts = speculation.num_draft_tokens if speculation else 0
     sizes = {name: limits[name] for name in ("max_num_seqs", "max_num_batched_tokens")}
     sizes["max_num_batched_tokens"] += drafts * sizes["max_num_seqs"]
+    longest = limits.get("long_prefill_token_threshold", 0)
 
     def steps_for(index: int, stage: int, tokens: int) -> int:
         return speculation.num_steps(tokens, speculation.rng_of(index, stage)) if speculation else tokens
@@ -78,7 +80,10 @@ def same(
         steps_for=steps_for,
         merges=merges_shared_reads,
         by_priority=by_priority,
+        longest=longest,
     )
+    if longest:
+        sizes["long_prefill_token_threshold"] = longest
     reference.run(list(jobs))
     columns = ([getattr(job, name) for job in jobs] for name in ("arrival", "prompt", "output", "priority"))
     arrivals, prompts, outputs, priorities = columns

@@ -226,7 +226,7 @@ def test_random_scenarios_under_the_ledger(name: str) -> None:
     for seed in range(60):
         scenario = random_scenario(seed)
         serves = [("small",), ("large", "judge"), ("small", "large", "judge", "classify")]
-        run = scenario.play(POLICIES[seed % 3], pipeline=VARIANTS[name], num_clients=3, serves=serves)
+        run = scenario.play(POLICIES[seed % len(POLICIES)], pipeline=VARIANTS[name], num_clients=3, serves=serves)
         requests = run.records.requests.as_columns()
         outputs = np.array([output for _, _, output, _ in scenario.requests])
         finished = requests["status"] == FINISHED

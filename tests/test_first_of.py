@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from mist.batching.chunked import Chunked
-from mist.batching.continuous import Continuous
-from mist.batching.static import Static
+from kit import POLICIES
 from mist.pipeline import RequestRandom
 from mist.records import DROPPED, FINISHED
 from mist.request import DECODE, PREFILL, FirstOf, Pipeline, Request, Stage, StageResult
@@ -79,7 +77,7 @@ def test_more_than_there_are_is_all() -> None:
     assert ends(run(Racing(5, (9, 5)))) == [300 + 8 * 100]
 
 
-@pytest.mark.parametrize("policy", [Chunked, Continuous, Static])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_what_waits_is_given_up_where_it_waits(policy: Any) -> None:
     """One sequence at a time: the second answer has not begun when the first is over."""
     result = run(Racing(1, (5, 5)), policy=lambda: policy(max_num_seqs=1))
@@ -118,7 +116,7 @@ def test_random_races_obey_the_laws(seed: int) -> None:
         workload, pipeline=pipeline, num_clients=3 if apart else rng.randint(1, 2),
         serves=[(PREFILL,), (PREFILL,), (DECODE,)] if apart else None,
         nic=KVLink(rng.randint(1, 50), 1e9, rng.choice([0, 500])), num_blocks=rng.choice([30, 60, 1000]), block_size=4,
-        policy=lambda: (Chunked if rng.random() < 0.5 else Continuous)(
+        policy=lambda: rng.choice(POLICIES)(
             max_num_seqs=rng.randint(1, 6), max_num_batched_tokens=rng.randint(8, 64)),
         caching=rng.random() < 0.5, until_ns=rng.choice([1 << 62, rng.randrange(1, 60_000)]),
     )  # fmt: skip

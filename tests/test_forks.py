@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from kit import decode, residents, task
+from kit import POLICIES, decode, residents, task
 from mist.batching.chunked import Chunked
-from mist.batching.continuous import Continuous
 from mist.memory.kv_cache import KVCache
 from mist.pipeline import RequestRandom
 from mist.request import DECODE, PREFILL, All, FirstOf, Pipeline, Request, Stage, StageResult
@@ -202,7 +201,7 @@ def test_random_thoughts_obey_the_laws(seed: int) -> None:
     result = play(
         workload, pipeline=pipeline, num_clients=len(serves), serves=serves,
         nic=KVLink(rng.randint(1, 50), 1e9, rng.choice([0, 500])), num_blocks=rng.choice([30, 60, 1000]), block_size=4,
-        policy=lambda: (Chunked if rng.random() < 0.5 else Continuous)(
+        policy=lambda: rng.choice(POLICIES)(
             max_num_seqs=rng.randint(1, 6), max_num_batched_tokens=rng.randint(8, 64)),
         caching=caching, unit_tokens=8 if caching else 0, until_ns=rng.choice([1 << 62, rng.randrange(1, 60_000)]),
     )  # fmt: skip

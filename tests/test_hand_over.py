@@ -237,7 +237,7 @@ def random_pools(seed: int) -> Callable[[], Run]:
     if rng.random() < 0.3:
         scenario = replace(scenario, concurrency=2)
     policy, router = (
-        (*POLICIES, ShortestFirst)[seed % 4],
+        (*POLICIES, ShortestFirst)[seed % (len(POLICIES) + 1)],
         rng.choice([RoundRobin, LeastOutstanding, JoinShortestQueue, Nosy]),
     )
     options: dict[str, Any] = {

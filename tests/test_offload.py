@@ -405,7 +405,7 @@ def anything(seed: int) -> Run:
     limits = {"max_num_seqs": scenario.max_num_seqs, "max_num_batched_tokens": scenario.max_num_batched_tokens}
     return play(
         workload,
-        policy=lambda: POLICIES[seed % 3](**limits),
+        policy=lambda: POLICIES[seed % len(POLICIES)](**limits),
         num_clients=2,
         num_blocks=max(1, scenario.num_blocks // 3),
         block_size=scenario.block_size,

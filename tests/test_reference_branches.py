@@ -14,7 +14,14 @@ from test_reference import drawn_speculation, scenario
 
 SCENARIOS_PER_CASE = 450
 MOST_JOBS = 8
-CASES = [("chunked", False), ("chunked", True), ("continuous", False), ("continuous", True), ("static", False)]
+CASES = [
+    ("chunked", False),
+    ("chunked", True),
+    ("continuous", False),
+    ("continuous", True),
+    ("static", False),
+    ("mixed", True),
+]
 
 
 def branching(seed: int, policy: str, caching: bool) -> tuple[list[Job], dict[str, int]]:

@@ -98,7 +98,7 @@ def random_hits(seed: int, **options: Any) -> Run:
 
     fields = {name: getattr(scenario, name) for name in SmallScenario.__dataclass_fields__}
     fields |= {"caching": True, "num_blocks": max(1, scenario.num_blocks // 2)}
-    return Stated(**fields).play(POLICIES[seed % 3], **options)
+    return Stated(**fields).play(POLICIES[seed % len(POLICIES)], **options)
 
 
 @pytest.mark.parametrize("host", [None, HOST])

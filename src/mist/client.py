@@ -55,6 +55,7 @@ class Client:
         speculation: Speculation | None = None,
         kv_bytes_per_token: int = 0,
         merges_shared_reads: bool = False,
+        residents: type[Residents] = Residents,
     ) -> None:
         self.index = index
         self.name = name
@@ -71,11 +72,11 @@ class Client:
         self.woken = False
         cohort = SpeculativeCohort(kv.block_size, speculation) if speculation else None
         order = getattr(batching, "order", None)
-        self.residents = Residents(
+        self.residents = residents(
             kv,
             self._preempted,
             cohort,
-            reserves_output=engine.reserves_output,
+            reserves_output=getattr(batching, "reserves_output", engine.reserves_output),
             generates=DECODE in serves,
             order=None if isinstance(order, FCFS) else order,
         )

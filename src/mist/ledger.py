@@ -20,9 +20,10 @@ from mist.memory.hierarchy import Found
 from mist.metrics.load import littles_identity
 from mist.offload import Memory
 from mist.pipeline.stages import StageList
-from mist.records import FINISHED, KV_TRANSFER, KV_WRITE, NO_CLIENT, PREEMPTED, PREFIX_FETCH, Records
+from mist.records import FINISHED, KV_SWAP, KV_TRANSFER, KV_WRITE, NO_CLIENT, PREEMPTED, PREFIX_FETCH, Records
 from mist.request import DECODE, Step, Task, Wait
 from mist.speculation import PACE_BITS, SpeculativeCohort
+from mist.swap import SwappingResidents
 from mist.tenant import Tenant
 from mist.units import NS_PER_S
 
@@ -278,6 +279,12 @@ class Ledger:
         on &= tasks["computed_tokens"] + tasks["cached_tokens"] == 0
         went = set(zip(*(tasks[name][on].tolist() for name in ("request", "client", "queued_ns")), strict=True))
         self._true(went <= came, f"decodes went on without their KV cache: {sorted(went - came)[:3]}")
+        swaps = rows["kind"] == KV_SWAP
+        out, back = (
+            Counter(zip(rows["request"][way].tolist(), rows["bytes"][way].tolist(), strict=True))
+            for way in (swaps & (rows["receiver"] < 0), swaps & (rows["sender"] < 0))
+        )
+        self._true(back <= out, f"more came back than was swapped out: {(back - out).most_common(3)}")
 
     def _check_memories(self) -> None:
         """memories: all that was to be fetched was sent, or will be, and all that a tier got was written to it."""
@@ -396,6 +403,18 @@ class Ledger:
         self._equal(f"{client.name}: KV blocks", kv.free + kv.cached + referenced, kv.num_blocks)
         self._equal(f"{client.name}: cached KV blocks", kv.cached, kv.count_evictable())
         self._true(kv.free >= 0, f"{client.name}: {kv.free} free KV blocks")
+        if isinstance(residents, SwappingResidents):
+            self._check_swap(client.name, residents)
+
+    def _check_swap(self, name: str, residents: SwappingResidents) -> None:
+        """swap: its space holds the contexts of those that wait swapped out, whole and nothing else."""
+        swap = residents.swap
+        contexts = {task: residents.kv.blocks_for(task.computed_tokens) for task in swap.tasks}
+        self._equal(f"{name}: blocks swapped out", swap.tasks, contexts)
+        self._equal(f"{name}: swap space in use", swap.used, sum(contexts.values()))
+        self._true(swap.used <= swap.num_blocks, f"{name}: {swap.used} blocks in a swap space of {swap.num_blocks}")
+        lost = [task.request.index for task in swap.tasks if task not in residents.handed_over]
+        self._true(not lost, f"{name}: requests {lost} are swapped out and don't wait")
 
     def _equal(self, law: str, left: object, right: object) -> None:
         if left == right:

@@ -21,9 +21,9 @@ STATUSES = ("finished", "rejected", "cancelled", "timed_out", "unfinished", "ref
 FINISHED, REJECTED, CANCELLED, TIMED_OUT, UNFINISHED, REFUSED = range(6)
 
 #: what a transfer moves, in this order: a KV cache to where it is decoded, a prefix from a memory, what a stage hands
-#: on, a KV cache to a memory that keeps it
-TRANSFER_KINDS = ("kv_transfer", "prefix_fetch", "hand_off", "kv_write")
-KV_TRANSFER, PREFIX_FETCH, HAND_OFF, KV_WRITE = range(4)
+#: on, a KV cache to a memory that keeps it, that of a preempted decode to host memory or back
+TRANSFER_KINDS = ("kv_transfer", "prefix_fetch", "hand_off", "kv_write", "kv_swap")
+KV_TRANSFER, PREFIX_FETCH, HAND_OFF, KV_WRITE, KV_SWAP = range(5)
 
 #: how a task segment ended, in this order
 SEGMENT_ENDS = ("done", "preempted", "cut", "cancelled")

@@ -6,7 +6,7 @@ other clients. It sees the decode cohort as sums (count, context), since decodin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from mist.request import Batch, Task, Wait
@@ -42,6 +42,12 @@ class CohortView(Protocol):
     count: int
     sum_context: int
     tokens_per_decode: int
+    #: tokens of a KV block
+    block_size: int
+
+    def generated(self, task: Task) -> int:
+        """Tokens that a task which decodes here (`join_step` >= 0) has generated since it joined."""
+        ...
 
 
 class Budget(Protocol):
@@ -50,6 +56,11 @@ class Budget(Protocol):
     @property
     def num_running(self) -> int:
         """Admitted tasks, prefilling and decoding."""
+        ...
+
+    @property
+    def running(self) -> Mapping[int, Task]:
+        """These by `admission`, in its order, for a policy that has to look at each: takes as long as they are many."""
         ...
 
     @property
@@ -85,7 +96,8 @@ class BatchingPolicy(Protocol):
     """Registered under the kind `batching`; a dataclass whose fields are its parameters.
 
     One that takes tasks from the front of the queue may have a field `order` (`mist.batching.orders`), which the
-    client then keeps; without it, first come is first served.
+    client then keeps; without it, first come is first served. A class attribute `serves` names the stage kinds that it
+    can serve, where these aren't all; one `reserves_output`, a bool, goes before that of the engine's profile.
     """
 
     max_num_seqs: int

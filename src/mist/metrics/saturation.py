@@ -18,7 +18,7 @@ from mist.metrics.distribution import FloatColumn
 from mist.metrics.load import highest_number, mean_number
 from mist.metrics.window import Columns, Window
 from mist.metrics.words import counted, share
-from mist.records import CUT, FINISHED, KV_WRITE, IntColumn
+from mist.records import CUT, FINISHED, KV_SWAP, KV_WRITE, IntColumn
 from mist.units import NS_PER_S
 
 #: stretches of equal length into which the arrival period is cut
@@ -156,7 +156,7 @@ def _link_queue(transfers: Columns, members: list[int], edges: FloatColumn, last
 
     What is under way at the end of the run is so to `last_ns`.
     """
-    rows = np.isin(transfers["sender"], members) & (transfers["kind"] != KV_WRITE)
+    rows = np.isin(transfers["sender"], members) & ~np.isin(transfers["kind"], (KV_WRITE, KV_SWAP))
     rows &= transfers["queued_ns"] <= edges[-1]
     queued, end, num_bytes = (transfers[name][rows] for name in ("queued_ns", "end_ns", "bytes"))
     if not len(queued):

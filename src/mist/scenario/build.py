@@ -22,7 +22,7 @@ from mist.metrics.words import counted
 from mist.perf import ORIGINS, HostModel, PerfModel
 from mist.records import Records
 from mist.scenario.bands import expected_error
-from mist.scenario.fleet import Fleet, build_fleet, network_of
+from mist.scenario.fleet import Fleet, build_fleet, give_swap_spaces, network_of
 from mist.scenario.links import shared
 from mist.scenario.memories import add_memories, memory_infos, nothing_to_find
 from mist.scenario.remarks import remarks
@@ -54,6 +54,7 @@ def run(
     hash_block_size = max(table.hash_block_size for table in tables.values())
     fleet = build_fleet(scenario, hash_block_size, kernel, records)
     network = network_of(scenario, fleet, kernel, records)
+    give_swap_spaces(scenario, fleet, network, records)
     add_memories(scenario, fleet, hash_block_size, network, records)
     tenants = build_tenants(scenario, tables, fleet, records)
     playing = tenants if only is None else {only: tenants[only]}

@@ -33,7 +33,10 @@ from mist.scenario.encoders import cut_sequences, default_batching, engine_of, k
 from mist.scenario.memory import TierSettings
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems
 from mist.scenario.pricing import runs_without_model
+from mist.scenario.quantities import Size
 from mist.scenario.speculation_settings import SpeculationSettings
+from mist.scenario.unserved import unserved
+from mist.units import parse_bytes
 
 DEFAULT_ENGINE = "vllm-0.10"
 MAX_STEP_TOKENS = 2**22
@@ -104,6 +107,10 @@ class KVSettings(TierSettings):
     """share of device memory that the engine may use"""
     merge_shared_reads: bool = False
     """read blocks that several decodes share, as thoughts share a prompt, once per step for all of them"""
+    preemption: Literal["recompute", "swap"] = "recompute"
+    """what becomes of the KV cache of a preempted decode: computed again, or kept in the host's memory meanwhile"""
+    swap_space: Size = "4 GiB"
+    """with preemption: swap, the host's memory for that, per device; where it is full, contexts are computed again"""
 
     @model_validator(mode="after")
     def _one_size(self) -> KVSettings:
@@ -196,6 +203,12 @@ class Pool(Section):
     def kv_layout(self) -> tuple[Any, ...]:
         """What KV caches must have in common to be exchanged: whose they are, and in which dtype."""
         return self.model.name, self.model.layers, self.kv_dtype
+
+    def swap_blocks(self) -> int:
+        """KV blocks of one lane that the host keeps for preempted decodes."""
+        if self.kv_cache.preemption != "swap":
+            return 0
+        return int(parse_bytes(self.kv_cache.swap_space)) // self.kv_capacity().block_bytes // self.pp
 
     def kv_capacity(self) -> KVCapacity:
         """The KV cache that fits into a device's memory, by the engine's rule; overrides aside."""
@@ -342,6 +355,10 @@ class Pool(Section):
         yield from refused
         yield from self._unmergeable()
         yield from cut_sequences(self.model, self.batching)
+        yield from unserved(self.batching, self.serves)
+        if self.kv_cache.preemption == "swap" and self.device.num_cores:
+            message = f"{self.device.name} is a CPU: its KV cache is in the host's memory already"
+            yield ("kv_cache", "preemption"), Problem(message, hint="leave it out")
         yield from kept_caches(self.model, self.kv_cache.tiers, self.kv_cache.prefix_tier)
         if reason := self.model.parallel_problem(self.tp, self.pp, self.ep, self.attn_dp) or self.platform.problem():
             key = next((key for key in ("pp", "ep", "attn_dp") if f"{key} = " in reason), "tp")

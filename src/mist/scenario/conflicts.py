@@ -18,6 +18,7 @@ from mist.scenario.memory import misfits
 from mist.scenario.memory_groups import forks
 from mist.scenario.named import Located
 from mist.scenario.network import numbered
+from mist.scenario.unserved import is_static
 
 if TYPE_CHECKING:
     from mist.scenario.schema import ScenarioFile
@@ -139,6 +140,6 @@ def _hand_over_conflicts(scenario: Scenario, name: str, client: Pool) -> Iterato
         if other.model.layers != client.model.layers:
             message = f"{name} hands KV caches of {client.model.name} over to {other_name}, which has another model"
             yield ("clients", other_name, "model"), Problem(message, hint="give both the same model")
-        if other.batching.name == "static":
+        if is_static(other.batching):
             message = f"{other_name} takes decodes over from {name} one by one, which no static batch can"
             yield ("clients", other_name, "batching"), Problem(message, hint="take chunked or continuous")

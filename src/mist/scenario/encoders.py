@@ -19,7 +19,7 @@ from mist.scenario.named import Located, Spec
 #: where a client with an encoder names no engine
 ENCODER_ENGINE = "tei-0.6"
 #: batching policies that cut sequences, and what takes their place where nobody asked for one
-CUTTING = {"chunked": "continuous"}
+CUTTING = {"chunked": "continuous", "sglang": "continuous"}
 
 
 def engine_of(model: ModelSpec, default: EngineProfile) -> EngineProfile:
@@ -36,11 +36,16 @@ def default_batching(engine: EngineProfile, model: ModelSpec) -> str:
     return CUTTING.get(engine.batching, engine.batching) if model.is_encoder else engine.batching
 
 
+def cuts(batching: Spec) -> bool:
+    """Whether the policy may cut a sequence into chunks."""
+    return batching.name in CUTTING or bool(batching.params.get("enable_chunked_context"))
+
+
 def cut_sequences(model: ModelSpec, batching: Spec) -> Iterator[Located]:
     """A policy that would cut an encoder's sequences into chunks, as a problem at `batching`."""
-    if model.is_encoder and batching.name in CUTTING:
+    if model.is_encoder and cuts(batching):
         message = f"{model.name} is an encoder: every token attends to all others, so no sequence can be cut"
-        hint = f"take {CUTTING[batching.name]}, or leave batching out"
+        hint = f"take {CUTTING.get(batching.name, 'continuous')}, or leave batching out"
         yield ("batching", batching.name), Problem(message, hint=hint)
 
 

@@ -29,6 +29,7 @@ from mist.perf.drafted import Drafted
 from mist.perf.lookup import Lookup
 from mist.records import Records
 from mist.request import Step
+from mist.residents import Residents
 from mist.scenario.clients import Pool
 from mist.scenario.hosts import ANY_TOKENS, DEFAULT_BATCH, NO_ENGINE, HostPool
 from mist.scenario.network import numbered
@@ -38,6 +39,7 @@ from mist.scenario.stores import StorePool
 from mist.scenario.value import Scenario
 from mist.sharing import Channel, Sharing
 from mist.speculation import Speculation
+from mist.swap import SwappingResidents, give_swap_space
 from mist.topology import Link, Place
 from mist.units import NS_PER_S
 
@@ -99,6 +101,7 @@ def _add_replicas(
             speculation=_speculation(scenario, pool),
             kv_bytes_per_token=token_bytes,
             merges_shared_reads=pool.kv_cache.merge_shared_reads,
+            residents=SwappingResidents if pool.swap_blocks() else Residents,
         )
         limit_seqs = client.batching.max_num_seqs
         shown_blocks = 0 if pool.model.is_encoder else num_blocks
@@ -214,6 +217,14 @@ def network_of(scenario: Scenario, fleet: Fleet, kernel: Kernel, records: Record
         if place.on_host:
             client.shares = Host(fabric.cores(client.index), fabric.dram(client.index), sharing)
     return Network(fabric, sharing, records)
+
+
+def give_swap_spaces(scenario: Scenario, fleet: Fleet, network: Network, records: Records) -> None:
+    """Host memory for preempted decodes, to the clients of the pools that swap."""
+    for client, info in zip(fleet.clients, fleet.infos, strict=True):
+        pool = scenario.clients[info.pool]
+        if isinstance(pool, Pool) and (num_blocks := pool.swap_blocks()):
+            give_swap_space(client, network, records, num_blocks)
 
 
 def _share_cores(scenario: Scenario, fleet: Fleet, sharing: Sharing) -> None:

@@ -19,9 +19,10 @@ from mist.pipeline.parts import EMBED, RERANK
 from mist.request import DECODE, PREFILL
 from mist.scenario.catalogued import Catalogued, left_out
 from mist.scenario.clients import Count, Stages
-from mist.scenario.encoders import CUTTING
+from mist.scenario.encoders import CUTTING, cuts
 from mist.scenario.named import Located, Section, Spec, SpecOf, problems
 from mist.scenario.pricing import host_models, runs_without_model
+from mist.scenario.unserved import unserved
 from mist.units import GIB
 
 #: of clients that run no engine: no host time beside what their models say
@@ -90,9 +91,11 @@ class HostPool(Section):
         if not self.device.num_cores:
             yield ("device",), Problem(f"{self.device.name} is not a CPU", hint="take one, such as epyc-9554")
             return
-        if self.batching.name in CUTTING:
+        yield from unserved(self.batching, self.serves)
+        if cuts(self.batching):
             message = f"{self.batching.name} cuts tasks into chunks, and a search or a text is one piece"
-            yield ("batching", self.batching.name), Problem(message, hint=f"take {CUTTING[self.batching.name]}")
+            hint = f"take {CUTTING.get(self.batching.name, 'continuous')}"
+            yield ("batching", self.batching.name), Problem(message, hint=hint)
         if self.cores > self.device.num_cores:
             message = f"{self.device.name} has {self.device.num_cores} cores, not {self.cores:,}"
             yield ("cores",), Problem(message, hint="lower it, or leave it out for all")

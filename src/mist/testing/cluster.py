@@ -32,10 +32,12 @@ from mist.pipeline import PipelineFactory
 from mist.pipeline.stages import StageList
 from mist.records import Records
 from mist.request import Step
+from mist.residents import Residents
 from mist.routing import RoutingPolicy
 from mist.routing.round_robin import RoundRobin
 from mist.sharing import Sharing, duration_ns
 from mist.speculation import Speculation
+from mist.swap import SwappingResidents, give_swap_space
 from mist.tenant import Route, Tenant
 from mist.topology import Link
 from mist.views import Views
@@ -162,11 +164,13 @@ def play(
     merges_shared_reads: bool = False,
     admission: Sequence[AdmissionPolicy] = (),
     view_refresh_ns: int = 0,
+    swap_blocks: int = 0,
 ) -> Run:
     """Run `workload` to the end (or `until_ns`) on equal clients and check every law on the way.
 
     `serves`: stage kinds per client. `nic`, `host`: each one's links, unless `paths` are given; with `host` stated hits
-    are in the host's memory. `connect` may give clients memories; `prepare` is called before the first event.
+    are in the host's memory; `swap_blocks` of it are for preempted decodes. `connect` may give clients memories;
+    `prepare` is called before the first event.
     Raises InvariantError where a law breaks.
     """
     pipeline = pipeline or StageList()
@@ -193,6 +197,7 @@ def play(
             speculation=speculation,
             kv_bytes_per_token=(nic or host or KVLink()).bytes_per_token,
             merges_shared_reads=merges_shared_reads,
+            residents=SwappingResidents if swap_blocks else Residents,
         )
         for i in range(num_clients)
     ]
@@ -201,6 +206,8 @@ def play(
     network = Network(paths or links, Sharing(kernel), records)
     for client in clients if host is not None else ():
         client.offload = _on_host(client, network)
+    for client in clients if swap_blocks else ():
+        give_swap_space(client, network, records, swap_blocks)
     if connect is not None:
         connect(network, clients)
     router = router or RoundRobin()

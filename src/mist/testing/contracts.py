@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mist.batching import BatchingPolicy, Budget, CohortView, Queue
+from mist.batching.chunked import Chunked
 from mist.batching.orders import Order
 from mist.hardware import Device, Platform
 from mist.memory.eviction import Eviction
@@ -21,7 +22,21 @@ from mist.model import LayerGroup, ModelSpec
 from mist.perf import BOUNDS, ORIGINS, Deployment, PerfModel
 from mist.pipeline import PipelineFactory
 from mist.records import FINISHED, REFUSED, REJECTED, UNFINISHED, Records
-from mist.request import DECODE, Batch, ClientView, Delay, Fork, Pipeline, Request, Stage, StageResult, Step, Task, Wait
+from mist.request import (
+    DECODE,
+    PREFILL,
+    Batch,
+    ClientView,
+    Delay,
+    Fork,
+    Pipeline,
+    Request,
+    Stage,
+    StageResult,
+    Step,
+    Task,
+    Wait,
+)
 from mist.routing import RoutingPolicy
 from mist.testing.cluster import Run, SmallScenario, random_scenario, record_bytes, with_hints
 from mist.units import GB, GIB, NS_PER_S
@@ -64,8 +79,10 @@ class _Checked:
     max_num_seqs: int = field(init=False)
     max_num_batched_tokens: int = field(init=False)
     order: Order | None = field(init=False)
+    reserves_output: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.reserves_output = getattr(self.policy, "reserves_output", False)
         self.max_num_seqs = self.policy.max_num_seqs
         self.max_num_batched_tokens = self.policy.max_num_batched_tokens
         self.order = getattr(self.policy, "order", None)
@@ -98,7 +115,17 @@ class BatchingContract:
         raise NotImplementedError
 
     def _play(self, scenario: SmallScenario) -> Run:
-        return scenario.play(lambda **limits: _Checked(self.policy(**limits)), until_ns=LIVELOCK_NS)
+        """On one client, or where the policy `serves` one stage alone with a chunked one beside it for the other."""
+        mine = getattr(self.policy(max_num_seqs=9, max_num_batched_tokens=9), "serves", (PREFILL, DECODE))
+        serves = [each for each in (mine, tuple(kind for kind in (PREFILL, DECODE) if kind not in mine)) if each]
+        clients = iter(range(2))
+
+        def policy(max_num_seqs: int, max_num_batched_tokens: int) -> BatchingPolicy:
+            if next(clients):
+                return Chunked(max_num_batched_tokens, max_num_seqs)
+            return _Checked(self.policy(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens))
+
+        return scenario.play(policy, num_clients=len(serves), serves=serves, until_ns=LIVELOCK_NS)
 
     def test_it_serves_every_request_within_its_limits(self) -> None:
         for seed in range(self.num_scenarios):

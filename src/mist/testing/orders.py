@@ -10,13 +10,15 @@ import random
 
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
+from mist.batching.mixed import Mixed
 from mist.batching.orders import Order
+from mist.batching.sglang import SGLang
 from mist.batching.static import Static
 from mist.request import DECODE, PREFILL, Request, Stage, Task
 from mist.testing.cluster import Run, SmallScenario, play, random_scenario, record_bytes, with_hints
 from mist.testing.contracts import LIVELOCK_NS, _all_leave, _same_until_it_knows
 
-_POLICIES = (Chunked, Continuous, Static)
+_POLICIES = (Chunked, Continuous, Static, Mixed, SGLang)
 
 
 class OrderContract:
