@@ -146,7 +146,7 @@ class Residents:
             kv.refer(task, hit)
         if found:
             task.computed_tokens = task.cached_tokens = found
-            if not task.request.num_preemptions:
+            if not (task.request.num_preemptions or task.request.num_losses):
                 task.request.cached_tokens += found
             self.pending_tokens -= found
         kv.take(needed)

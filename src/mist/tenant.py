@@ -7,7 +7,7 @@ alike, each tenant's for itself. It never looks at what a client does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -24,10 +24,28 @@ _NO_SIZES: Mapping[str, int] = {}
 
 @dataclass(slots=True)
 class Route:
-    """The clients that tasks of one stage kind may go to, and the policy that picks one of them."""
+    """The clients that tasks of one stage kind may go to, and the policy that picks one of them.
+
+    `candidates`: those of them that take tasks now; all, unless some are down.
+    """
 
     clients: Sequence[Client]
     router: RoutingPolicy
+    candidates: Sequence[Client] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.candidates = self.clients
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """When the users of a tenant's requests give up, from arrival on, and with which status each leaves then.
+
+    By the request's place in the workload; an `after_ns` of `NO_DEADLINE` is never.
+    """
+
+    after_ns: Sequence[int]
+    statuses: Sequence[int]
 
 
 class Tenant:
@@ -48,6 +66,7 @@ class Tenant:
         *,
         priority: int = 0,
         deadline_after_ns: int = NO_DEADLINE,
+        patience: Patience | None = None,
         index: int = 0,
         first_request: int = 0,
         first_session: int = 0,
@@ -58,6 +77,7 @@ class Tenant:
         self.rng_of = rng_of
         self.priority = priority
         self.deadline_after_ns = deadline_after_ns
+        self.patience = patience
         self.index = index
         self.first_request = first_request
         self._first_session = first_session

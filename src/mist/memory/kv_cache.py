@@ -234,6 +234,13 @@ class KVCache:
             self._unrefer(request.block_keys, task.num_indexed)
             task.num_indexed = 0
 
+    def clear(self) -> None:
+        """All content is gone, and nobody refers to any block."""
+        self.free, self.cached = self.num_blocks, 0
+        self._evictable.clear()
+        self._segments.clear()
+        self._runs.clear()
+
     def count_referenced_units(self) -> int:
         """Blocks in hashed units that sequences refer to, each counted once (for the ledger)."""
         return sum(each.num_units for each in self._segments.values() if each.num_users) * self.unit_blocks

@@ -35,7 +35,7 @@ from mist.routing import RoutingPolicy
 from mist.routing.round_robin import RoundRobin
 from mist.sharing import Sharing, duration_ns
 from mist.speculation import Speculation
-from mist.tenant import Route, Tenant
+from mist.tenant import Patience, Route, Tenant
 from mist.topology import Link
 from mist.workload import RequestTable
 
@@ -158,11 +158,14 @@ def play(
     connect: Callable[[Network, list[Client]], None] | None = None,
     speculation: Speculation | None = None,
     merges_shared_reads: bool = False,
+    patience: Patience | None = None,
+    disturb: Callable[[Coordinator], None] | None = None,
 ) -> Run:
     """Run `workload` to the end (or `until_ns`) on equal clients and check every law on the way.
 
     `serves`: stage kinds per client. `nic`, `host`: each one's links, unless `paths` are given; with `host` stated hits
-    are in the host's memory. `connect` may give clients memories; `prepare` is called before the first event.
+    are in the host's memory. `connect` may give clients memories; `prepare` is called before the first event, and so is
+    `disturb`, which may post some of its own.
     Raises InvariantError where a law breaks.
     """
     pipeline = pipeline or StageList()
@@ -206,11 +209,13 @@ def play(
         records=records,
         clients=clients,
         network=network,
-        tenants=[Tenant(workload, pipeline, routes, lambda i: np.random.default_rng((7, i)))],
+        tenants=[Tenant(workload, pipeline, routes, lambda i: np.random.default_rng((7, i)), patience=patience)],
     )
     watch = Ledger(kernel, coordinator, clients, records) if ledger else None
     if prepare is not None:
         prepare(kernel, clients)
+    if disturb is not None:
+        disturb(coordinator)
     coordinator.start()
     kernel.run(until_ns)
     end = kernel.now if until_ns == FOREVER else until_ns
