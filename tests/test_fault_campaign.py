@@ -1,0 +1,245 @@
+"""A campaign of random faults under the ledger: whatever happens, every request ends once, and nothing is lost or stuck.
+
+Clients go down and come up, users give up, links slow down and pools scale, on clusters of every kind that the engine
+tests have. Exact laws: events that touch nothing change nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mist.batching.chunked import Chunked
+from mist.batching.continuous import Continuous
+from mist.batching.orders.priority import Priority
+from mist.batching.static import Static
+from mist.client import Client
+from mist.coordinator import Coordinator
+from mist.events import Down, Event, Events, LinkChange, Up
+from mist.kernel import Kernel
+from mist.lanes import share_stages
+from mist.memory.hierarchy import Hierarchy
+from mist.memory.tier import MemoryTier, Tier
+from mist.network import Network
+from mist.offload import Memory, Offload
+from mist.outages import FAIL, RETRY, Outages, Replica
+from mist.pipeline import RequestRandom
+from mist.records import CANCELLED, DONE, FINISHED, STATUSES, TIMED_OUT, UNFINISHED
+from mist.request import DECODE, NO_DEADLINE, PREFILL, All, FirstOf, Pipeline, Request, Stage
+from mist.routing.join_shortest_queue import JoinShortestQueue
+from mist.routing.least_outstanding import LeastOutstanding
+from mist.routing.prefix_affinity import PrefixAffinity
+from mist.routing.round_robin import RoundRobin
+from mist.scaling import Pool, Rule, Scaling
+from mist.speculation import Speculation
+from mist.tenant import Patience
+from mist.testing.cluster import KVLink, LinearSteps, Run, engine, play, random_scenario, record_bytes, table
+
+HORIZON = 40_000
+
+
+class Forking:
+    """A prompt whose answers fork: all of several, the first of some, or races of whole pipelines."""
+
+    kinds: tuple[str, ...] = (PREFILL, DECODE)
+    is_fixed = False
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, request: Request, rng: RequestRandom) -> Pipeline:
+        draw = random.Random(1000 * self.seed + request.index)
+        lengths = [draw.randint(1, 20) for _ in range(draw.randint(1, 4))]
+        shape = draw.choice(["all", "first", "race", "stray"])
+        yield Stage(PREFILL, input_tokens=request.input_tokens)
+        if shape == "all":
+            yield All([Stage(DECODE, oracle_output_tokens=n) for n in lengths])
+        elif shape == "first":
+            yield FirstOf(1, [Stage(DECODE, oracle_output_tokens=n) for n in lengths])
+        else:
+            yield Stage(DECODE, oracle_output_tokens=lengths[0])
+            yield FirstOf(1, [self._answer(n) for n in lengths], cancel_rest=shape == "race")
+        if draw.random() < 0.5:
+            yield Stage(PREFILL, input_tokens=draw.randint(1, 20), visible=False)
+
+    def _answer(self, length: int) -> Pipeline:
+        yield Stage(PREFILL, input_tokens=length + 3)
+        yield Stage(DECODE, oracle_output_tokens=length)
+
+
+def tiers(rng: random.Random, unit: int) -> Callable[[Network, list[Client]], None]:
+    """A memory on the host for each client that computes prompts, and one below for all, of slow links."""
+    capacity, rate, always = rng.choice([200, 2000]), rng.choice([1e6, 1e8, 1e9]), rng.random() < 0.7
+
+    def connect(network: Network, clients: list[Client]) -> None:
+        shared = Memory(-2, Tier(MemoryTier("shared", capacity * 10, rate / 2), unit))
+        for client in clients:
+            own = Memory(-1 - 2 * (client.index + 1), Tier(MemoryTier("own", capacity, rate), unit))
+            path = network.path(-1, client.index)
+            for memory in (own, shared):
+                network.memory_paths[memory.index, client.index] = path
+                network.memory_paths[client.index, memory.index] = path
+                network.memory_paths[memory.index, shared.index] = path
+            hierarchy = Hierarchy([own.tier, shared.tier], token_bytes=10, unit_tokens=unit,
+                                  rng_of=np.random.default_rng)  # fmt: skip
+            client.offload = Offload(client, network, hierarchy, [own, shared], always=always,
+                                     num_layers=rng.choice([1, 4]))  # fmt: skip
+
+    return connect
+
+
+class Campaign:
+    """One random cluster with its workload and its faults; `kinds` counts what it has of everything."""
+
+    def __init__(self, seed: int) -> None:
+        rng = self.rng = random.Random(seed)
+        self.seed = seed
+        small = random_scenario(seed, roomy=rng.random() < 0.4)
+        if rng.random() < 0.3:
+            small = replace(small, concurrency=rng.randint(1, 4))
+        self.small = small
+        self.options: dict[str, Any] = {}
+        shape = self.shape = rng.choice(["mixed", "mixed", "apart", "forks", "forks_apart", "lanes", "tiers", "drafts"])
+        self.num_clients = rng.randint(1, 4)
+        policy: Any = rng.choice([Chunked, Continuous, Static])
+        if "apart" in shape:
+            serves = [(PREFILL,)] * rng.randint(1, 2) + [(DECODE,)] * rng.randint(1, 3)
+            self.num_clients, policy = len(serves), rng.choice([Chunked, Continuous])
+            self.options |= {"serves": serves, "nic": KVLink(rng.randint(1, 30), rng.choice([1e9, 3e7]), rng.choice([0, 300]))}
+            self.options["engine_profile"] = engine(first_token=rng.choice([PREFILL, DECODE]))
+        if "forks" in shape:
+            self.options["pipeline"] = Forking(seed)
+            self.options["merges_shared_reads"] = rng.random() < 0.5
+        if shape == "lanes":
+            self.num_clients = 4
+            self.options["prepare"] = _in_lanes
+        if shape == "tiers" and small.unit_tokens:
+            self.options |= {"connect": tiers(rng, small.unit_tokens), "host": None}
+        if shape == "drafts":
+            self.options["speculation"] = Speculation(3, 0.6, lambda i, s: np.random.default_rng((seed, i, s)))
+            self.options["num_blocks"] = 1000
+            policy = Chunked
+        if policy is Chunked and rng.random() < 0.3:
+            self.policy: Any = lambda **limits: Chunked(**limits, order=Priority())
+        else:
+            self.policy = policy
+        router: Any = rng.choice([RoundRobin, LeastOutstanding, JoinShortestQueue, PrefixAffinity])
+        self.router = router
+        if rng.random() < 0.3:
+            self.options["engine_profile"] = engine(step_ns=20, request_ns=rng.choice([0, 150]), first_token=PREFILL)
+
+    def play(self, disturb: Callable[[Coordinator], None] | None, patience: Patience | None = None) -> Run:
+        limits: dict[str, Any] = {}
+        if self.shape == "drafts":
+            limits["policy"] = lambda: Chunked(max_num_seqs=4, max_num_batched_tokens=64)
+            workload = self.small.workload()
+            return play(workload, block_size=self.small.block_size, num_clients=self.num_clients,
+                        router=self.router(), disturb=disturb, patience=patience, **limits, **self.options)  # fmt: skip
+        return self.small.play(
+            self.policy, num_clients=self.num_clients, router=self.router(), disturb=disturb, patience=patience,
+            **self.options,
+        )  # fmt: skip
+
+    def events(self, coordinator: Coordinator) -> list[Event]:
+        rng = self.rng
+        names = ["replica"] if self.shape == "lanes" else [client.name for client in coordinator.clients]
+        found: list[Event] = []
+        for _ in range(rng.randint(0, 8)):
+            at, name = rng.randint(0, HORIZON), rng.choice(names)
+            found.append(Down(at, name, rng.choice([RETRY, RETRY, FAIL])))
+            if rng.random() < 0.85:
+                found.append(Up(at + rng.choice([0, 1, 100, rng.randint(1, 20_000)]), name))
+        if "nic" in self.options:
+            for _ in range(rng.randint(0, 3)):
+                sender = rng.randrange(len(coordinator.clients))
+                (channel,) = coordinator.network.path(sender, sender).channels
+                at = rng.randint(0, HORIZON)
+                found.append(LinkChange(at, channel, rng.choice([0.0, 0.01, 0.5])))
+                found.append(LinkChange(at + rng.randint(0, 10_000), channel, rng.choice([0.3, 1.0])))
+                found.append(LinkChange(2 * HORIZON, channel, 1.0))
+        return found
+
+    def disturb(self, coordinator: Coordinator) -> None:
+        made = self.events_of(coordinator)
+        made.post(self.events(coordinator))
+        rng = self.rng
+        replicas = list(made.outages.replicas.values())
+        total = len(self.small.requests)
+        by_kind: dict[tuple[str, ...], list[Replica]] = {}
+        for replica in replicas:
+            by_kind.setdefault(replica.clients[0].serves, []).append(replica)
+        pools = []
+        for members in by_kind.values():
+            if rng.random() < 0.5:
+                continue
+            most = len(members)
+            first = rng.randint(1, most)
+            schedule = [(rng.randint(0, HORIZON), rng.randint(1, most)) for _ in range(rng.randint(0, 4))]
+            rule = Rule(rng.choice(["queue", "wait_s"]), rng.choice([0.0, 1e-6, 2.0]), 1e-7, rng.randint(200, 3000))
+            pools.append(Pool(members, first, 1, rng.choice([0, 500]), schedule, rule if rng.random() < 0.5 else None))
+        Scaling(made.outages, pools, lambda: coordinator.num_left == total).start()
+
+    def events_of(self, coordinator: Coordinator) -> Events:
+        clients = coordinator.clients
+        groups = {"replica": list(clients)} if self.shape == "lanes" else {c.name: [c] for c in clients}
+        replicas = {name: Replica(name, members) for name, members in groups.items()}
+        return Events(coordinator.kernel, Outages(coordinator, coordinator.records, replicas), coordinator.network.sharing)
+
+    def patience(self) -> Patience | None:
+        rng, num = self.rng, len(self.small.requests)
+        if rng.random() < 0.4:
+            return None
+        after = [rng.choice([NO_DEADLINE, rng.randint(1, 3000), rng.randint(1, 20_000)]) for _ in range(num)]
+        return Patience(after, [rng.choice([CANCELLED, TIMED_OUT]) for _ in range(num)])
+
+
+def _in_lanes(kernel: Kernel, clients: list[Client]) -> None:
+    """Two pipeline stages of two attention groups: one replica."""
+    share_stages(clients, 2, kernel)
+
+
+def check(result: Run, num_requests: int) -> Counter[str]:
+    """Each request left once, those that finished have all their tasks done, and nothing is left anywhere."""
+    requests, tasks = result.records.requests.as_columns(), result.records.tasks.as_columns()
+    assert sorted(requests["request"].tolist()) == list(range(num_requests))
+    places = list(zip(tasks["request"].tolist(), tasks["stage_index"].tolist(), strict=True))
+    done = Counter(place for place, how in zip(places, tasks["how"].tolist(), strict=True) if how == DONE)
+    assert not done or max(done.values()) == 1, "a task was served twice"
+    assert not result.coordinator.in_system
+    assert not result.coordinator.num_tasks or UNFINISHED in requests["status"]
+    return Counter(STATUSES[status] for status in requests["status"].tolist())
+
+
+def play_one(seed: int) -> Counter[str]:
+    campaign = Campaign(seed)
+    result = campaign.play(campaign.disturb, campaign.patience())
+    return check(result, len(campaign.small.requests))
+
+
+@pytest.mark.parametrize("first", range(0, 240, 8))
+def test_a_campaign(first: int) -> None:
+    for seed in range(first, first + 8):
+        play_one(seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", range(1000, 4000, 50))
+def test_a_long_campaign(first: int) -> None:
+    for seed in range(first, first + 50):
+        play_one(seed)
+
+
+def test_the_campaign_has_everything() -> None:
+    """Every way to leave, and no request that waits for ever."""
+    ends: Counter[str] = Counter()
+    for seed in range(5000, 5080):
+        ends += play_one(seed)
+    assert {"finished", "rejected", "cancelled", "timed_out"} <= set(ends)
+    assert "unfinished" not in ends
+    assert ends["finished"] > sum(ends.values()) / 3
