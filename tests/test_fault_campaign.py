@@ -1,4 +1,4 @@
-"""A campaign of random faults under the ledger: whatever happens, every request ends once, and nothing is lost or stuck.
+"""A campaign of random faults under the ledger: whatever happens, every request ends once, and nothing is stuck.
 
 Clients go down and come up, users give up, links slow down and pools scale, on clusters of every kind that the engine
 tests have. Exact laws: events that touch nothing change nothing.
@@ -30,7 +30,7 @@ from mist.network import Network
 from mist.offload import Memory, Offload
 from mist.outages import FAIL, RETRY, Outages, Replica
 from mist.pipeline import RequestRandom
-from mist.records import CANCELLED, DONE, FINISHED, STATUSES, TIMED_OUT, UNFINISHED
+from mist.records import CANCELLED, DONE, FINISHED, REJECTED, STATUSES, TIMED_OUT, UNFINISHED
 from mist.request import DECODE, NO_DEADLINE, PREFILL, All, FirstOf, Pipeline, Request, Stage
 from mist.routing.join_shortest_queue import JoinShortestQueue
 from mist.routing.least_outstanding import LeastOutstanding
@@ -39,7 +39,7 @@ from mist.routing.round_robin import RoundRobin
 from mist.scaling import Pool, Rule, Scaling
 from mist.speculation import Speculation
 from mist.tenant import Patience
-from mist.testing.cluster import KVLink, LinearSteps, Run, engine, play, random_scenario, record_bytes, table
+from mist.testing.cluster import KVLink, Run, engine, play, random_scenario, record_bytes
 
 HORIZON = 40_000
 
@@ -111,7 +111,10 @@ class Campaign:
         if "apart" in shape:
             serves = [(PREFILL,)] * rng.randint(1, 2) + [(DECODE,)] * rng.randint(1, 3)
             self.num_clients, policy = len(serves), rng.choice([Chunked, Continuous])
-            self.options |= {"serves": serves, "nic": KVLink(rng.randint(1, 30), rng.choice([1e9, 3e7]), rng.choice([0, 300]))}
+            self.options |= {
+                "serves": serves,
+                "nic": KVLink(rng.randint(1, 30), rng.choice([1e9, 3e7]), rng.choice([0, 300])),
+            }
             self.options["engine_profile"] = engine(first_token=rng.choice([PREFILL, DECODE]))
         if "forks" in shape:
             self.options["pipeline"] = Forking(seed)
@@ -189,7 +192,9 @@ class Campaign:
         clients = coordinator.clients
         groups = {"replica": list(clients)} if self.shape == "lanes" else {c.name: [c] for c in clients}
         replicas = {name: Replica(name, members) for name, members in groups.items()}
-        return Events(coordinator.kernel, Outages(coordinator, coordinator.records, replicas), coordinator.network.sharing)
+        return Events(
+            coordinator.kernel, Outages(coordinator, coordinator.records, replicas), coordinator.network.sharing
+        )
 
     def patience(self) -> Patience | None:
         rng, num = self.rng, len(self.small.requests)
@@ -243,3 +248,76 @@ def test_the_campaign_has_everything() -> None:
     assert {"finished", "rejected", "cancelled", "timed_out"} <= set(ends)
     assert "unfinished" not in ends
     assert ends["finished"] > sum(ends.values()) / 3
+
+
+# --- exact laws ---
+
+
+def with_events(campaign: Campaign, *events: Event) -> Run:
+    return campaign.play(lambda coordinator: campaign.events_of(coordinator).post(events))
+
+
+def name_of_last(campaign: Campaign) -> str:
+    return "replica" if campaign.shape == "lanes" else f"gpu-{campaign.num_clients - 1}"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_events_after_the_end_change_nothing(seed: int) -> None:
+    name = name_of_last(Campaign(seed))
+    late = with_events(Campaign(seed), Down(10**12, name), Up(10**12 + 5, name))
+    assert record_bytes(late.records) == record_bytes(Campaign(seed).play(None).records)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_client_that_is_down_for_no_time_with_nothing_on_it_changes_nothing(seed: int) -> None:
+    """Before the first request, and, where no prefix could be lost, in every gap between requests."""
+    plain = Campaign(seed).play(None)
+    requests = plain.records.requests.as_columns()
+    instants = [0]
+    if not Campaign(seed).small.caching and Campaign(seed).small.concurrency is None:
+        busy = plain.records.tasks.as_columns()["end_ns"].max()
+        arrivals, ends = sorted(requests["arrival_ns"].tolist()), requests["end_ns"]
+        gaps = [at - 1 for at in arrivals if at > 1 and not np.any((requests["arrival_ns"] < at) & (ends >= at - 1))]
+        instants += [*gaps, int(busy) + 1]
+    name = name_of_last(Campaign(seed))
+    events = [event for at in instants for event in (Down(at, name), Up(at, name))]
+    assert record_bytes(with_events(Campaign(seed), *events).records) == record_bytes(plain.records)
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_a_client_that_is_down_from_the_start_might_not_be_there(seed: int) -> None:
+    campaign, fewer = Campaign(seed), Campaign(seed)
+    serves = campaign.options.get("serves")
+    if campaign.shape == "lanes" or campaign.num_clients < 2 or (serves and serves.count((DECODE,)) < 2):
+        pytest.skip("nobody would serve, or one replica is all that there is")
+    fewer.num_clients -= 1
+    down = with_events(campaign, Down(0, name_of_last(campaign)))
+    assert record_bytes(down.records) == record_bytes(fewer.play(None).records)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_patience_that_outlasts_every_request_changes_nothing(seed: int) -> None:
+    campaign = Campaign(seed)
+    patient = Patience([10**12] * len(campaign.small.requests), [TIMED_OUT] * len(campaign.small.requests))
+    assert record_bytes(campaign.play(None, patient).records) == record_bytes(Campaign(seed).play(None).records)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_is_retried_comes_out_whole(seed: int) -> None:
+    """Downs with a way back, nobody who gives up: all that would have finished does, with as many tokens."""
+    plain = Campaign(seed).play(None)
+    rng = random.Random(seed)
+    names = ["replica"] if Campaign(seed).shape == "lanes" else [client.name for client in plain.clients]
+    events: list[Event] = []
+    for _ in range(6):
+        at, name = rng.randint(0, HORIZON), rng.choice(names)
+        events += [Down(at, name), Up(at + rng.randint(0, 5000), name)]
+    faulty = with_events(Campaign(seed), *events)
+    check(faulty, len(Campaign(seed).small.requests))
+    before, after = (run.records.requests.as_columns() for run in (plain, faulty))
+    order, other = np.argsort(before["request"]), np.argsort(after["request"])
+    assert before["status"][order].tolist() == after["status"][other].tolist()
+    if Campaign(seed).shape not in ("forks", "forks_apart"):  # who is first there depends on times
+        assert before["output_tokens"][order].tolist() == after["output_tokens"][other].tolist()
+    assert np.all(after["end_ns"] >= after["arrival_ns"])
+    assert set(after["status"].tolist()) <= {FINISHED, REJECTED}

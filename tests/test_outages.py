@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from kit import rows
+from mist.batching.chunked import Chunked
 from mist.coordinator import Coordinator
 from mist.events import Down, Event, Events, LinkChange, Up
-from mist.outages import FAIL, RETRY, Outages, Replica
-from mist.records import CANCELLED, FINISHED, LOST, REJECTED, TIMED_OUT, UNFINISHED
+from mist.outages import FAIL, Outages, Replica
+from mist.records import CANCELLED, DRAINING, FINISHED, LOST, REJECTED, STARTING, TIMED_OUT, UP
 from mist.request import NO_DEADLINE
 from mist.routing.least_outstanding import LeastOutstanding
 from mist.scaling import Pool, Rule, Scaling
@@ -39,7 +40,7 @@ def events_of(coordinator: Coordinator) -> Events:
 
 
 def run(workload: Any, *events: Event, **options: Any) -> Run:
-    return play(workload, **{"perf": STEPS, "router": LeastOutstanding(), "disturb": disturbed(*events)} | options)
+    return play(workload, perf=STEPS, router=LeastOutstanding(), disturb=disturbed(*events), **options)
 
 
 def column(result: Run, table_name: str, name: str) -> list[int]:
@@ -103,7 +104,7 @@ def test_a_kv_cache_is_lost_with_its_sender() -> None:
 
 
 def test_the_prefix_cache_is_lost() -> None:
-    keys = [(1, 2), (1, 2)]
+    keys: list[tuple[int, ...]] = [(1, 2), (1, 2)]
     workload = table([0, 1000], [32, 32], [1, 1], keys)
     options: dict[str, Any] = {"caching": True, "unit_tokens": 16, "block_size": 16}
     assert column(run(workload, **options), "requests", "cached_tokens") == [0, 16]
@@ -147,9 +148,7 @@ def slowed(result_share: Sequence[tuple[int, float]]) -> Callable[[Coordinator],
 )
 def test_a_transfer_goes_as_fast_as_its_link(changes: list[tuple[int, float]], arrives: int) -> None:
     serves = [("prefill",), ("decode",)]
-    result = play(
-        table([0], [10], [3]), perf=STEPS, num_clients=2, serves=serves, nic=LINK, disturb=slowed(changes)
-    )
+    result = play(table([0], [10], [3]), perf=STEPS, num_clients=2, serves=serves, nic=LINK, disturb=slowed(changes))
     assert column(result, "transfers", "end_ns") == [arrives]
 
 
@@ -181,10 +180,8 @@ def test_a_schedule_starts_and_drains() -> None:
 def test_a_rule_follows_the_queue() -> None:
     rule = Rule("queue", above=1, below=0.5, every_ns=100)
     disturb = scaled({"initial_count": 1, "start_up_ns": 50, "rule": rule})
-    result = play(table([0] * 4, [10] * 4, [6] * 4), perf=STEPS, num_clients=2, disturb=disturb,
-                  policy=lambda: __import__("mist.batching.chunked", fromlist=["Chunked"]).Chunked(max_num_seqs=1))  # fmt: skip
+    workload = table([0] * 4, [10] * 4, [6] * 4)
+    result = play(workload, perf=STEPS, num_clients=2, disturb=disturb, policy=lambda: Chunked(max_num_seqs=1))
     assert set(column(result, "requests", "status")) == {FINISHED}
-    assert column(result, "changes", "state")[:1] == [2]  # the second isn't wanted at first
-
-
-__all__ = ["RETRY", "UNFINISHED"]
+    changes = list(zip(column(result, "changes", "state"), column(result, "changes", "time_ns"), strict=True))
+    assert changes[:3] == [(DRAINING, 0), (STARTING, 100), (UP, 150)]

@@ -12,6 +12,7 @@ from functools import partial
 from mist.metrics import TenantInfo
 from mist.records import Records
 from mist.request import DECODE, NO_DEADLINE
+from mist.scenario.disturbances import patience
 from mist.scenario.fleet import Fleet
 from mist.scenario.seeds import random_of
 from mist.scenario.tenancy import SOLE, Tenancy
@@ -37,6 +38,7 @@ def build_tenants(
             partial(random_of, scenario.seed, section.purpose("pipeline")),
             priority=section.priority,
             deadline_after_ns=_deadline_ns(section),
+            patience=patience(scenario, section, len(table)),
             index=len(tenants),
             first_request=first_request,
             first_session=first_session,
