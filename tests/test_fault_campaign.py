@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from mist.batching.static import Static
 from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.events import Down, Event, Events, LinkChange, Up
+from mist.fabric import Path
 from mist.kernel import Kernel
 from mist.lanes import share_stages
 from mist.memory.hierarchy import Hierarchy
@@ -37,9 +39,10 @@ from mist.routing.least_outstanding import LeastOutstanding
 from mist.routing.prefix_affinity import PrefixAffinity
 from mist.routing.round_robin import RoundRobin
 from mist.scaling import Pool, Rule, Scaling
+from mist.sharing import Channel
 from mist.speculation import Speculation
 from mist.tenant import Patience
-from mist.testing.cluster import KVLink, Run, engine, play, random_scenario, record_bytes
+from mist.testing.cluster import KVLink, Run, SmallScenario, engine, play, random_scenario, record_bytes
 
 HORIZON = 40_000
 
@@ -73,25 +76,41 @@ class Forking:
         yield Stage(DECODE, oracle_output_tokens=length)
 
 
-def tiers(rng: random.Random, unit: int) -> Callable[[Network, list[Client]], None]:
-    """A memory on the host for each client that computes prompts, and one below for all, of slow links."""
-    capacity, rate, always = rng.choice([200, 2000]), rng.choice([1e6, 1e8, 1e9]), rng.random() < 0.7
+def tiers(seed: int, unit: int) -> Callable[[Network, list[Client]], None]:
+    """A memory on each host and one below for all, over slow links; content that takes time to decode."""
+    rng = random.Random(seed)
+    capacity, rate, always = rng.choice([400, 4000]), rng.choice([3e7, 1e8, 3e8]), rng.random() < 0.8
+    num_layers, decode_rate = rng.choice([1, 4]), rng.choice([inf, 1e8])
 
     def connect(network: Network, clients: list[Client]) -> None:
-        shared = Memory(-2, Tier(MemoryTier("shared", capacity * 10, rate / 2), unit))
+        shared = Memory(-2, Tier(MemoryTier("shared", capacity * 10, rate, decode_bytes_per_s=decode_rate), unit))
         for client in clients:
-            own = Memory(-1 - 2 * (client.index + 1), Tier(MemoryTier("own", capacity, rate), unit))
-            path = network.path(-1, client.index)
+            own = Memory(-3 - client.index, Tier(MemoryTier("own", capacity, 2 * rate), unit))
+            path = Path((Channel(f"{client.name}.host", rate),), rng.choice([0, 400]))
             for memory in (own, shared):
                 network.memory_paths[memory.index, client.index] = path
                 network.memory_paths[client.index, memory.index] = path
                 network.memory_paths[memory.index, shared.index] = path
-            hierarchy = Hierarchy([own.tier, shared.tier], token_bytes=10, unit_tokens=unit,
-                                  rng_of=np.random.default_rng)  # fmt: skip
-            client.offload = Offload(client, network, hierarchy, [own, shared], always=always,
-                                     num_layers=rng.choice([1, 4]))  # fmt: skip
+            hierarchy = Hierarchy(
+                [own.tier, shared.tier], token_bytes=10, unit_tokens=unit, rng_of=np.random.default_rng
+            )
+            client.offload = Offload(client, network, hierarchy, [own, shared], always=always, num_layers=num_layers)
 
     return connect
+
+
+def common_prompts(seed: int) -> SmallScenario:
+    """Prompts that begin alike, on caches that soon forget them."""
+    rng = random.Random(seed)
+    unit = rng.choice([4, 8])
+    requests, now = [], 0
+    for i in range(rng.randint(4, 16)):
+        now += rng.choice([0, rng.randint(0, 500), rng.randint(0, 6000)])
+        family, num_units, num_common = rng.randint(1, 3), rng.randint(1, 8), rng.randint(0, 6)
+        keys = tuple(1000 * family + k if k < num_common else 100_000 * (i + 1) + k for k in range(num_units))
+        requests.append((now, num_units * unit, rng.randint(0, 12), keys))
+    limits = {"max_num_seqs": rng.randint(1, 4), "max_num_batched_tokens": rng.randint(8, 40)}
+    return SmallScenario(tuple(requests), **limits, num_blocks=rng.randint(22, 40), unit_tokens=unit, caching=True)
 
 
 class Campaign:
@@ -122,8 +141,9 @@ class Campaign:
         if shape == "lanes":
             self.num_clients = 4
             self.options["prepare"] = _in_lanes
-        if shape == "tiers" and small.unit_tokens:
-            self.options |= {"connect": tiers(rng, small.unit_tokens), "host": None}
+        if shape == "tiers":
+            self.small = common_prompts(seed)
+            self.options["connect"] = tiers(seed, self.small.unit_tokens)
         if shape == "drafts":
             self.options["speculation"] = Speculation(3, 0.6, lambda i, s: np.random.default_rng((seed, i, s)))
             self.options["num_blocks"] = 1000
