@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kit import rows
 from mist.batching.chunked import Chunked
 from mist.coordinator import Coordinator
 from mist.events import Down, Event, Events, LinkChange, Up
+from mist.laws import breaches
 from mist.outages import FAIL, Outages, Replica
 from mist.records import CANCELLED, DRAINING, FINISHED, LOST, REJECTED, STARTING, TIMED_OUT, UP
 from mist.request import NO_DEADLINE
@@ -185,3 +187,23 @@ def test_a_rule_follows_the_queue() -> None:
     assert set(column(result, "requests", "status")) == {FINISHED}
     changes = list(zip(column(result, "changes", "state"), column(result, "changes", "time_ns"), strict=True))
     assert changes[:3] == [(DRAINING, 0), (STARTING, 100), (UP, 150)]
+
+
+# --- laws ---
+
+
+@pytest.mark.parametrize(
+    ("table_name", "name", "value", "told"),
+    [
+        ("steps", "end_ns", 500, "gpu-0 computes while it is down"),
+        ("tasks", "end_ns", 500, "gpu-0 serves while it is down"),
+        ("tasks", "end_ns", 440, "lost with clients that don't go down then"),
+    ],
+)
+def test_laws_of_outages_are_caught(table_name: str, name: str, value: int, told: str) -> None:
+    result = run(table([0], [10], [6]), Down(450, "gpu-0"), num_clients=2)
+    assert not list(breaches(result.records))
+    column_of = getattr(result.records, table_name).as_columns()
+    row = int(np.flatnonzero(column_of[name] == 450)[0])
+    column_of[name][row] = value
+    assert any(told in breach for breach in breaches(result.records))
