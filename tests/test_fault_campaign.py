@@ -80,12 +80,14 @@ def tiers(seed: int, unit: int) -> Callable[[Network, list[Client]], None]:
     """A memory on each host and one below for all, over slow links; content that takes time to decode."""
     rng = random.Random(seed)
     capacity, rate, always = rng.choice([400, 4000]), rng.choice([3e7, 1e8, 3e8]), rng.random() < 0.8
-    num_layers, decode_rate = rng.choice([1, 4]), rng.choice([inf, 1e8])
+    num_layers, decode_rate = rng.choice([1, 4]), rng.choice([inf, 3e7])
 
     def connect(network: Network, clients: list[Client]) -> None:
         shared = Memory(-2, Tier(MemoryTier("shared", capacity * 10, rate, decode_bytes_per_s=decode_rate), unit))
         for client in clients:
-            own = Memory(-3 - client.index, Tier(MemoryTier("own", capacity, 2 * rate), unit))
+            own = Memory(
+                -3 - client.index, Tier(MemoryTier("own", capacity, 2 * rate, decode_bytes_per_s=decode_rate), unit)
+            )
             path = Path((Channel(f"{client.name}.host", rate),), rng.choice([0, 400]))
             for memory in (own, shared):
                 network.memory_paths[memory.index, client.index] = path
@@ -237,6 +239,10 @@ def check(result: Run, num_requests: int) -> Counter[str]:
     done = Counter(place for place, how in zip(places, tasks["how"].tolist(), strict=True) if how == DONE)
     assert not done or max(done.values()) == 1, "a task was served twice"
     assert not result.coordinator.in_system
+    for client in result.clients:
+        left = [client.view.num_outstanding, client.front_end.incoming_tokens, client.residents.pending_tokens]
+        assert [*left, client.residents.kv.used, client.residents.cohort.sum_context] == [0] * 5, client.name
+        assert client.offload is None or not (client.offload.fetching or client.offload._num_to_take)
     assert not result.coordinator.num_tasks or UNFINISHED in requests["status"]
     return Counter(STATUSES[status] for status in requests["status"].tolist())
 
