@@ -8,13 +8,14 @@ It never chooses another client and never reads a workload.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from mist.batching import DECODES_ALONE, BatchingPolicy
 from mist.batching.orders.fcfs import FCFS
 from mist.engine import EngineProfile
 from mist.errors import InvariantError
 from mist.front_end import FrontEnd
-from mist.host import Host
+from mist.host import Host, Work
 from mist.kernel import Kernel
 from mist.memory.kv_cache import KVCache
 from mist.neighbours import Next, Waker, Watcher
@@ -72,14 +73,15 @@ class Client:
         self.woken = False
         cohort = SpeculativeCohort(kv.block_size, speculation) if speculation else None
         order = getattr(batching, "order", None)
-        self.residents = residents(
+        self._settle = partial(
+            residents,
             kv,
             self._preempted,
-            cohort,
             reserves_output=getattr(batching, "reserves_output", engine.reserves_output),
             generates=DECODE in serves,
             order=None if isinstance(order, FCFS) else order,
         )
+        self.residents = self._settle(cohort)
         self.num_drafts = speculation.num_draft_tokens if speculation else 0
         self.view = ClientView(index, name, kv_blocks=kv.num_blocks)
         #: of all ranks together
@@ -107,6 +109,7 @@ class Client:
         self.shares: Host | None = None
         #: what a model may have for steps of decodes alone
         self._tabled: Callable[[int], Callable[[int], int] | None] | None = getattr(perf, "decode_time", None)
+        self._work: Work | None = None
         self.demand_of: Callable[[Step], Demand] = getattr(perf, "demand", no_demand)
         self.stage_kinds = {kind: i for i, kind in enumerate(records.stage_kinds)}
         self._overlapped = engine.overlapped
@@ -142,7 +145,7 @@ class Client:
                 return
             end = now + self.price_step()
             if self.shares is not None:
-                self.shares.work(self.demand_of(self.step), end - now, self._shared_step_ends, None, now)
+                self._work = self.shares.work(self.demand_of(self.step), end - now, self._shared_step_ends, None, now)
                 return
             if end >= kernel.horizon() or (self.emits and (self._ends_a_task() or self._has_waiting_fetches())):
                 kernel.step_ends(self, end)
@@ -182,6 +185,7 @@ class Client:
         return self.offload is not None and bool(self.offload.waiting)
 
     def _shared_step_ends(self, _: None, now: int) -> None:
+        self._work = None
         self.finish_step(now)
         self.waker.wake(self)
 
@@ -501,15 +505,36 @@ class Client:
         task.started_ns = task.joined_ns = -1
         task.cached_tokens = task.inherited_tokens = task.found_tokens = 0
 
-    def cut(self, now: int) -> list[Task]:
+    def cut(self, now: int, how: int = CUT) -> list[Task]:
         """The simulation stops at `now`: close the segments of all tasks here, and return them and those to come."""
         residents = self.residents
         tasks = [*residents.running.values(), *residents.waiting, *residents.handed_over]
         for task in tasks:
-            self._record_segment(task, now, CUT)
+            self._record_segment(task, now, how)
             if task.join_step >= 0:
                 task.generated_tokens += residents.cohort.generated(task)
         return [*tasks, *self.front_end.incoming]
+
+    def void_step(self, now: int) -> None:
+        """The step in flight, if there is one, ends at `now` for nobody: a row with nothing in it."""
+        work, self._work = self._work, None
+        if work is not None and self.shares is not None:
+            self.shares.stop(work, now)
+        if work is not None or self.waker.void(self, now):
+            self._append_step((self.index, self.now, now, 0, 0, 0, 0, self._kv_used, 0))
+            if self.watcher is not None:
+                self.watcher.step_lost(self, now)
+
+    def clear(self) -> None:
+        """It has nothing and nobody, as at first; the steps of its cohort stay counted."""
+        cohort = self.residents.cohort
+        for part in (self.residents.kv, cohort, self.front_end, *((self.offload,) if self.offload else ())):
+            part.clear()
+        before, self.residents = self.residents, self._settle(cohort)
+        self.residents.succeed(before)
+        self._chunks, self._cancelled, self.shown_at = [], [], {}
+        self.view.num_outstanding = 0
+        self.idle = True
 
     def _record_segment(self, task: Task, now: int, how: int) -> None:
         computed = task.computed_tokens - task.cached_tokens - task.inherited_tokens

@@ -85,6 +85,12 @@ class Cohort:
             del self.calendar[task.finish_step]
         self._drop(task)
 
+    def clear(self) -> None:
+        """Nobody is left; the steps completed so far stay counted."""
+        self.count = self.sum_context = 0
+        self.calendar.clear()
+        self.boundary = [0] * self.block_size
+
     def _drop(self, task: Task) -> None:
         self.count -= 1
         self.sum_context -= task.target_tokens + self.step - task.join_step

@@ -6,7 +6,7 @@ through `stage_done` and `rejected`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mist.client import Client
@@ -17,6 +17,7 @@ from mist.network import Network
 from mist.records import FINISHED, HAND_OFF, KV_TRANSFER, REFUSED, REJECTED, UNFINISHED, Records
 from mist.request import (
     DECODE,
+    NO_DEADLINE,
     PREFILL,
     TURNED_AWAY,
     Branch,
@@ -32,7 +33,7 @@ from mist.request import (
     Task,
 )
 from mist.residents import share_prefix
-from mist.tenant import Tenant
+from mist.tenant import Route, Tenant
 from mist.views import Views
 
 
@@ -68,6 +69,12 @@ class Coordinator:
         self.num_tasks = 0
         #: tasks that nobody waits for, until their clients have let them go
         self.num_cancelled = 0
+        #: tasks for which no client is up, in order
+        self.parked: dict[Task, None] = {}
+        #: requests with tasks that began anew
+        self.begun_anew: set[int] = set()
+        #: why nobody will come up for a route's tasks, if so; None where clients don't go down
+        self.nobody_comes: Callable[[Route], str] | None = None
         self._reasons: dict[str, int] = {}
         for client in clients:
             client.coordinator = self
@@ -87,6 +94,10 @@ class Coordinator:
             return
         index = request.index - tenant.first_request
         branch = Branch(request, tenant.pipeline(request, lambda: tenant.rng_of(index)), now)
+        if tenant.patience is not None and tenant.patience.after_ns[index] < NO_DEADLINE:
+            self.kernel.at(
+                now + tenant.patience.after_ns[index], self._give_up, (branch, tenant.patience.statuses[index])
+            )
         self._start(branch, None, None, now)
 
     # --- stage to stage ---
@@ -150,6 +161,9 @@ class Coordinator:
         """Give `task` to a client; what the stage before, on `here`, hands on to it is sent there first."""
         there, stage, network = self._choose(task, now), task.stage, self.network
         assert task.branch is not None
+        if there is None:
+            self._park(task, now)
+            return
         task.branch.client = there.index
         if here is None or here is there or not network.carries_all or not stage.input_bytes:
             there.front_end.accept(task, now)
@@ -211,6 +225,8 @@ class Coordinator:
         if join.cancels_rest:
             for each in join.branches:
                 self._cancel(each, now)
+        running_on = [b for b in join.branches if b.left_behind or not (b.is_over or b.is_cancelled)]
+        join.branch.left_behind += running_on
         parts = tuple(result for _, result in sorted(join.results.items()))
         start, end = min(part.start_ns for part in parts), max(part.end_ns for part in parts)
         tokens = sum(part.output_tokens for part in parts)
@@ -232,6 +248,8 @@ class Coordinator:
             elif branch.client >= 0:
                 self.num_cancelled += 1
                 self.clients[branch.client].cancel(task, now)
+            else:
+                self.parked.pop(task, None)
 
     def dropped(self, task: Task, now: int) -> None:
         """A cancelled task has left its client."""
@@ -245,6 +263,9 @@ class Coordinator:
         if self._turned_away(followings, client, now):
             return False
         there = self._choose(followings[0], now)
+        if there is None:
+            self.again([following.anew(now) for following in followings], now)
+            return False
         expected = []
         for following in followings:
             assert following.branch is not None
@@ -277,12 +298,19 @@ class Coordinator:
             following.queued_ns = now
             there.front_end.receive(following, now)
 
-    def _choose(self, task: Task, now: int) -> Client:
+    def _route(self, task: Task) -> Route:
         kind = task.stage.kind
         route = self.tenants[task.request.tenant].routes.get(kind)
         if route is None or not route.clients:
             raise InvariantError(f"the pipeline yielded a stage {kind!r} that it did not announce")
-        candidates = route.clients
+        return route
+
+    def _choose(self, task: Task, now: int) -> Client | None:
+        """One of the clients that take such tasks now; None where there is none."""
+        route = self._route(task)
+        candidates = route.candidates
+        if not candidates:
+            return None
         there = candidates[0]
         if len(candidates) > 1:
             chosen = route.router.choose(task, self.views.of(candidates, now), now)
@@ -293,7 +321,57 @@ class Coordinator:
         self.views.placed(task, there)
         return there
 
+    # --- clients that are lost, and those that come ---
+
+    def again(self, tasks: Sequence[Task], now: int) -> None:
+        """Tasks that begin anew, for their contexts are lost: each is placed where it can be."""
+        for task in tasks:
+            branch = task.branch
+            assert branch is not None
+            if not branch.is_cancelled:
+                branch.task = task
+                task.request.num_losses += 1
+                self.begun_anew.add(task.request.index)
+                self._place(task, None, now)
+
+    def _park(self, task: Task, now: int) -> None:
+        """Nobody takes `task` now: it waits for a client to come up, or is rejected if none ever will."""
+        assert task.branch is not None
+        task.branch.client = -1
+        route = self._route(task)
+        reason = self.nobody_comes(route) if self.nobody_comes is not None else ""
+        if reason:
+            self.rejected(task, route.clients[0], reason, now)
+        else:
+            self.parked[task] = None
+
+    def unpark(self, now: int) -> None:
+        """Clients have come up, or have gone for good: tasks that wait for one are placed as if they came now."""
+        waiting, self.parked = self.parked, {}
+        for task in waiting:
+            if not task.branch.is_cancelled:  # type: ignore[union-attr]
+                self._place(task, None, now)
+
     # --- requests leave ---
+
+    def _give_up(self, who: tuple[Branch, int], now: int) -> None:
+        self.withdraw(*who, "", now)
+
+    def withdraw(self, branch: Branch, status: int, reason: str, now: int) -> None:
+        """The request that `branch` is of leaves with `status`, if it hasn't; all its tasks are cancelled."""
+        while branch.joins is not None:
+            branch = branch.joins.branch
+        request = branch.request
+        if self.in_system.get(request.index) is not request:
+            return
+        for each in list(_everything(branch)):
+            task = each.task
+            if task is not None and not each.is_cancelled:
+                cohort = self.clients[each.client].residents.cohort
+                more = cohort.generated(task) if each.client >= 0 and task.join_step >= 0 else 0
+                request.output_tokens += task.stage.seen_by_user(task.generated_tokens + more)
+            self._cancel(each, now)
+        self._leave(request, status, now, reason)
 
     def rejected(self, task: Task, client: Client, reason: str, now: int) -> None:
         """`client` can never serve `task`: its request leaves with the reason, once its other tasks are over."""
@@ -301,6 +379,7 @@ class Coordinator:
         request.output_tokens += task.stage.seen_by_user(task.generated_tokens)
         request.num_tasks -= 1
         self.num_tasks -= 1
+        task.branch.task = None  # type: ignore[union-attr]
         request.rejected_for = request.rejected_for or reason
         self._leave_if_over(request, now)
 
@@ -352,6 +431,13 @@ def _show(request: Request, num_tokens: int, now: int) -> None:
     """Tokens that were generated unseen come out all at once."""
     request.output_tokens += num_tokens
     request.show(now)
+
+
+def _everything(branch: Branch) -> Iterator[Branch]:
+    """`branch` and all that it has forked into and still runs."""
+    yield branch
+    for each in (*branch.left_behind, *(branch.fork.branches if branch.fork else ())):
+        yield from _everything(each)
 
 
 def _only(stage: Stage) -> Pipeline:

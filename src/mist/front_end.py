@@ -80,6 +80,12 @@ class FrontEnd:
         if task in self.unseen:
             self.unseen.remove(task)
 
+    def clear(self) -> None:
+        """Nobody is on the way here any more."""
+        self._free_ns = self.incoming_tokens = 0
+        self.incoming.clear()
+        self.unseen.clear()
+
     def see(self) -> None:
         """The next batch may hold what arrived before this one was decided."""
         for task in self.unseen:
@@ -117,6 +123,8 @@ class FrontEnd:
             return f"{client.name} runs no model, and the stage {stage.kind} generates tokens"
         decodes = DECODE in client.stage_kinds and DECODE in client.serves
         output = stage.oracle_output_tokens or (task.request.oracle_output_tokens if decodes else 0)
+        if task.remaining_tokens:
+            output -= task.generated_tokens  # which are in its target then
         if -(-task.target_tokens // stage.num_sequences) + output > client.max_model_len:
             return f"more tokens than max_model_len {client.max_model_len:,} of {client.name}"
         kv = client.residents.kv

@@ -7,7 +7,7 @@ client starts a step before all of them are delivered. The kernel knows nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Any, Protocol
 
 FOREVER = 1 << 62
@@ -56,6 +56,11 @@ class Kernel:
         """Events posted, step ends aside: the records have those."""
         return self._posted - _AFTER_STEP_ENDS
 
+    @property
+    def num_pending(self) -> int:
+        """Events and step ends to come, and clients that are about to start a step."""
+        return len(self._events) + len(self._quiet) + len(self._woken)
+
     def at(self, time_ns: int, deliver: Callable[[Any, int], None], argument: Any) -> None:
         """Call `deliver(argument, time_ns)` at that instant; it can reach any client."""
         self._posted += 1
@@ -67,6 +72,16 @@ class Kernel:
             heappush(self._events, (time_ns, client.index, self._finish, client))
         else:
             heappush(self._quiet, (time_ns, client.index, client))
+
+    def void(self, client: Stepper, now: int) -> bool:
+        """The step that `client` has in flight ends for nobody; False if it has none."""
+        events = [e for e in self._events if e[3] is not client or e[2] != self._finish]
+        quiet = [e for e in self._quiet if e[2] is not client]
+        is_in_flight = len(events) + len(quiet) < len(self._events) + len(self._quiet)
+        self._events[:], self._quiet[:] = events, quiet  # `run` holds these lists
+        heapify(self._events)
+        heapify(self._quiet)
+        return is_in_flight
 
     def wake(self, client: Stepper) -> None:
         """Let `client` start a step once this instant's events are delivered."""

@@ -35,6 +35,10 @@ class Stages:
             at = free[stage] = max(at, free_from) + duration
         return at // len(free)
 
+    def void(self, now: int) -> None:
+        """All steps under way end for nobody."""
+        self._free = [min(at, now * len(self._free)) for at in self._free]
+
 
 class Lane:
     """The attention groups of one replica that run in lockstep, with one common step in flight.
@@ -65,6 +69,17 @@ class Lane:
         client.woken = True
         if not self.stepping:
             self.kernel.wake(self)
+
+    def void(self, client: Client, now: int) -> bool:
+        """The replica goes down: the step that `client` has in flight ends for nobody; False if it has none."""
+        client.woken = False
+        if client not in self.stepping:
+            return False
+        self.stepping.remove(client)
+        if not self.stepping:
+            self.kernel.void(self, now)
+            self.stages.void(now)
+        return True
 
     def start_step(self, now: int) -> None:
         """Begin a common step of all groups that have work. It never runs ahead: other lanes use the stages too."""

@@ -16,11 +16,23 @@ from mist.coordinator import Coordinator
 from mist.errors import InvariantError
 from mist.kernel import FOREVER, Kernel
 from mist.lanes import Lane
+from mist.laws import breaches
 from mist.memory.hierarchy import Found
 from mist.metrics.load import littles_identity
 from mist.offload import Memory
 from mist.pipeline.stages import StageList
-from mist.records import FINISHED, KV_SWAP, KV_TRANSFER, KV_WRITE, NO_CLIENT, PREEMPTED, PREFIX_FETCH, Records
+from mist.records import (
+    CANCELLED,
+    FINISHED,
+    KV_SWAP,
+    KV_TRANSFER,
+    KV_WRITE,
+    NO_CLIENT,
+    PREEMPTED,
+    PREFIX_FETCH,
+    TIMED_OUT,
+    Records,
+)
 from mist.request import DECODE, Step, Task, Wait
 from mist.speculation import PACE_BITS, SpeculativeCohort
 from mist.swap import SwappingResidents
@@ -63,7 +75,8 @@ class Ledger:
             return
         self.check_requests(now)
         delayed = self.coordinator.delays.waiting
-        placed = sum(client.view.num_outstanding for client in self.clients) + len(delayed)
+        placed = sum(client.view.num_outstanding for client in self.clients)
+        placed += len(delayed) + len(self.coordinator.parked)
         self._equal("tasks in exactly one place", placed, self.coordinator.num_tasks + self.coordinator.num_cancelled)
         for memory in self._memories:
             self._check_memory(memory, recount=not self._num_instants % LONG_RECOUNT)
@@ -123,6 +136,12 @@ class Ledger:
         else:
             self._true(now >= due, f"{client.name}: a step ends {due - now} ns before its device has computed it")
             self._true(False, f"{client.name}: a step ends that never started")
+        self._busy_until[client.index] = now
+
+    def step_lost(self, client: Client, now: int) -> None:
+        """time: what is lost was under way."""
+        self._now = now
+        self._true(self._busy_until[client.index] == FOREVER, f"{client.name}: a step is lost that never started")
         self._busy_until[client.index] = now
 
     def idles(self, client: Client, wait: Wait, now: int) -> None:
@@ -197,6 +216,8 @@ class Ledger:
             starts, ends = steps["start_ns"][mine], steps["end_ns"][mine]
             self._true(bool(np.all(starts[1:] >= ends[:-1])), f"{client.name}: steps overlap")
         self._check_common_steps(steps)
+        for breach in breaches(self.records):
+            self._true(False, breach)
         self._equal("requests recorded", len(requests["request"]), self.coordinator.num_arrived)
         first = requests["first_token_ns"]
         in_order = (first < 0) | ((requests["arrival_ns"] <= first) & (first <= requests["end_ns"]))
@@ -233,7 +254,7 @@ class Ledger:
         kinds = self.records.stage_kinds
         decodes = tasks["kind"] == (kinds.index(DECODE) if DECODE in kinds else -1)
         preempted = requests["request"][requests["num_preemptions"] > 0]
-        again = decodes & ~np.isin(tasks["request"], preempted)
+        again = decodes & ~np.isin(tasks["request"], [*preempted.tolist(), *self.coordinator.begun_anew])
         self._equal("tokens computed again without a preemption", _sum(tasks["computed_tokens"], again), 0)
 
     def _check_lengths(self, tenant: Tenant, tasks: dict[str, np.ndarray], requests: dict[str, np.ndarray]) -> None:
@@ -243,10 +264,18 @@ class Ledger:
             generates = DECODE in tenant.pipeline.kinds
             wanted = np.asarray(tenant.workload.output_tokens)[requests["request"] - tenant.first_request] * generates
             self._true(bool(np.all((requests["output_tokens"] == wanted)[finished])), "a request ended short of tokens")
-            emitted = tasks["generated_tokens"]
-            self._equal("tokens emitted", int(emitted.sum()), int(requests["output_tokens"].sum()))
+            self._check_emitted(tenant, tasks, requests)
         if type(tenant.pipeline) is StageList:
             self._check_prompts(tenant.pipeline.kinds, tasks, requests)
+
+    def _check_emitted(self, tenant: Tenant, tasks: dict[str, np.ndarray], requests: dict[str, np.ndarray]) -> None:
+        """tokens: users got all that was emitted, but for those who gave up while a step computed for them."""
+        emitted = np.zeros(len(tenant.workload), np.int64)
+        np.add.at(emitted, tasks["request"] - tenant.first_request, tasks["generated_tokens"])
+        emitted, shown = emitted[requests["request"] - tenant.first_request], requests["output_tokens"]
+        gone = np.isin(requests["status"], (CANCELLED, TIMED_OUT))
+        self._equal("tokens emitted", _sum(emitted, ~gone), _sum(shown, ~gone))
+        self._true(bool(np.all(emitted >= shown)), "a user got tokens that nobody emitted")
 
     def _check_prompts(
         self, kinds: Sequence[str], tasks: dict[str, np.ndarray], requests: dict[str, np.ndarray]
@@ -255,6 +284,7 @@ class Ledger:
         done = np.zeros(int(requests["request"].max(initial=-1)) + 1, np.int64)
         np.add.at(done, tasks["request"], tasks["computed_tokens"] + tasks["cached_tokens"])
         plain = (requests["status"] == FINISHED) & (requests["num_preemptions"] == 0)
+        plain &= ~np.isin(requests["request"], list(self.coordinator.begun_anew))
         wanted = requests["input_tokens"] * (len(kinds) - (DECODE in kinds))
         as_wanted = (done[requests["request"]] == wanted)[plain]
         self._true(bool(np.all(as_wanted)), "computed and found tokens of a request are not those of its prompt")
@@ -266,7 +296,7 @@ class Ledger:
         for sender, receiver in np.unique(np.stack((rows["sender"], rows["receiver"])), axis=1).T.tolist():
             mine = (rows["sender"] == sender) & (rows["receiver"] == receiver) & (rows["end_ns"] >= 0)
             path = network.path(sender, receiver)
-            slowest = min((channel.capacity_per_s for channel in path.channels), default=np.inf)
+            slowest = min((channel.rated_per_s for channel in path.channels), default=np.inf)
             took = (rows["end_ns"] - rows["start_ns"])[mine] - path.latency_ns
             least = rows["bytes"][mine] / slowest * NS_PER_S - 1
             self._true(bool(np.all(took >= least)), f"a transfer from {sender} to {receiver} beats its path")

@@ -86,8 +86,14 @@ class Network:
         for transfer in self.in_flight:
             self._record(transfer, transfer.start_ns if transfer.start_ns < now else -1, -1)
 
+    def stop(self, transfer: Transfer, now: int) -> None:
+        """`transfer`, which is in flight, comes to nobody."""
+        self.sharing.stop(self.in_flight.pop(transfer), now)
+        self._record(transfer, transfer.start_ns if transfer.start_ns < now else -1, -1)
+
     def _arrive(self, transfer: Transfer, now: int) -> None:
-        del self.in_flight[transfer]
+        if self.in_flight.pop(transfer, None) is None:
+            return  # it was stopped when its last byte had left
         self._record(transfer, transfer.start_ns, now)
         transfer.deliver(transfer.argument, now)
 

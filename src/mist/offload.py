@@ -211,6 +211,14 @@ class Offload:
         if task not in self.fetching:
             self.admitted(task)
 
+    def clear(self) -> None:
+        """Nobody here waits for anything any more, and the device has nothing to give up."""
+        self.fetching.clear()
+        self.waiting.clear()
+        self._to_take.clear()
+        self._num_to_take = 0
+        self.evicted.clear()
+
     def _first_waiting(self) -> Task:
         ranks = self._client.residents.ranks
         return next(iter(self.waiting)) if ranks is None else min(self.waiting, key=ranks.of)
@@ -311,6 +319,8 @@ class Offload:
             self._is_there(stretch.fetch, now)
 
     def _is_there(self, fetch: Fetch, now: int) -> None:
+        if self.fetching.get(fetch.task) is not fetch:
+            return  # lost with the client while it was decoded
         fetch.num_open -= 1
         if not fetch.num_open:
             task = fetch.task

@@ -26,8 +26,13 @@ TRANSFER_KINDS = ("kv_transfer", "prefix_fetch", "hand_off", "kv_write", "kv_swa
 KV_TRANSFER, PREFIX_FETCH, HAND_OFF, KV_WRITE, KV_SWAP = range(5)
 
 #: how a task segment ended, in this order
-SEGMENT_ENDS = ("done", "preempted", "cut", "cancelled")
-DONE, PREEMPTED, CUT, DROPPED = range(4)
+SEGMENT_ENDS = ("done", "preempted", "cut", "cancelled", "lost")
+DONE, PREEMPTED, CUT, DROPPED, LOST = range(5)
+
+#: what a client is from an instant on, in this order: it serves; it is down; it takes nothing new and goes when it is
+#: empty; it gets ready to serve
+CLIENT_STATES = ("up", "down", "draining", "starting")
+UP, DOWN, DRAINING, STARTING = range(4)
 
 #: `client` of a segment that no client serves
 NO_CLIENT = -1
@@ -77,10 +82,12 @@ class Records:
       num_decodes > 0 from 1; more than one where it speculates: `generated_tokens` are all those of the segment, evenly
       spread over its decode steps. Where another client decodes on, the first token is the prefill's or, by the engine,
       that of the join there.
-    steps: one row per step of a client. `kv_blocks` are the blocks referenced while it ran.
+    steps: one row per step of a client. `kv_blocks` are the blocks referenced while it ran. A step that was lost with
+      its client ends there and has nothing in it.
     transfers: one row for all of a kind (`TRANSFER_KINDS`) that moved at once, such as a KV cache, written when it is
       there (or at the end: `end_ns`, and `start_ns` if it had not begun, are -1). `sender` and `receiver` are clients,
       or memories as -1 - their index in `memory_names`: -1 is the host memory of the client at the other end.
+    changes: one row per client and instant from which it is in another state (`CLIENT_STATES`); they are up at first.
     """
 
     client_names: list[str] = field(default_factory=list)
@@ -102,3 +109,4 @@ class Records:
         "decode_context", "kv_blocks", "num_waiting",
     )  # fmt: skip
     transfers: Table = _table("request", "kind", "sender", "receiver", "bytes", "queued_ns", "start_ns", "end_ns")
+    changes: Table = _table("client", "state", "time_ns")

@@ -162,6 +162,8 @@ class Branch:
     task: Task | None = None
     client: int = -1
     fork: Join | None = None
+    #: branches that run on though nobody waits for them
+    left_behind: list[Branch] = field(default_factory=list)
     is_over: bool = False
     is_cancelled: bool = False
 
@@ -208,6 +210,8 @@ class Request:
     output_tokens: int = 0
     cached_tokens: int = 0
     num_preemptions: int = 0
+    #: tasks of it that were lost with their clients and began anew
+    num_losses: int = 0
     num_stages: int = 0
     #: of the prompt that it was answered from, what was found for it included
     prompt_tokens: int = 0
@@ -304,6 +308,13 @@ class Task:
     num_indexed: int = 0
     #: prefix hashes of its stage's `context`, in whole units
     context_keys: tuple[int, ...] = ()
+
+    def anew(self, now: int) -> Task:
+        """This task without anything computed, to be placed again: what it generated is part of its target."""
+        target = self.target_tokens + (not self.remaining_tokens and self.generated_tokens > 0)
+        return Task(
+            self.request, self.stage, self.stage_index, target, now, self.branch, generated_tokens=self.generated_tokens
+        )
 
     @property
     def remaining_tokens(self) -> int:

@@ -146,7 +146,7 @@ class Residents:
             kv.refer(task, hit)
         if found:
             task.computed_tokens = task.cached_tokens = found
-            if not task.request.num_preemptions:
+            if not (task.request.num_preemptions or task.request.num_losses):
                 task.request.cached_tokens += found
             self.pending_tokens -= found
         kv.take(needed)
@@ -349,6 +349,9 @@ class Residents:
         if self.reserves_output:
             self._promises[task.admission] = promise = self._promise(task)
             self._promised += promise
+
+    def succeed(self, before: Residents) -> None:
+        """All that were there are gone, with what they held; what `before` has elsewhere is taken on."""
 
     # --- scarcity ---
 

@@ -30,18 +30,20 @@ def duration_ns(size: float, per_s: float) -> int:
 class Channel:
     """What flows share: `capacity_per_s` units (bytes; ns of core time) a second, infinite where it limits nobody.
 
-    `num_flows` are on it now; `carried` are the units of those that have left it.
+    `num_flows` are on it now; `carried` are the units of those that have left it. `rated_per_s`: what it has unless it
+    is slowed down.
     """
 
     __slots__ = (
         "_bundles", "_demand", "_left", "_num_open", "_visit", "capacity_per_s", "carried", "name", "num_flows",
+        "rated_per_s",
     )  # fmt: skip
 
     def __init__(self, name: str, capacity_per_s: float) -> None:
         if not capacity_per_s > 0:
             raise InvariantError(f"{name} has a capacity of {capacity_per_s} a second")
         self.name = name
-        self.capacity_per_s = capacity_per_s
+        self.capacity_per_s = self.rated_per_s = capacity_per_s
         self.num_flows = 0
         self.carried = 0
         self._bundles: dict[_Bundle, None] = {}
@@ -60,13 +62,18 @@ class Channel:
 class Flow:
     """`size` units on their way over `channels` since `start_ns`, in flight until the last of them has left."""
 
-    __slots__ = ("_bundle", "_until", "argument", "channels", "deliver", "latency_ns", "size", "start_ns")
+    __slots__ = (
+        "_bundle", "_until", "argument", "channels", "deliver", "latency_ns", "max_rate_per_s", "size", "start_ns",
+    )  # fmt: skip
 
-    def __init__(self, channels: Sequence[Channel], size: int, start_ns: int, latency_ns: int) -> None:
+    def __init__(
+        self, channels: Sequence[Channel], size: int, start_ns: int, latency_ns: int, max_rate_per_s: float
+    ) -> None:
         self.channels = channels
         self.size = size
         self.start_ns = start_ns
         self.latency_ns = latency_ns
+        self.max_rate_per_s = max_rate_per_s
         self.deliver: Callable[[Any, int], None]
         self.argument: Any
         self._bundle: _Bundle | None = None
@@ -80,6 +87,11 @@ class Flow:
     def remaining(self, now: int) -> float:
         """Units that have not left at `now`."""
         return min(self.size, max(0.0, self._until - self._bundle.served_at(now))) if self._bundle else 0.0
+
+    def key(self) -> tuple[float, tuple[Channel, ...]]:
+        """Whom it proceeds alike with: its bound, what it gets at most alone, and the channels that limit anybody."""
+        bound = min([channel.capacity_per_s for channel in self.channels], default=inf)
+        return min(bound, self.max_rate_per_s), tuple([c for c in self.channels if c.capacity_per_s < inf])
 
 
 class _Bundle:
@@ -164,10 +176,9 @@ class Sharing:
         Every flow gets its max-min fair share, at most `max_rate_per_s`: none could be faster without slowing down one
         that is no faster than it. Alone it takes `duration_ns(size, the smallest capacity)`.
         """
-        flow = Flow(channels, size, now, latency_ns)
+        flow = Flow(channels, size, now, latency_ns, max_rate_per_s)
         flow.deliver, flow.argument = deliver, argument
-        bound = min([channel.capacity_per_s for channel in channels], default=inf)
-        key = (min(bound, max_rate_per_s), tuple([c for c in channels if c.capacity_per_s < inf]))
+        key = flow.key()
         for channel in key[1]:
             if channel._binds(key[0]):
                 self._end_due(channel, now)
@@ -175,12 +186,43 @@ class Sharing:
             channel.num_flows += 1
         self.flows[flow] = None
         if size and key[0] < inf:
-            self._join(flow, key, now)
+            self._join(flow, key, size, now)
         else:
             self._deliver(flow, now)
         return flow
 
-    def _join(self, flow: Flow, key: tuple[float, tuple[Channel, ...]], now: int) -> None:
+    def stop(self, flow: Flow, now: int) -> None:
+        """`flow` goes no further: what has not left never will, and nobody is told."""
+        if flow not in self.flows:
+            return
+        left = self._take_out(flow, now)
+        del self.flows[flow]
+        for channel in flow.channels:
+            channel.num_flows -= 1
+            channel.carried += flow.size - round(left)
+
+    def change(self, channel: Channel, capacity_per_s: float, now: int) -> None:
+        """`channel` has `capacity_per_s` from `now` on, finite before and after; all on it share that from now on."""
+        self._end_due(channel, now)
+        flows = [flow for _, flow in sorted((n, flow) for bundle in channel._bundles for _, n, flow in bundle.flows)]
+        left = [self._take_out(flow, now) for flow in flows]
+        channel.capacity_per_s = capacity_per_s
+        for flow, size in zip(flows, left, strict=True):
+            self._join(flow, flow.key(), size, now)
+
+    def _take_out(self, flow: Flow, now: int) -> float:
+        """Take `flow` out of its bundle; the units that have not left."""
+        bundle, left = flow._bundle, flow.remaining(now)
+        assert bundle is not None
+        flow._bundle = None
+        bundle.flows = [each for each in bundle.flows if each[2] is not flow]
+        heapify(bundle.flows)
+        component = bundle.component
+        self._leave(bundle)
+        self._share_again(component, [each for each in component.bundles if each.flows], now)
+        return left
+
+    def _join(self, flow: Flow, key: tuple[float, tuple[Channel, ...]], size: float, now: int) -> None:
         bundle = self._bundles.get(key)
         if bundle is None:
             bundle = self._bundles[key] = _Bundle(key, _Component(), now)
@@ -190,7 +232,7 @@ class Sharing:
             channel._demand += bundle.bound
         self._num_started += 1
         flow._bundle = bundle
-        flow._until = bundle.served_at(now) + flow.size
+        flow._until = bundle.served_at(now) + size
         heappush(bundle.flows, (flow._until, self._num_started, flow))
         if bundle.rate:
             bundle.foresee()
@@ -264,6 +306,10 @@ class Sharing:
                 remaining.append(bundle)
         for _, flow in sorted(ended):
             self._deliver(flow, now)
+        self._share_again(component, remaining, now)
+
+    def _share_again(self, component: _Component, remaining: list[_Bundle], now: int) -> None:
+        """Some flows of `component` are gone: the rates of what remains."""
         component.bundles, component.end_ns = [], FOREVER
         self._num_visits += 1
         spare = _Component()

@@ -162,6 +162,11 @@ class SpeculativeCohort(Cohort):
         self._plan_blocks(task, -1)
         super().leave(task)
 
+    def clear(self) -> None:
+        super().clear()
+        self.new_blocks.clear()
+        self._exact_context = self._sum_pace = 0
+
     def _drop(self, task: Task) -> None:
         self.count -= 1
         self._sum_pace -= task.pace

@@ -52,6 +52,11 @@ class SwapSpace:
         """What `task` has here, if anything, is needed no more."""
         self.used -= self.tasks.pop(task, 0)
 
+    def clear(self) -> None:
+        """Nobody comes back for what is here."""
+        self.tasks.clear()
+        self.used = self._due_ns = 0
+
     def due_ns(self) -> int:
         """What the copies since the last call take, one after another, in ns."""
         due, self._due_ns = self._due_ns, 0
@@ -105,6 +110,11 @@ class SwappingResidents(Residents):
     def drop(self, task: Task) -> None:
         self.swap.forget(task)
         super().drop(task)
+
+    def succeed(self, before: Residents) -> None:
+        assert isinstance(before, SwappingResidents)
+        self.swap = before.swap
+        self.swap.clear()
 
     def _comes_before(self, waiting: Task, handed_over: Task) -> bool:
         if self.ranks is None and handed_over in self.swap.tasks:

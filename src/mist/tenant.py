@@ -7,7 +7,7 @@ alike, each tenant's for itself. It never looks at what a client does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -26,10 +26,28 @@ _NO_SIZES: Mapping[str, int] = {}
 
 @dataclass(slots=True)
 class Route:
-    """The clients that tasks of one stage kind may go to, and the policy that picks one of them."""
+    """The clients that tasks of one stage kind may go to, and the policy that picks one of them.
+
+    `candidates`: those of them that take tasks now; all, unless some are down.
+    """
 
     clients: Sequence[Client]
     router: RoutingPolicy
+    candidates: Sequence[Client] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.candidates = self.clients
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """When the users of a tenant's requests give up, from arrival on, and with which status each leaves then.
+
+    By the request's place in the workload; an `after_ns` of `NO_DEADLINE` is never.
+    """
+
+    after_ns: Sequence[int]
+    statuses: Sequence[int]
 
 
 class Tenant:
@@ -52,6 +70,7 @@ class Tenant:
         priority: int = 0,
         deadline_after_ns: int = NO_DEADLINE,
         admission: Sequence[AdmissionPolicy] = (),
+        patience: Patience | None = None,
         index: int = 0,
         first_request: int = 0,
         first_session: int = 0,
@@ -63,6 +82,7 @@ class Tenant:
         self.priority = priority
         self.deadline_after_ns = deadline_after_ns
         self.admission = admission
+        self.patience = patience
         self.index = index
         self.first_request = first_request
         self._first_session = first_session
@@ -118,7 +138,8 @@ class Tenant:
         if not asked:
             return ""
         kinds = (DECODE,) if before_decode else tuple(self.routes)
-        seen = {kind: views.of(self.routes[kind].clients, now) for kind in kinds}
+        routes = {kind: self.routes[kind] for kind in kinds}
+        seen = {kind: views.of(route.candidates or route.clients, now) for kind, route in routes.items()}
         return next((reason for each in asked if (reason := each.refuses(request, seen, now))), "")
 
     # --- arrivals ---

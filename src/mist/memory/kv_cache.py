@@ -251,6 +251,15 @@ class KVCache:
             self._dead = entry
         return entry
 
+    def clear(self) -> None:
+        """All content is gone, and nobody refers to any block."""
+        self.free, self.cached = self.num_blocks, 0
+        self._evictable.clear()
+        self._segments.clear()
+        self._runs.clear()
+        self._run_of.clear()
+        self._dead = 0
+
     def count_referenced_units(self) -> int:
         """Blocks in hashed units that sequences refer to, each counted once (for the ledger)."""
         return sum(each.num_units for each in self._segments.values() if each.num_users) * self.unit_blocks

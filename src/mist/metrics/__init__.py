@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mist.metrics.availability import up_times
 from mist.metrics.clients import ClientInfo, activity, ratio, summarise_clients
 from mist.metrics.distribution import PERCENTILES, Distribution, FloatColumn, distribution, weighted_distribution
 from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
@@ -77,7 +78,7 @@ def summarise(
         "fairness": fairness(by_tenant) if tenants else None,
         "duration_s": (span.last_ns - span.first_ns) / NS_PER_S,
         "window": {name: getattr(span, f"{name[:-2]}_ns") / NS_PER_S for name in ("start_s", "end_s", "span_s")},
-        "clients": summarise_clients(clients, sums, span),
+        "clients": summarise_clients(clients, sums, up_times(records, len(clients), span)),
         "memories": summarise_memories(memories, run.transfers),
         "open_loop": open_loop,
         **verdict,

@@ -6,6 +6,7 @@ replicas' sums. It never judges: `saturation` reads the figures and says what th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 
 from mist.metrics.distribution import FloatColumn
 from mist.metrics.window import Columns, Window
-from mist.records import NO_CLIENT, PREEMPTED, IntColumn
+from mist.records import LOST, NO_CLIENT, PREEMPTED, IntColumn
+from mist.units import NS_PER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,11 @@ class ClientInfo:
     kv_blocks: int = 0
     block_size: int = 0
     max_num_seqs: int = 0
+
+    @property
+    def replica(self) -> str:
+        """The replica that it is, or that it is a lane of: gpu-0 of gpu-0.1."""
+        return self.name.partition(".")[0]
 
     @property
     def kv_tokens_capacity(self) -> int:
@@ -76,9 +83,10 @@ def activity(steps: Columns, tasks: Columns, output_tokens: IntColumn, num_clien
     np.maximum.at(sums["kv_blocks_peak"], client, steps["kv_blocks"])
     np.maximum.at(sums["max_waiting"], client, steps["num_waiting"])
     preempted = tasks["how"] == PREEMPTED
-    # a request's last segment is never a preempted one, so the row after is the same task's
+    # what was preempted, or lost once it had begun, goes on with the request's next row
+    again = preempted | ((tasks["how"] == LOST) & (tasks["started_ns"] >= 0))
     first = (tasks["started_ns"] >= 0) & (tasks["client"] != NO_CLIENT) & window.holds(tasks["started_ns"])
-    first[1:] &= ~preempted[:-1]
+    first[1:] &= ~(again[:-1] & (tasks["request"][1:] == tasks["request"][:-1]))
     np.add.at(sums["cached_tokens"], tasks["client"][first], tasks["cached_tokens"][first])
     np.add.at(sums["fresh_tokens"], tasks["client"][first], tasks["computed_tokens"][first])
     np.add.at(sums["preemptions"], tasks["client"][preempted & window.holds(tasks["end_ns"])], 1)
@@ -98,13 +106,18 @@ def _per_client(client: IntColumn, amounts: FloatColumn, num_clients: int) -> Fl
     return totals
 
 
-def summarise_clients(clients: Sequence[ClientInfo], sums: Activity, window: Window) -> dict[str, dict[str, Any]]:
-    """Figures of every pool, in the clients' order, with those of its `replicas` below it."""
+def summarise_clients(
+    clients: Sequence[ClientInfo], sums: Activity, up_times: tuple[IntColumn, IntColumn]
+) -> dict[str, dict[str, Any]]:
+    """Figures of every pool, in the clients' order, with those of its `replicas` below it.
+
+    `up_times`: for how long each client served, and was there, ns.
+    """
     return {
         pool: {
-            **_figures(clients, members, sums, window),
+            **_figures(clients, members, sums, up_times),
             "replicas": [
-                {"name": clients[member].name, **_figures(clients, [member], sums, window)} for member in members
+                {"name": clients[member].name, **_figures(clients, [member], sums, up_times)} for member in members
             ],
         }
         for pool, members in pools(clients).items()
@@ -119,15 +132,21 @@ def pools(clients: Sequence[ClientInfo]) -> dict[str, list[int]]:
     return members
 
 
-def _figures(clients: Sequence[ClientInfo], members: list[int], sums: Activity, window: Window) -> dict[str, Any]:
+def _figures(
+    clients: Sequence[ClientInfo], members: list[int], sums: Activity, up_times: tuple[IntColumn, IntColumn]
+) -> dict[str, Any]:
     """The figures of some clients taken as one; the pool's KV peak is that of its fullest replica."""
     busy = int(sums.busy_ns[members].sum())
     prefilled = int(sums.prefill_tokens[members].sum())
     cached, fresh = (int(column[members].sum()) for column in (sums.cached_tokens, sums.fresh_tokens))
     filling = [sums.kv_blocks_peak[m] / clients[m].kv_blocks for m in members if clients[m].kv_blocks]
     block_time = sum(clients[m].kv_blocks * int(sums.busy_ns[m]) for m in members)
+    served_ns, there_ns = up_times
+    num_lanes = Counter(client.replica for client in clients)
+    replica_ns = sum(int(there_ns[m]) / num_lanes[clients[m].replica] for m in members)
     return {
-        "utilisation": ratio(busy, window.span_ns * len(members)),
+        "utilisation": ratio(busy, int(served_ns[members].sum())),
+        "replica_s": replica_ns / NS_PER_S,
         "mean_batch": ratio(float(sums.sequence_time[members].sum()), busy),
         "preemptions": int(sums.preemptions[members].sum()),
         "kv_peak": float(max(filling)) if filling else None,

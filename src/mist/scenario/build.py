@@ -22,6 +22,7 @@ from mist.metrics.words import counted
 from mist.perf import ORIGINS, HostModel, PerfModel
 from mist.records import Records
 from mist.scenario.bands import expected_error
+from mist.scenario.disturbances import add_disturbances, happened
 from mist.scenario.fleet import Fleet, build_fleet, give_swap_spaces, network_of
 from mist.scenario.links import shared
 from mist.scenario.memories import add_memories, memory_infos, nothing_to_find
@@ -68,6 +69,7 @@ def run(
         tenants=list(tenants.values()),
         views=Views(seconds_to_ns(scenario.view_refresh_s)),
     )
+    add_disturbances(scenario, fleet, coordinator, sum(len(tenant.workload) for tenant in playing.values()))
     ledger = Ledger(kernel, coordinator, fleet.clients, records) if check else None
     started = time.perf_counter()
     cut = _play(scenario, kernel, coordinator, list(playing.values()), ledger, progress)
@@ -86,7 +88,13 @@ def run(
     )
     whole = Window.of(records)
     metrics |= shared(coordinator.network, whole.first_ns, whole.last_ns)
-    metrics["notes"] += [*cut, *_rejections(records), *table_notes(tables), *_verified(scenario, fleet, records)]
+    metrics["notes"] += [
+        *cut,
+        *happened(records),
+        *_rejections(records),
+        *table_notes(tables),
+        *_verified(scenario, fleet, records),
+    ]
     metrics["notes"] += [
         *nothing_to_find(scenario, tables),
         *fleet.remarks,
@@ -145,8 +153,8 @@ def _play(
     coordinator.start(tenants)
     kernel.run(until)
     # a step in flight reaches past the clock's end; without any, clients wait for what never comes
-    is_idle = not coordinator.delays.waiting and all(client.idle for client in coordinator.clients)
-    is_stuck = until == FOREVER and is_idle
+    is_idle = all(client.idle for client in coordinator.clients)
+    is_stuck = until == FOREVER and is_idle and not coordinator.delays.waiting and not coordinator.parked
     if coordinator.in_system and is_stuck:
         stuck = sorted(coordinator.in_system)[:5]
         raise InvariantError(
@@ -155,10 +163,11 @@ def _play(
             "--check says which"
         )
     told = _cut_note(scenario, coordinator, total)
+    end = kernel.now if not told or (until == FOREVER and not kernel.num_pending) else until
     if coordinator.in_system or coordinator.num_cancelled or coordinator.network.in_flight:
-        coordinator.cut(until)
+        coordinator.cut(end)
     if ledger is not None:
-        ledger.close(until if told else kernel.now)
+        ledger.close(end)
     return told
 
 
@@ -168,7 +177,9 @@ def _cut_note(scenario: Scenario, coordinator: Coordinator, total: int) -> list[
     missing = total - coordinator.num_arrived
     if not inside and not missing:
         return []
-    if scenario.max_time_s is not None:
+    if scenario.max_time_s is None and coordinator.parked:
+        where = "The run ended with requests for which no client came up any more"
+    elif scenario.max_time_s is not None:
         where = f"max_time_s cut the run at {scenario.max_time_s:,.10g} s"
     else:
         where = f"The clock ends after 2**62 ns ({FOREVER / NS_PER_S / 31_557_600:.0f} years), which cut the run"

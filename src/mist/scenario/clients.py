@@ -34,6 +34,7 @@ from mist.scenario.memory import TierSettings
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems
 from mist.scenario.pricing import runs_without_model
 from mist.scenario.quantities import Size
+from mist.scenario.scaling import ScalingSection
 from mist.scenario.speculation_settings import SpeculationSettings
 from mist.scenario.unserved import unserved
 from mist.units import parse_bytes
@@ -168,6 +169,8 @@ class Pool(Section):
     """power cap of each device, W, at most its TDP: what is bound by compute slows down with the clock"""
     speculation: SpeculationSettings | None = None
     """speculative decoding, such as {method: mtp, num_draft_tokens: 3, acceptance: 0.6}"""
+    scaling: ScalingSection | None = None
+    """replicas that start and drain, by schedule or by rule; `count` is then the most that there can be"""
 
     @model_validator(mode="after")
     def _complete(self) -> Pool:
@@ -393,5 +396,7 @@ class Pool(Section):
         if self.kv_cache.num_blocks == 0:
             message = f"less than one block of {self.kv_cache.block_size} tokens"
             yield ("kv_cache", "capacity_tokens"), Problem(message, hint="give more tokens, or a smaller block_size")
+        for place, found in self.scaling.too_many(self.count) if self.scaling else ():
+            yield ("scaling", *place), found
         if len(set(self.serves)) < len(self.serves):
             yield ("serves",), Problem("a stage is here twice", hint="name each stage once")

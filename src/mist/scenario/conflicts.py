@@ -44,6 +44,7 @@ def conflicts(scenario: Scenario, file: ScenarioFile) -> Iterator[Located]:
         yield from _client_conflicts(scenario, name, client)
         for at, found in misfits(client.kv_cache.tiers, scenario.memories):
             yield ("clients", name, "kv_cache", "tiers", *at), found
+    yield from _events_of_nobody(scenario)
     yield from _memory_conflicts(scenario)
     yield from _same_names(scenario)
     if scenario.window_s is not None and scenario.warmup_s > scenario.window_s[0]:
@@ -76,6 +77,19 @@ def _inadmissible(tenant: Tenancy, file: ScenarioFile) -> Iterator[Located]:
             if stage not in tenant.stages:
                 message = f"{spec.name} looks at the clients of {stage!r}, and the pipeline has no such stage"
                 yield place, Problem(message, hint=nearest(stage, tenant.stages))
+
+
+def _events_of_nobody(scenario: Scenario) -> Iterator[Located]:
+    """Clients of events that there aren't."""
+    for index, event in enumerate(scenario.events):
+        for key in ("client_down", "client_up"):
+            name = getattr(event, key)
+            if name is not None and not scenario.replicas_called(name):
+                known = [
+                    *scenario.clients,
+                    *(r for n, each in scenario.clients.items() for r in numbered(n, each.count)),
+                ]
+                yield ("events", index, key), Problem(f"there is no client {name!r}", hint=nearest(name, known))
 
 
 def _same_names(scenario: Scenario) -> Iterator[Located]:

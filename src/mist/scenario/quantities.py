@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from mist.scenario.named import problem, short
 from mist.units import NS_PER_S, parse_bytes, parse_bytes_per_s, parse_time_ns
@@ -48,6 +48,7 @@ def _size(value: str) -> str:
     return value
 
 
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 Bandwidth = Annotated[str, AfterValidator(_bandwidth)]
 Latency = Annotated[str, AfterValidator(_latency)]
 Size = Annotated[str, AfterValidator(_size)]

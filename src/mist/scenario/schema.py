@@ -27,12 +27,13 @@ from mist.errors import Problem, ScenarioError
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.clients import Count, Name, PerfList
+from mist.scenario.events import EventSection
 from mist.scenario.memory import Memory
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
 from mist.scenario.network import Network
 from mist.scenario.pools import AnyPool
 from mist.scenario.pricing import PREFERRED
-from mist.scenario.quantities import MAX_SECONDS
+from mist.scenario.quantities import MAX_SECONDS, Seconds
 from mist.workload.trace import find_trace
 
 Arrivals = Annotated[Spec, SpecOf("arrivals")]
@@ -44,7 +45,6 @@ Admission = Annotated[
 ]
 PipelineSpec = Annotated[Spec, SpecOf("pipeline", bare="stages", bare_type="array")]
 
-Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 
 
@@ -193,6 +193,15 @@ class Sessions(Section):
     """tokens per prefix key, a multiple of the engine's block size"""
 
 
+class Cancellation(Section):
+    """Users who give up before their requests have finished."""
+
+    probability: Annotated[float, Field(ge=0, le=1)]
+    """share of the requests whose users give up after some time, if they aren't finished by then"""
+    after_ms: Lengths
+    """that time, from arrival on, in ms: a number or a distribution"""
+
+
 class Workload(Section):
     """Where requests come from: a trace, or drawn arrivals and lengths."""
 
@@ -224,6 +233,10 @@ class Workload(Section):
     """arrivals this many times as fast; 2 halves all arrival times"""
     limit: Count | None = None
     """only the first requests"""
+    timeout_s: PositiveSeconds | None = None
+    """a request that isn't finished so long after its arrival leaves, timed out"""
+    cancellation: Cancellation | None = None
+    """users who give up, such as {probability: 0.02, after_ms: {lognormal: {mean: 5000, cv: 1}}}"""
 
     @classmethod
     def conflicts(cls, given: Set[str]) -> Iterator[Located]:
@@ -340,6 +353,8 @@ class ScenarioFile(Section):
     """routing and admission see the clients as of the period of this length that it is; 0: as of now"""
     network: Network = Network()
     """what lies between the clients"""
+    events: list[EventSection] = []  # noqa: RUF012
+    """what happens: clients that go down and come up, links that slow down"""
     slo: Slo = Slo()
     """service levels that the result is held against"""
     warmup_s: Seconds = 0.0

@@ -13,6 +13,7 @@ from functools import partial
 from mist.metrics import TenantInfo
 from mist.records import Records
 from mist.request import DECODE, NO_DEADLINE
+from mist.scenario.disturbances import patience
 from mist.scenario.fleet import Fleet
 from mist.scenario.named import Spec
 from mist.scenario.seeds import random_of, seed_of
@@ -44,6 +45,7 @@ def build_tenants(
             priority=section.priority,
             deadline_after_ns=_deadline_ns(section),
             admission=[spec.build() for spec in section.admission],
+            patience=patience(scenario, section, len(table)),
             index=len(tenants),
             first_request=first_request,
             first_session=first_session,

@@ -7,7 +7,7 @@ What `build` turns into a run. It is made from a file, a mapping or keywords; al
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,11 @@ from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.clients import Pool
 from mist.scenario.conflicts import conflicts
+from mist.scenario.events import EventSection
 from mist.scenario.hosts import HostPool
 from mist.scenario.memory import Memory
 from mist.scenario.named import Located, Section, Spec
-from mist.scenario.network import Network
+from mist.scenario.network import Network, numbered
 from mist.scenario.nodes import is_text
 from mist.scenario.placement import Placement, place
 from mist.scenario.pools import AnyClient
@@ -56,6 +57,7 @@ class Scenario:
     routing: Mapping[str, Spec]
     network: Network
     placement: Placement | None
+    events: Sequence[EventSection]
     warmup_s: float
     window_s: tuple[float, float] | None
     max_time_s: float | None
@@ -120,6 +122,12 @@ class Scenario:
         found = {name for tenant in asking for name in self.clients_of(tenant, PREFILL)}
         return {name: pool for name, pool in self.pools.items() if name in found and not pool.model.is_encoder}
 
+    def replicas_called(self, name: str) -> list[str]:
+        """The replica of that name, or those of the pool; none where nothing is called so."""
+        if name in self.clients:
+            return numbered(name, self.clients[name].count)
+        return [name] if any(name in numbered(pool, each.count) for pool, each in self.clients.items()) else []
+
     def memory_of(self, store: StorePool) -> Memory:
         """What a KV store keeps KV caches in."""
         return self.memories.get(store.memory) or Memory.model_validate({"memory": store.memory})
@@ -165,6 +173,7 @@ class Scenario:
                 "memories": {name: self._resolved_memory(name) for name in self.memories} or None,
                 "routing": {stage: spec.plain() for stage, spec in self.routing.items()},
                 "network": self._resolved_network() or None,
+                "events": [_plain(each) for each in self.events] or None,
                 "slo": slo,
                 "warmup_s": self.warmup_s,
                 "window_s": self.window_s and list(self.window_s),
@@ -198,7 +207,7 @@ class Scenario:
         delays = {kind for tenant in tenants.values() for kind in tenant.delays}
         named = file.routing
         every = named.get("") or Spec("routing", "least_outstanding")
-        own = ("name", "seed", "memories", "network", "warmup_s", "max_time_s", "view_refresh_s")
+        own = ("name", "seed", "memories", "network", "events", "warmup_s", "max_time_s", "view_refresh_s")
         fields: dict[str, Any] = {key: getattr(file, key) for key in own}
         fields |= {
             "name": file.name or source.name,

@@ -38,7 +38,7 @@ from mist.routing.round_robin import RoundRobin
 from mist.sharing import Sharing, duration_ns
 from mist.speculation import Speculation
 from mist.swap import SwappingResidents, give_swap_space
-from mist.tenant import Route, Tenant
+from mist.tenant import Patience, Route, Tenant
 from mist.topology import Link
 from mist.views import Views
 from mist.workload import IntArray, RequestTable
@@ -165,12 +165,14 @@ def play(
     admission: Sequence[AdmissionPolicy] = (),
     view_refresh_ns: int = 0,
     swap_blocks: int = 0,
+    patience: Patience | None = None,
+    disturb: Callable[[Coordinator], None] | None = None,
 ) -> Run:
     """Run `workload` to the end (or `until_ns`) on equal clients and check every law on the way.
 
     `serves`: stage kinds per client. `nic`, `host`: each one's links, unless `paths` are given; with `host` stated hits
     are in the host's memory; `swap_blocks` of it are for preempted decodes. `connect` may give clients memories;
-    `prepare` is called before the first event.
+    `prepare` is called before the first event, and so is `disturb`, which may post some of its own.
     Raises InvariantError where a law breaks.
     """
     pipeline = pipeline or StageList()
@@ -217,12 +219,23 @@ def play(
         records=records,
         clients=clients,
         network=network,
-        tenants=[Tenant(workload, pipeline, routes, lambda i: np.random.default_rng((7, i)), admission=admission)],
+        tenants=[
+            Tenant(
+                workload,
+                pipeline,
+                routes,
+                lambda i: np.random.default_rng((7, i)),
+                admission=admission,
+                patience=patience,
+            )
+        ],
         views=Views(view_refresh_ns),
     )
     watch = Ledger(kernel, coordinator, clients, records) if ledger else None
     if prepare is not None:
         prepare(kernel, clients)
+    if disturb is not None:
+        disturb(coordinator)
     coordinator.start()
     kernel.run(until_ns)
     end = kernel.now if until_ns == FOREVER else until_ns

@@ -1,0 +1,207 @@
+"""Replicas that go down, come up, drain and start: what becomes of their tasks, and who takes new ones.
+
+Between the events of a scenario and the coordinator, whose routes it keeps: tasks of a lost replica are placed anew, or
+their requests end. It never decides when anything happens, and prices nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from mist.client import Client
+from mist.coordinator import Coordinator
+from mist.records import DOWN, DRAINING, KV_TRANSFER, LOST, REJECTED, STARTING, UP, Records
+from mist.request import Branch, Task
+from mist.tenant import Route
+
+RETRY = "retry"
+FAIL = "fail"
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """Clients that go down and come up together: the lanes of one replica.
+
+    It serves while it `is_wanted` (by whoever scales its pool), is not broken and does not start. `num_returns`: times
+    that it is to come up again; `num_plans`: that its pool's schedule changes. `is_elastic`: a rule scales its pool.
+    """
+
+    name: str
+    clients: Sequence[Client]
+    is_wanted: bool = True
+    is_broken: bool = False
+    is_starting: bool = False
+    is_elastic: bool = False
+    num_returns: int = 0
+    num_plans: int = 0
+    #: counts its starts and losses, so that a start which was overtaken comes to nothing
+    epoch: int = 0
+    state: int = UP
+
+    @property
+    def takes(self) -> bool:
+        """Whether it takes tasks."""
+        return self.is_wanted and not self.is_broken and not self.is_starting
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody is on it, nor anything on its way from it."""
+        return not any(client.view.num_outstanding or client.residents.sending for client in self.clients)
+
+    @property
+    def will_return(self) -> bool:
+        """Whether it may serve later though it doesn't now."""
+        if self.is_broken and not self.num_returns:
+            return False
+        return self.is_wanted or self.is_elastic or self.num_plans > 0
+
+
+@dataclass(slots=True)
+class Outages:
+    """All `replicas` of a run by name. What it does takes effect at once."""
+
+    coordinator: Coordinator
+    records: Records
+    replicas: Mapping[str, Replica]
+    _routes: Sequence[Route] = field(init=False)
+    _of: dict[Client, Replica] = field(init=False)
+
+    def __post_init__(self) -> None:
+        routes = (route for tenant in self.coordinator.tenants for route in tenant.routes.values())
+        self._routes = list({id(route): route for route in routes}.values())
+        self._of = {client: replica for replica in self.replicas.values() for client in replica.clients}
+        self.coordinator.nobody_comes = self._nobody_comes
+
+    # --- what happens to replicas ---
+
+    def down(self, replica: Replica, on_loss: str, now: int) -> None:
+        """`replica` goes down with all that its devices hold; its tasks are placed anew (`RETRY`), or end (`FAIL`)."""
+        if replica.is_broken:
+            return
+        replica.is_broken, replica.is_starting = True, False
+        replica.epoch += 1
+        self.changed([replica], now)
+        self._lose(replica, on_loss, now)
+
+    def up(self, replica: Replica, now: int) -> None:
+        """`replica` is there again, empty; it serves if its pool wants it."""
+        if replica.is_broken:
+            replica.is_broken = False
+            self.changed([replica], now)
+
+    def start(self, replica: Replica, start_up_ns: int, now: int) -> None:
+        """`replica` is wanted: one that is still draining serves on, any other needs `start_up_ns`."""
+        replica.is_wanted = True
+        if replica.is_empty and not replica.is_broken:
+            for client in replica.clients:
+                client.clear()
+            replica.epoch += 1
+            if start_up_ns:
+                replica.is_starting = True
+                self.coordinator.kernel.at(now + start_up_ns, self._started, (replica, replica.epoch))
+        self.changed([replica], now)
+
+    def drain(self, replica: Replica, now: int) -> None:
+        """`replica` is wanted no more: it takes nothing new, and goes when it is empty."""
+        replica.is_wanted = replica.is_starting = False
+        replica.epoch += 1
+        self.changed([replica], now)
+
+    def _started(self, which: tuple[Replica, int], now: int) -> None:
+        replica, epoch = which
+        if replica.epoch == epoch:
+            replica.is_starting = False
+            self.changed([replica], now)
+
+    # --- who takes tasks ---
+
+    def changed(self, replicas: Iterable[Replica], now: int) -> None:
+        """Bring records and routes up to date with `replicas`, and place tasks that wait for what came up."""
+        for replica in replicas:
+            state = DOWN if replica.is_broken else STARTING if replica.is_starting else UP
+            state = DRAINING if state == UP and not replica.is_wanted else state
+            if state != replica.state:
+                replica.state = state
+                for client in replica.clients:
+                    self.records.changes.append((client.index, state, now))
+        for route in self._routes:
+            route.candidates = [client for client in route.clients if self._of[client].takes]
+        if self.coordinator.parked:
+            self.coordinator.unpark(now)
+
+    def _nobody_comes(self, route: Route) -> str:
+        """Why tasks of `route`, all of whose clients are down, need not wait for one to come up."""
+        if any(self._of[client].will_return for client in route.clients):
+            return ""
+        names = dict.fromkeys(self._of[client].name for client in route.clients)
+        return f"{', '.join(names)} went down for good"
+
+    # --- what is lost ---
+
+    def _lose(self, replica: Replica, on_loss: str, now: int) -> None:
+        lost: dict[Branch, Task] = {}
+        for client in replica.clients:
+            self._empty(client, lost, now)
+        resent = self._stop_transfers(replica, lost, now)
+        for branch, task in lost.items():
+            branch.task, branch.client = task, -1
+        if on_loss == FAIL:
+            for branch in lost:
+                self.coordinator.withdraw(branch, REJECTED, f"lost with {replica.name}", now)
+        for done, here, followings in resent:
+            going = [following for following in followings if not _branch(following).is_cancelled]
+            for following in going:
+                _branch(following).task = following
+                del lost[_branch(following)]
+            if not going or not self.coordinator.hand_over(done, going, here, now):
+                here.sent(done)
+        self.coordinator.again(list(lost.values()), now)
+
+    def _stop_transfers(
+        self, replica: Replica, lost: dict[Branch, Task], now: int
+    ) -> list[tuple[Task, Client, list[Task]]]:
+        """What comes to `replica` comes to nobody, and KV caches that leave it are lost.
+
+        What it hands on otherwise, or writes to a memory, has left. Returns KV caches that are still where they were:
+        the task that has each, its client, and the decodes that are to go on with it.
+        """
+        network, gone, resent = self.coordinator.network, {client.index for client in replica.clients}, []
+        for transfer in list(network.in_flight):
+            is_lost = transfer.sender in gone and transfer.kind == KV_TRANSFER
+            if not is_lost and transfer.receiver not in gone:
+                continue
+            network.stop(transfer, now)
+            if transfer.kind != KV_TRANSFER:
+                continue
+            done, here, there, *followings = transfer.argument
+            if is_lost:
+                for following in followings:
+                    if following in there.front_end.incoming:
+                        there.front_end.forget(following)
+                        there.view.num_outstanding -= 1
+                        lost[_branch(following)] = following.anew(following.queued_ns)
+            else:
+                going = [replace(each, shared=None) for each in followings if _branch(each) in lost]
+                resent.append((done, here, going))
+        return resent
+
+    def _empty(self, client: Client, lost: dict[Branch, Task], now: int) -> None:
+        """`client` loses all that its devices hold; the tasks that were there or to come are to be computed anew."""
+        cohort, came = client.residents.cohort, client.front_end.incoming.copy()
+        client.void_step(now)
+        contexts = {t: cohort.context(t) for t in client.residents.running.values() if t.join_step >= 0}
+        for task in client.cut(now, LOST):
+            again = task.anew(task.queued_ns if task in came else now)
+            if task in contexts:
+                again.target_tokens = contexts[task] + 1  # the token sampled last isn't in the cache yet
+            if _branch(task).is_cancelled:
+                self.coordinator.dropped(task, now)
+            else:
+                lost[_branch(task)] = again
+        client.clear()
+
+
+def _branch(task: Task) -> Branch:
+    assert task.branch is not None
+    return task.branch

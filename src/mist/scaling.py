@@ -1,0 +1,123 @@
+"""Pools that scale: how many replicas of one are wanted, by a schedule or by a rule over what waits for it.
+
+Beside the events of a scenario; replicas start and drain in `outages`. It never moves a task, and knows no true output
+length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from mist.outages import Outages, Replica
+from mist.units import NS_PER_S
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`step` replicas more where what is measured passes `above`, as many less where it is under `below`.
+
+    Measured every `every_ns`: "queue", the tasks that wait for each replica that serves, or "wait_s", for how long
+    whoever waits longest has. The scheme of the Kubernetes Horizontal Pod Autoscaler, with two thresholds.
+    """
+
+    measure: str
+    above: float
+    below: float
+    every_ns: int
+    step: int = 1
+
+
+@dataclass(slots=True, eq=False)
+class Pool:
+    """`replicas` that can be, of which `initial_count` serve at first, never fewer wanted than `min_count`.
+
+    `schedule`: (instant, replicas wanted from then on).
+    """
+
+    replicas: Sequence[Replica]
+    initial_count: int
+    min_count: int = 1
+    start_up_ns: int = 0
+    schedule: Sequence[tuple[int, int]] = ()
+    rule: Rule | None = None
+
+
+@dataclass(slots=True)
+class Scaling:
+    """All pools that scale. `is_over`: whether no request will come or is left."""
+
+    outages: Outages
+    pools: Sequence[Pool]
+    is_over: Callable[[], bool]
+    _num_ticks: int = field(default=0, init=False)
+
+    def start(self) -> None:
+        """Only the first replicas of each pool serve, and the others when they are wanted."""
+        kernel = self.outages.coordinator.kernel
+        for pool in self.pools:
+            for number, replica in enumerate(pool.replicas):
+                replica.is_wanted = number < pool.initial_count
+                replica.is_elastic = pool.rule is not None
+            self.outages.changed(pool.replicas, kernel.now)
+            for at_ns, count in pool.schedule:
+                for replica in pool.replicas:
+                    replica.num_plans += 1
+                kernel.at(at_ns, self._planned, (pool, count))
+            if pool.rule is not None:
+                self._post_tick(pool, kernel.now)
+
+    def _planned(self, change: tuple[Pool, int], now: int) -> None:
+        pool, count = change
+        for replica in pool.replicas:
+            replica.num_plans -= 1
+        self._scale(pool, count, now)
+
+    def _scale(self, pool: Pool, count: int, now: int) -> None:
+        """Let `count` replicas be wanted: those that still drain come back first, and the last ones go."""
+        there = [replica for replica in pool.replicas if replica.is_wanted and not replica.is_broken]
+        absent = [replica for replica in pool.replicas if not replica.is_wanted and not replica.is_broken]
+        absent.sort(key=lambda replica: replica.is_empty)
+        for replica in absent[: max(0, count - len(there))]:
+            self.outages.start(replica, pool.start_up_ns, now)
+        for replica in there[count:]:
+            self.outages.drain(replica, now)
+
+    # --- the rule ---
+
+    def _post_tick(self, pool: Pool, now: int) -> None:
+        assert pool.rule is not None
+        self._num_ticks += 1
+        self.outages.coordinator.kernel.at(now + pool.rule.every_ns, self._tick, pool)
+
+    def _tick(self, pool: Pool, now: int) -> None:
+        """Measure and scale; the last tick is when nothing else is to come, or nobody is left to serve."""
+        self._num_ticks -= 1
+        rule = pool.rule
+        assert rule is not None
+        if self.is_over():
+            return
+        wanted = sum(replica.is_wanted and not replica.is_broken for replica in pool.replicas)
+        measured = self._queue(pool) if rule.measure == "queue" else self._longest_wait_s(pool, now)
+        count = wanted + rule.step * ((measured > rule.above) - (measured < rule.below))
+        self._scale(pool, min(max(count, pool.min_count), len(pool.replicas)), now)
+        if self.outages.coordinator.kernel.num_pending > self._num_ticks:
+            self._post_tick(pool, now)
+
+    def _queue(self, pool: Pool) -> float:
+        clients = [client for replica in pool.replicas if replica.takes for client in replica.clients]
+        num_waiting = sum(client.view.num_outstanding - len(client.residents.running) for client in clients)
+        return (num_waiting + len(self._parked(pool))) / max(1, sum(replica.takes for replica in pool.replicas))
+
+    def _longest_wait_s(self, pool: Pool, now: int) -> float:
+        queued = self._parked(pool)
+        for client in (client for replica in pool.replicas for client in replica.clients):
+            residents = client.residents
+            for tasks in (residents.waiting, residents.handed_over, client.front_end.incoming):
+                queued += [task.queued_ns for task in tasks]
+        return (now - min(queued, default=now)) / NS_PER_S
+
+    def _parked(self, pool: Pool) -> list[int]:
+        """When those were queued for whom no client is up, and whom this pool would serve."""
+        serves = pool.replicas[0].clients[0].serves
+        return [task.queued_ns for task in self.outages.coordinator.parked if task.stage.kind in serves]

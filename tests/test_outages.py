@@ -1,0 +1,209 @@
+"""Clients that go down and come back: closed forms of what is lost, computed again and handed over again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kit import rows
+from mist.batching.chunked import Chunked
+from mist.coordinator import Coordinator
+from mist.events import Down, Event, Events, LinkChange, Up
+from mist.laws import breaches
+from mist.outages import FAIL, Outages, Replica
+from mist.records import CANCELLED, DRAINING, FINISHED, LOST, REJECTED, STARTING, TIMED_OUT, UP
+from mist.request import NO_DEADLINE
+from mist.routing.least_outstanding import LeastOutstanding
+from mist.scaling import Pool, Rule, Scaling
+from mist.tenant import Patience
+from mist.testing.cluster import KVLink, LinearSteps, Run, play, table
+
+#: 100 ns a step and 10 ns a prefill token
+STEPS = LinearSteps(base=100, per_prefill_token=10, per_decode=0, per_context=0, per_prefill=0)
+LINK = KVLink(10, 1e9)
+
+
+def disturbed(*events: Event) -> Callable[[Coordinator], None]:
+    """Let `events` happen to clients, each a replica of its own."""
+
+    def disturb(coordinator: Coordinator) -> None:
+        events_of(coordinator).post(events)
+
+    return disturb
+
+
+def events_of(coordinator: Coordinator) -> Events:
+    replicas = {client.name: Replica(client.name, [client]) for client in coordinator.clients}
+    outages = Outages(coordinator, coordinator.records, replicas)
+    return Events(coordinator.kernel, outages, coordinator.network.sharing)
+
+
+def run(workload: Any, *events: Event, **options: Any) -> Run:
+    return play(workload, perf=STEPS, router=LeastOutstanding(), disturb=disturbed(*events), **options)
+
+
+def column(result: Run, table_name: str, name: str) -> list[int]:
+    return list(getattr(result.records, table_name).as_columns()[name].tolist())
+
+
+def test_a_decode_is_computed_again_elsewhere_with_what_it_generated() -> None:
+    """Prefill to 200, a token each 100: at 450 it has three; prompt and three are computed again in 230 ns."""
+    result = run(table([0], [10], [6]), Down(450, "gpu-0"), num_clients=2)
+    assert column(result, "requests", "first_token_ns") == [200]
+    assert column(result, "requests", "end_ns") == [450 + 230 + 2 * 100]
+    assert column(result, "requests", "output_tokens") == [6]
+    assert column(result, "tasks", "how").count(LOST) == 1
+    assert column(result, "tasks", "computed_tokens") == [10, 0, 13]
+    busy = sum(column(result, "steps", "end_ns")) - sum(column(result, "steps", "start_ns"))
+    assert busy == 450 + 230 + 200  # the step that was lost ends as its client does
+
+
+def test_a_prefill_in_flight_begins_anew() -> None:
+    result = run(table([0], [10], [2]), Down(150, "gpu-0"), num_clients=2)
+    assert column(result, "requests", "first_token_ns") == [350]
+    assert column(result, "steps", "num_prefill_tokens") == [0, 10, 0]
+
+
+def test_requests_fail_with_the_reason() -> None:
+    result = run(table([0, 0], [10, 10], [6, 6]), Down(450, "gpu-0", FAIL), num_clients=2)
+    assert column(result, "requests", "status") == [REJECTED, FINISHED]
+    assert result.records.reasons == ["lost with gpu-0"]
+    assert column(result, "requests", "output_tokens") == [3, 6]
+
+
+def test_tasks_wait_for_a_client_to_come_up() -> None:
+    result = run(table([0], [10], [6]), Down(450, "gpu-0"), Up(1000, "gpu-0"))
+    assert column(result, "requests", "end_ns") == [1000 + 230 + 200]
+
+
+def test_nobody_waits_for_who_never_comes() -> None:
+    result = run(table([0, 500], [10, 10], [6, 6]), Down(450, "gpu-0"))
+    assert column(result, "requests", "status") == [REJECTED] * 2
+    assert result.records.reasons == ["gpu-0 went down for good"]
+    assert column(result, "requests", "output_tokens") == [3, 0]
+
+
+def test_a_kv_cache_on_its_way_is_sent_again_to_another() -> None:
+    """It leaves at 200 and takes 100; at 250 its receiver goes down."""
+    serves = [("prefill",), ("decode",), ("decode",)]
+    result = run(table([0], [10], [3]), Down(250, "gpu-1"), num_clients=3, serves=serves, nic=LINK)
+    assert column(result, "transfers", "end_ns") == [-1, 350]
+    assert column(result, "transfers", "receiver") == [1, 2]
+    assert column(result, "requests", "end_ns") == [350 + 2 * 100]
+    assert column(result, "tasks", "computed_tokens") == [10, 0]
+
+
+def test_a_kv_cache_is_lost_with_its_sender() -> None:
+    """At 250 its prefill client goes down: the decode client computes ten tokens and the one that came out."""
+    serves = [("prefill",), ("decode",)]
+    result = run(table([0], [10], [3]), Down(250, "gpu-0"), num_clients=2, serves=serves, nic=LINK)
+    assert column(result, "transfers", "end_ns") == [-1]
+    assert column(result, "requests", "first_token_ns") == [200]
+    assert column(result, "requests", "end_ns") == [250 + 100 + 110 + 100]
+
+
+def test_the_prefix_cache_is_lost() -> None:
+    keys: list[tuple[int, ...]] = [(1, 2), (1, 2)]
+    workload = table([0, 1000], [32, 32], [1, 1], keys)
+    options: dict[str, Any] = {"caching": True, "unit_tokens": 16, "block_size": 16}
+    assert column(run(workload, **options), "requests", "cached_tokens") == [0, 16]
+    again = run(workload, Down(600, "gpu-0"), Up(700, "gpu-0"), **options)
+    assert column(again, "requests", "cached_tokens") == [0, 0]
+
+
+# --- users who give up ---
+
+
+@pytest.mark.parametrize("status", [CANCELLED, TIMED_OUT])
+def test_a_user_gives_up(status: int) -> None:
+    """At 450 a step is in flight for it; the other request of the closed loop comes then."""
+    patience = Patience([450, NO_DEADLINE], [status, status])
+    result = play(table([0, 0], [10, 10], [6, 6], concurrency=1), perf=STEPS, patience=patience)
+    assert column(result, "requests", "status") == [status, FINISHED]
+    assert column(result, "requests", "end_ns") == [450, 500 + 200 + 500]
+    assert column(result, "requests", "output_tokens") == [3, 6]
+
+
+# --- links ---
+
+
+def slowed(result_share: Sequence[tuple[int, float]]) -> Callable[[Coordinator], None]:
+    def disturb(coordinator: Coordinator) -> None:
+        (channel,) = coordinator.network.path(0, 1).channels
+        events_of(coordinator).post([LinkChange(at_ns, channel, share) for at_ns, share in result_share])
+
+    return disturb
+
+
+@pytest.mark.parametrize(
+    ("changes", "arrives"),
+    [
+        ([(250, 0.5)], 350),  # half of it was there
+        ([(250, 0.0), (1000, 1.0)], 1050),
+        ([(100, 0.1), (700, 1.0)], 750),  # began slow: half of it by 700
+        ([(250, 0.5), (250, 1.0)], 300),
+        ([(10_000_000, 0.5)], 300),
+    ],
+)
+def test_a_transfer_goes_as_fast_as_its_link(changes: list[tuple[int, float]], arrives: int) -> None:
+    serves = [("prefill",), ("decode",)]
+    result = play(table([0], [10], [3]), perf=STEPS, num_clients=2, serves=serves, nic=LINK, disturb=slowed(changes))
+    assert column(result, "transfers", "end_ns") == [arrives]
+
+
+# --- scaling ---
+
+
+def scaled(pool: dict[str, Any], *events: Event) -> Callable[[Coordinator], None]:
+    def disturb(coordinator: Coordinator) -> None:
+        made = events_of(coordinator)
+        made.post(events)
+        replicas = list(made.outages.replicas.values())
+        Scaling(made.outages, [Pool(replicas, **pool)], lambda: coordinator.num_left == 4).start()
+
+    return disturb
+
+
+def test_a_schedule_starts_and_drains() -> None:
+    """One replica serves; another is wanted from 100 and ready at 200; the second drains from 450 on."""
+    schedule = [(100, 2), (450, 1)]
+    disturb = scaled({"initial_count": 1, "start_up_ns": 100, "schedule": schedule})
+    workload = table([0, 150, 250, 500], [10] * 4, [6] * 4)
+    result = play(workload, perf=STEPS, num_clients=2, router=LeastOutstanding(), disturb=disturb)
+    tasks = result.records.tasks.as_columns()
+    clients = {r: int(c) for r, c in zip(tasks["request"], tasks["client"], strict=True)}
+    assert clients == {0: 0, 1: 0, 2: 1, 3: 0}
+    assert rows(result.records)["requests"][2][3] == 250 + 200 + 500  # it drained to its end
+
+
+def test_a_rule_follows_the_queue() -> None:
+    rule = Rule("queue", above=1, below=0.5, every_ns=100)
+    disturb = scaled({"initial_count": 1, "start_up_ns": 50, "rule": rule})
+    workload = table([0] * 4, [10] * 4, [6] * 4)
+    result = play(workload, perf=STEPS, num_clients=2, disturb=disturb, policy=lambda: Chunked(max_num_seqs=1))
+    assert set(column(result, "requests", "status")) == {FINISHED}
+    changes = list(zip(column(result, "changes", "state"), column(result, "changes", "time_ns"), strict=True))
+    assert changes[:3] == [(DRAINING, 0), (STARTING, 100), (UP, 150)]
+
+
+# --- laws ---
+
+
+@pytest.mark.parametrize(
+    ("table_name", "name", "value", "told"),
+    [
+        ("steps", "end_ns", 500, "gpu-0 computes while it is down"),
+        ("tasks", "end_ns", 500, "gpu-0 serves while it is down"),
+        ("tasks", "end_ns", 440, "lost with clients that don't go down then"),
+    ],
+)
+def test_laws_of_outages_are_caught(table_name: str, name: str, value: int, told: str) -> None:
+    result = run(table([0], [10], [6]), Down(450, "gpu-0"), num_clients=2)
+    assert not list(breaches(result.records))
+    column_of = getattr(result.records, table_name).as_columns()
+    row = int(np.flatnonzero(column_of[name] == 450)[0])
+    column_of[name][row] = value
+    assert any(told in breach for breach in breaches(result.records))
