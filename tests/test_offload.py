@@ -107,6 +107,8 @@ def by_keys(*prompts: tuple[int, ...], connect: Connect | None, **more: Any) -> 
 def test_content_that_never_repeats_changes_nothing(scenario: SmallScenario, always: bool, policy: Any) -> None:
     connect = behind(memory(), unit=scenario.unit_tokens, always=always)
     plain, tiered = scenario.play(policy), scenario.play(policy, connect=connect)
+    if any(column(plain, "requests", "num_preemptions")):
+        return  # a preempted request's own content comes back
     alike = ("requests", "tasks", "steps")
     assert [rows(plain.records)[name] for name in alike] == [rows(tiered.records)[name] for name in alike]
     assert not sent(tiered, PREFIX_FETCH)
