@@ -22,8 +22,8 @@ class FrontEnd:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._free_ns = 0
-        #: tasks of this client that don't wait yet: they or their KV cache are under way, or here; whether they have been
-        #: the first in the queue, where they go back to
+        #: tasks of this client that don't wait yet: they or their KV cache are under way, or here; True for those that
+        #: were the first in the queue, and go back to its front
         self.incoming: dict[Task, bool] = {}
         #: tokens that these will have to compute
         self.incoming_tokens = 0
