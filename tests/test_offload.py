@@ -303,14 +303,19 @@ def test_writes_go_on_behind_the_last_request() -> None:
     assert end == run.kernel.now == start + 320 * 10**6
 
 
-def test_what_was_fetched_behind_content_that_the_device_lost_is_computed() -> None:
-    """While the second unit is fetched, another prompt takes all blocks: the first is gone, so both are computed."""
+def test_what_was_fetched_behind_content_that_the_device_lost_is_fetched_with_that() -> None:
+    """While the second unit is fetched, another prompt takes all blocks: the first is gone, so both are fetched."""
     at = [0, FAR_APART, 2 * FAR_APART, 3 * FAR_APART, 3 * FAR_APART + 10]
     workload = table(at, [33, 17, 15, 33, 49], [1, 1, 1, 1, 2], [(1, 2), (7,), (), (1, 2), (8, 9, 10)])
     options: dict[str, Any] = {"perf": WHOLE, "caching": True, "unit_tokens": UNIT, "num_blocks": 4}
     run = play(workload, connect=behind(memory(bytes_per_s=1e6)), **options)
-    assert [(request, size) for request, size, *_ in sent(run, PREFIX_FETCH)] == [(3, 160)]
-    assert column(run, "requests", "cached_tokens") == [0, 0, 0, 0, 0]
+    begun = 3 * FAR_APART
+    assert sent(run, PREFIX_FETCH) == [
+        (3, 160, begun, begun + 160_000),
+        (3, 320, begun + 160_000, begun + 480_000),
+    ]
+    assert column(run, "requests", "request")[-1] == 3
+    assert column(run, "requests", "cached_tokens") == [0, 0, 0, 0, 32]
 
 
 # --- room for what is fetched ---
