@@ -107,6 +107,8 @@ def by_keys(*prompts: tuple[int, ...], connect: Connect | None, **more: Any) -> 
 def test_content_that_never_repeats_changes_nothing(scenario: SmallScenario, always: bool, policy: Any) -> None:
     connect = behind(memory(), unit=scenario.unit_tokens, always=always)
     plain, tiered = scenario.play(policy), scenario.play(policy, connect=connect)
+    if any(column(plain, "requests", "num_preemptions")):
+        return  # a preempted request's own content comes back
     alike = ("requests", "tasks", "steps")
     assert [rows(plain.records)[name] for name in alike] == [rows(tiered.records)[name] for name in alike]
     assert not sent(tiered, PREFIX_FETCH)
@@ -301,14 +303,19 @@ def test_writes_go_on_behind_the_last_request() -> None:
     assert end == run.kernel.now == start + 320 * 10**6
 
 
-def test_what_was_fetched_behind_content_that_the_device_lost_is_computed() -> None:
-    """While the second unit is fetched, another prompt takes all blocks: the first is gone, so both are computed."""
+def test_what_was_fetched_behind_content_that_the_device_lost_is_fetched_with_that() -> None:
+    """While the second unit is fetched, another prompt takes all blocks: the first is gone, so both are fetched."""
     at = [0, FAR_APART, 2 * FAR_APART, 3 * FAR_APART, 3 * FAR_APART + 10]
     workload = table(at, [33, 17, 15, 33, 49], [1, 1, 1, 1, 2], [(1, 2), (7,), (), (1, 2), (8, 9, 10)])
     options: dict[str, Any] = {"perf": WHOLE, "caching": True, "unit_tokens": UNIT, "num_blocks": 4}
     run = play(workload, connect=behind(memory(bytes_per_s=1e6)), **options)
-    assert [(request, size) for request, size, *_ in sent(run, PREFIX_FETCH)] == [(3, 160)]
-    assert column(run, "requests", "cached_tokens") == [0, 0, 0, 0, 0]
+    begun = 3 * FAR_APART
+    assert sent(run, PREFIX_FETCH) == [
+        (3, 160, begun, begun + 160_000),
+        (3, 320, begun + 160_000, begun + 480_000),
+    ]
+    assert column(run, "requests", "request")[-1] == 3
+    assert column(run, "requests", "cached_tokens") == [0, 0, 0, 0, 32]
 
 
 # --- room for what is fetched ---
@@ -419,7 +426,7 @@ def anything(seed: int) -> Run:
 
 def test_random_scenarios_with_everything_on_obey_the_laws() -> None:
     fetched = written = preempted = 0
-    for seed in range(400):
+    for seed in range(600):
         run = anything(seed)
         fetched += len(sent(run, PREFIX_FETCH))
         written += len(sent(run, KV_WRITE))

@@ -244,7 +244,11 @@ class Client:
             self._take_over(now)
         if offload is not None and offload.waiting:
             offload.begin_waiting(now)
-        return self.batching.next_batch(residents, residents.cohort, residents, now)
+        while True:
+            num_waiting = len(residents.waiting)
+            batch = self.batching.next_batch(residents, residents.cohort, residents, now)
+            if type(batch) is Batch or len(residents.waiting) >= num_waiting:
+                return batch  # else who was next is fetched for, and others may run meanwhile
 
     def price_step(self) -> int:
         """What the step that has begun lasts alone, in ns; asked once, when all that shares its devices is known."""

@@ -22,8 +22,9 @@ class FrontEnd:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._free_ns = 0
-        #: tasks of this client that don't wait yet: they or their KV cache are under way, or here
-        self.incoming: dict[Task, None] = {}
+        #: tasks of this client that don't wait yet: they or their KV cache are under way, or here; True for those that
+        #: were the first in the queue, and go back to its front
+        self.incoming: dict[Task, bool] = {}
         #: tokens that these will have to compute
         self.incoming_tokens = 0
         #: arrived since the step in flight was decided, where the engine decides on the next one at its start
@@ -42,8 +43,7 @@ class FrontEnd:
             client.coordinator.rejected(task, client, reason, now)
             return False
         client.view.num_outstanding += 1
-        self.incoming[task] = None
-        self.incoming_tokens += task.remaining_tokens
+        self._take(task, is_back=False)
         return True
 
     def fits(self, following: Task, context: int, now: int) -> bool:
@@ -80,6 +80,18 @@ class FrontEnd:
         if task in self.unseen:
             self.unseen.remove(task)
 
+    def fetch_again(self, task: Task) -> bool:
+        """The device has less of the next task's prefix than when memories were asked: whether that is fetched now.
+
+        The task is back here then; it goes to the front of the queue once its prefix has come.
+        """
+        client = self._client
+        if not task.is_known or client.offload is None or not client.offload.fetch(task, self._enqueue, client.now):
+            return False
+        client.residents.drop(task)
+        self._take(task, is_back=True)
+        return True
+
     def clear(self) -> None:
         """Nobody is on the way here any more."""
         self._free_ns = self.incoming_tokens = 0
@@ -110,10 +122,17 @@ class FrontEnd:
         if client.idle:
             client.waker.wake(client)
 
+    def _take(self, task: Task, *, is_back: bool) -> None:
+        self.incoming[task] = is_back
+        self.incoming_tokens += task.remaining_tokens
+
     def _let_in(self, task: Task) -> None:
-        del self.incoming[task]
+        is_back, residents = self.incoming.pop(task), self._client.residents
         self.incoming_tokens -= task.remaining_tokens
-        self._client.residents.enqueue(task)
+        if is_back:
+            residents.put_back(task)
+        else:
+            residents.enqueue(task)
 
     def _never_fits(self, task: Task) -> str:
         client = self._client

@@ -162,6 +162,7 @@ class Ledger:
         assert client.offload is not None
         self._check_room(client)
         hierarchy, request, token = client.offload.hierarchy, task.request, first_token
+        self._equal(f"{client.name}: found here", client.residents.kv.match(task).num_tokens, token)
         for tier, num_tokens in found:
             story = f"{client.name}: {num_tokens} tokens of request {request.index} from {tier.spec.name}"
             memory = next(memory for memory in client.offload.memories if memory.tier is tier)

@@ -138,6 +138,7 @@ class Offload:
         self.evicted: list[int] = []
         kv = client.residents.kv
         kv.holds_stated_hits = False
+        client.residents.on_loss = client.front_end.fetch_again
         if hierarchy.takes_evicted:
             kv.on_evict = self.evicted.append
 
@@ -164,14 +165,21 @@ class Offload:
         What the device has itself isn't fetched; a task counts what came as found where the device still has that.
         A fetch begins once there is room: blocks in use and those of all that is fetched for tasks that aren't
         admitted fit into the device together. Until then it waits behind others, and so do tasks that came later.
+        A task that is in the queue already is asked for again: what came for it is no use any more.
         """
+        self.admitted(task)
+        task.found_tokens = 0
         first, found = self._look(task, now)
         if not found:
             return False
+        is_back = task not in self._client.front_end.incoming
         num_blocks = self._blocks(first, found)
-        if self._others_come_first(task) or not self._has_room(num_blocks):
+        if self._others_come_first(task, is_back) or not self._has_room(num_blocks):
+            later = [] if not is_back else [each for each in self.waiting if not self._is_back(each)]
             self.waiting[task] = num_blocks, deliver
-            self._client.residents.fetch_waits(self._first_waiting())
+            for each in later:
+                self.waiting[each] = self.waiting.pop(each)
+            self._tell_who_waits()
         else:
             self._begin(task, first, found, deliver, now)
         return True
@@ -199,7 +207,7 @@ class Offload:
                 self._begin(task, first, found, deliver, now)
             else:
                 deliver(task, now)
-        self._client.residents.fetch_waits(self._first_waiting() if self.waiting else None)
+        self._tell_who_waits()
 
     def admitted(self, task: Task) -> None:
         """`task` has blocks of its own for what was fetched."""
@@ -223,11 +231,22 @@ class Offload:
         ranks = self._client.residents.ranks
         return next(iter(self.waiting)) if ranks is None else min(self.waiting, key=ranks.of)
 
-    def _others_come_first(self, task: Task) -> bool:
+    def _is_back(self, task: Task) -> bool:
+        """Whether `task` has been the first in the queue: it comes before those that have not, in order of coming."""
+        return self._client.front_end.incoming.get(task, True)
+
+    def _tell_who_waits(self) -> None:
+        first = self._first_waiting() if self.waiting else None
+        self._client.residents.fetch_waits(first, is_back=first is not None and self._is_back(first))
+
+    def _others_come_first(self, task: Task, is_back: bool) -> bool:
         ranks = self._client.residents.ranks
-        if ranks is None or not self.waiting:
-            return bool(self.waiting)
-        return ranks.of(self._first_waiting()) < ranks.of(task)
+        if not self.waiting:
+            return False
+        first = self._first_waiting()
+        if ranks is not None:
+            return ranks.of(first) < ranks.of(task)
+        return self._is_back(first) or not is_back
 
     def _blocks(self, first_token: int, found: Sequence[Found]) -> int:
         kv = self._client.residents.kv
@@ -239,7 +258,7 @@ class Offload:
 
     def _look(self, task: Task, now: int, *, again: bool = False) -> tuple[int, list[Found]]:
         """Tokens that the device has, and the stretches to fetch behind them."""
-        device = self._client.residents.kv.match(task).num_tokens
+        task.found_from = device = self._client.residents.kv.match(task).num_tokens
         return device, self._found(task, device, now, again)
 
     def _begin(
@@ -325,7 +344,6 @@ class Offload:
         if not fetch.num_open:
             task = fetch.task
             del self.fetching[task]
-            task.found_from = fetch.first_token
             task.found_tokens = fetch.first_token + fetch.num_tokens
             if task not in self._client.front_end.incoming:
                 self.admitted(task)  # it was cancelled: nobody comes for it

@@ -301,7 +301,7 @@ class Task:
     #: tokens per step where its client speculates, in 2^-32; 0 until drawn
     pace: int = 0
     #: tokens at the front of the target whose KV cache came from elsewhere, but for the first `found_from` of them,
-    #: which the prefix cache must still have
+    #: which the prefix cache had when memories were asked (or it was preempted), and must still have
     found_tokens: int = 0
     found_from: int = 0
     #: hashed units at the front of its prompt that it refers to in the prefix cache

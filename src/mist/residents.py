@@ -28,9 +28,9 @@ class Residents:
     """
 
     __slots__ = (
-        "_admissions", "_first_to_fetch", "_generates", "_grown", "_has_preempted", "_promised", "_promises",
-        "_scheduled", "cohort", "handed_over", "kv", "num_preemptions", "on_preempt", "pending_tokens",
-        "prefilling_tasks", "prefixes", "ranks", "reserves_output", "running", "sending", "waiting",
+        "_admissions", "_fetches_since_ns", "_first_to_fetch", "_generates", "_grown", "_has_preempted", "_promised",
+        "_promises", "_scheduled", "cohort", "handed_over", "kv", "num_preemptions", "on_loss", "on_preempt",
+        "pending_tokens", "prefilling_tasks", "prefixes", "ranks", "reserves_output", "running", "sending", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -64,7 +64,11 @@ class Residents:
         self.pending_tokens = 0
         self.num_preemptions = 0
         self._admissions = 0
+        #: told of a task that is next and of whose prefix the device has less than when memories were asked: whether it
+        #: fetches that, and isn't here any more
+        self.on_loss: Callable[[Task], bool] | None = None
         self._first_to_fetch: Task | None = None
+        self._fetches_since_ns = -1
         self._grown = False
         self._has_preempted = False
         self._scheduled: dict[int, int] = {}
@@ -138,6 +142,8 @@ class Residents:
             return 0
         if not self._keeps_promises(task):
             return 0
+        if hit.num_tokens < task.found_from and self.on_loss is not None and self.on_loss(task):
+            return 0
         if task is self.waiting[0]:
             self.waiting.popleft()
         else:
@@ -170,9 +176,18 @@ class Residents:
         else:
             self.handed_over.append(task)
 
-    def fetch_waits(self, task: Task | None) -> None:
-        """The first task that can't be fetched for until blocks come back; None: all can."""
+    def put_back(self, task: Task) -> None:
+        """A task that was first in the queue, and left it for its prefix to be fetched, comes back to the front."""
+        self.waiting.appendleft(task)
+        self.pending_tokens += task.remaining_tokens
+
+    def fetch_waits(self, task: Task | None, *, is_back: bool = False) -> None:
+        """The first task that can't be fetched for until blocks come back; None: all can.
+
+        `is_back`: it was the first in the queue, so that all others in it come after it.
+        """
         self._first_to_fetch = task
+        self._fetches_since_ns = -1 if task is None or is_back else task.queued_ns
 
     def comes_after_a_fetch(self, task: Task) -> bool:
         """Whether `task` would take the blocks that an earlier one waits for; nobody has to while nothing runs."""
@@ -181,7 +196,7 @@ class Residents:
             return False
         if self.ranks is not None:
             return self.ranks.of(first) < task.rank
-        return task.queued_ns > first.queued_ns and not task.request.num_preemptions
+        return task.queued_ns > self._fetches_since_ns and not task.request.num_preemptions
 
     def take_over(self, max_num_seqs: int) -> Task | None:
         """Admit the first decode that was handed over if it fits with its next token; None if not.
@@ -286,6 +301,7 @@ class Residents:
             self.handed_over.remove(task)
             self.on_preempt(task)
             self._unshare(task)
+            task.found_from = task.computed_tokens
             task.computed_tokens = 0
             self.pending_tokens += task.target_tokens
             self.num_preemptions += 1
@@ -352,6 +368,7 @@ class Residents:
 
     def succeed(self, before: Residents) -> None:
         """All that were there are gone, with what they held; what `before` has elsewhere is taken on."""
+        self.on_loss = before.on_loss
 
     # --- scarcity ---
 
@@ -421,6 +438,7 @@ class Residents:
             task.target_tokens = tokens + 1  # the token sampled last isn't in the cache yet
             self.pending_tokens += task.target_tokens
         task.admission = task.join_step = task.finish_step = -1
+        task.found_from = tokens
         task.computed_tokens = 0
         self.num_preemptions += 1
         self._has_preempted = True

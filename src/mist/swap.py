@@ -113,6 +113,7 @@ class SwappingResidents(Residents):
 
     def succeed(self, before: Residents) -> None:
         assert isinstance(before, SwappingResidents)
+        super().succeed(before)
         self.swap = before.swap
         self.swap.clear()
 

@@ -87,7 +87,8 @@ class Budget(Protocol):
         """Admit a waiting task: look up its prefix, reserve its first chunk, and move it to the running tasks.
 
         Returns the tokens of the chunk (at most `max_tokens`; with `whole` all that remains or nothing), 0 if blocks
-        or budget don't suffice or this step has preempted (nothing has then changed).
+        or budget don't suffice or this step has preempted (nothing has then changed), or where the task has left the
+        queue, since the KV cache of its prefix is fetched.
         """
         ...
 

@@ -1,7 +1,8 @@
 """The memory tiers behind the device memory of one client, nearest first, and whether to fetch from them or to compute.
 
-The front end of a client asks it when a task comes in, after the client's own prefix cache; what it says to fetch is
-then sent over the network. It never sends, computes or waits itself, and never sees the tiers that others have.
+The front end of a client asks it when a task comes in, after the client's own prefix cache, and again for one that is
+next where that has lost some of it; what it says to fetch is then sent over the network. It never sends, computes or
+waits itself, and never sees the tiers that others have.
 """
 
 from __future__ import annotations
