@@ -102,13 +102,16 @@ class Client:
         #: step of the cohort -> decodes that begin with a thought and whose first visible token it generates
         self.shown_at: dict[int, list[Task]] = {}
         self._kv_used = 0
+        #: what the last step took that was begun one by one, ns
+        self._took = 0
         self._append_step, self.append_steps = records.steps.append, records.steps.extend
         self._append_task = records.tasks.append
         self.runs_model = not hasattr(perf, "demand")
         #: the host whose cores and memory its steps share with others, and what they ask of it
         self.shares: Host | None = None
-        #: what a model may have for steps of decodes alone
-        self._tabled: Callable[[int], Callable[[int], int] | None] | None = getattr(perf, "decode_time", None)
+        #: device time of steps of so many decodes alone, by the sum of their contexts
+        self._num_timed = 0
+        self._time_of = self._step_time
         self._work: Work | None = None
         self.demand_of: Callable[[Step], Demand] = getattr(perf, "demand", no_demand)
         self.stage_kinds = {kind: i for i, kind in enumerate(records.stage_kinds)}
@@ -137,13 +140,14 @@ class Client:
         """Start the next step at `now`; run ahead of the clock while nothing can reach this client."""
         kernel = self.kernel
         while True:
-            if self._has_span():
+            if now + self._took < kernel.horizon() and self._has_span():  # else it would be of one step
                 now = run_span(self, now)
                 if now < 0:
                     return
             if not self.begin_step(now):
                 return
-            end = now + self.price_step()
+            self._took = self.price_step()
+            end = now + self._took
             if self.shares is not None:
                 self._work = self.shares.work(self.demand_of(self.step), end - now, self._shared_step_ends, None, now)
                 return
@@ -163,16 +167,15 @@ class Client:
 
     def decode_time(self, num_decodes: int) -> Callable[[int], int]:
         """Device time, ns, of steps of so many decodes alone, by the sum of their contexts, the new tokens included."""
-        time = self._tabled(num_decodes) if self._tabled is not None else None
-        if time is not None:
-            return time
-        step, step_time = self.step, self.perf.step_time
+        if num_decodes != self._num_timed:
+            tabled = getattr(self.perf, "decode_time", None)
+            self._time_of = (tabled(num_decodes) if tabled is not None else None) or self._step_time
+            self._num_timed = num_decodes
+        return self._time_of
 
-        def of_step(context: int) -> int:
-            step.decode_context = context
-            return step_time(step)
-
-        return of_step
+    def _step_time(self, decode_context: int) -> int:
+        self.step.decode_context = decode_context
+        return self.perf.step_time(self.step)
 
     def begun(self, now: int, kv_used: int) -> None:
         """A step of decodes alone is in flight since `now`, on `kv_used` blocks."""
@@ -257,7 +260,10 @@ class Client:
         if self.num_drafts:  # they cost the host next to nothing
             step.num_sampled += step.num_decodes * self.num_drafts
             step.decode_context += step.num_decodes * self.num_drafts
-        device = self.perf.step_time(step)
+        if step.chunks or self.num_drafts:
+            device = self.perf.step_time(step)
+        else:
+            device = self.decode_time(step.num_decodes)(step.decode_context)
         if self.watcher is not None:
             self.watcher.step_started(self, step, device, self.now)
         took = host + device if not self._overlapped else max(host, device)

@@ -126,6 +126,8 @@ class SwappingResidents(Residents):
 class _WithCopies:
     """A performance model whose steps begin with the copies of a swap space: those of its client, not estimates."""
 
+    decode_time = None  # each step is asked for
+
     def __init__(self, perf: Any, client: Client, space: SwapSpace) -> None:
         self._perf = perf
         self._client = client
