@@ -266,6 +266,23 @@ def test_a_long_campaign(first: int) -> None:
         play_one(seed)
 
 
+@pytest.mark.parametrize("first", range(20_000, 20_120, 8))
+def test_watched_or_not_step_by_step_or_in_spans_it_is_the_same(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger switches spans of decode steps off: with spans wherever they may be, the records are the same rows."""
+    monkeypatch.setattr(Client, "_took", property(lambda self: 0, lambda self, took: None), raising=False)
+    for seed in range(first, first + 8):
+        runs = []
+        for ledger in (True, False):
+            campaign = Campaign(seed)
+            campaign.options["ledger"] = ledger
+            runs.append(campaign.play(campaign.disturb, campaign.patience()).records)
+        watched, alone = (
+            [sorted(map(tuple, zip(*table.as_columns().values(), strict=True))) for table in
+             (each.requests, each.tasks, each.steps, each.transfers)] for each in runs
+        )  # fmt: skip
+        assert watched == alone, seed
+
+
 def test_the_campaign_has_everything() -> None:
     """Every way to leave, and no request that waits for ever."""
     ends: Counter[str] = Counter()

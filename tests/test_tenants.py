@@ -341,3 +341,52 @@ def test_the_printed_form_has_a_line_for_each_tenant() -> None:
         assert any(line.startswith(name) and "of" in line for line in text.splitlines())
     assert "chat: TTFT P99" in text
     assert (made.run().records.requests.as_columns()["status"] == FINISHED).all()
+
+
+def test_lost_requests_count_in_the_verdict() -> None:
+    mapping = scenario()
+    mapping["tenants"]["chat"]["workload"]["timeout_s"] = 0.4
+    slo = load(mapping).run(check=True).metrics["tenants"]["chat"]["slo"]
+    (target,) = slo["targets"]
+    assert target["num_lost"] > 0
+    assert target["actual_s"] is None or target["actual_s"] <= target["target_s"]
+    assert target["met"] is False
+
+
+def test_saturation_is_judged_by_the_tenants_whose_load_does_not_wait() -> None:
+    mapping = scenario()
+    mapping["tenants"]["chat"]["workload"] |= {"arrivals": {"poisson": {"rate_per_s": 60}}, "num_requests": 600}
+    mapping["clients"]["gpu"]["batching"] = {"chunked": {"max_num_seqs": 8, "max_num_batched_tokens": 512}}
+    metrics = load(mapping).run().metrics
+    assert metrics["saturated"]
+    assert any("judged by the tenants whose load doesn't wait for the system: chat" in n for n in metrics["notes"])
+
+
+def test_an_interference_measures_the_same_window() -> None:
+    made = load(scenario(warmup_s=1.0))
+    together = run(made)
+    for name in made.tenants:
+        alone = run(made, only=name)
+        assert alone.metrics["window"]["start_s"] == together.metrics["window"]["start_s"]
+        assert len(alone.metrics["tenants"]) == 1
+
+
+def test_priorities_that_nobody_goes_by_are_remarked_upon() -> None:
+    assert any("Priorities of tenants change nothing" in note for note in load(scenario()).run().metrics["notes"])
+    ordered = scenario(clients={"gpu": {**GPU, "batching": {"chunked": {"order": "priority"}}}})
+    assert not any("Priorities of tenants" in note for note in load(ordered).run().metrics["notes"])
+
+
+def test_a_link_that_is_cut_for_good_leaves_requests_unfinished() -> None:
+    pools = {"first": {**GPU, "serves": ["prefill"]}, "then": {**GPU, "serves": ["decode"]}}
+    made = load(
+        {
+            "workload": CHAT["workload"],
+            "clients": pools,
+            "network": {"kv_transfer": {"bandwidth": "10 GB/s"}},
+            "events": [{"at_s": 2, "link": "first.out", "factor": 0}],
+        }
+    )
+    metrics = made.run(check=True).metrics
+    assert metrics["requests"]["unfinished"] > 0
+    assert any("cut for good" in note for note in metrics["notes"])

@@ -146,8 +146,8 @@ class Client:
                     return
             if not self.begin_step(now):
                 return
-            self._took = self.price_step()
-            end = now + self._took
+            took = self._took = self.price_step()
+            end = now + took
             if self.shares is not None:
                 self._work = self.shares.work(self.demand_of(self.step), end - now, self._shared_step_ends, None, now)
                 return
@@ -161,9 +161,9 @@ class Client:
         """Whether the next steps are decodes alone, and nobody watches them, or shares their host or their drafts."""
         if self.watcher is not None or self.shares is not None or self.num_drafts or self.front_end.unseen:
             return False
-        if self.merges_shared_reads or not self._only_decodes():
+        if self.merges_shared_reads or self._cancelled or not self._only_decodes():
             return False
-        return self.offload is None or not self.offload.waiting
+        return self.offload is None or not (self.offload.waiting or self.offload.evicted)
 
     def decode_time(self, num_decodes: int) -> Callable[[int], int]:
         """Device time, ns, of steps of so many decodes alone, by the sum of their contexts, the new tokens included."""
@@ -243,11 +243,11 @@ class Client:
         """The policy's batch, once all that waits here and could be considered is."""
         residents, offload = self.residents, self.offload
         residents.begin()
-        if residents.handed_over:
-            self._take_over(now)
-        if offload is not None and offload.waiting:
-            offload.begin_waiting(now)
         while True:
+            if residents.handed_over:
+                self._take_over(now)
+            if offload is not None and offload.waiting:
+                offload.begin_waiting(now)
             num_waiting = len(residents.waiting)
             batch = self.batching.next_batch(residents, residents.cohort, residents, now)
             if type(batch) is Batch or len(residents.waiting) >= num_waiting:

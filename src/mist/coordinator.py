@@ -395,8 +395,8 @@ class Coordinator:
         """The run stops at `now`: requests still in the system leave as unfinished."""
         self.network.cut(now)
         self.delays.cut(now)
-        for client in self.clients:
-            for task in client.cut(now):
+        for tasks in (self.parked, *(client.cut(now) for client in self.clients)):
+            for task in tasks:
                 task.request.output_tokens += task.stage.seen_by_user(task.generated_tokens)
         for request in list(self.in_system.values()):
             self._leave(request, UNFINISHED, now)

@@ -313,7 +313,14 @@ class Task:
         """This task without anything computed, to be placed again: what it generated is part of its target."""
         target = self.target_tokens + (not self.remaining_tokens and self.generated_tokens > 0)
         return Task(
-            self.request, self.stage, self.stage_index, target, now, self.branch, generated_tokens=self.generated_tokens
+            self.request,
+            self.stage,
+            self.stage_index,
+            target,
+            now,
+            self.branch,
+            generated_tokens=self.generated_tokens,
+            context_keys=self.context_keys,
         )
 
     @property

@@ -33,6 +33,8 @@ class RateLimit:
     def __post_init__(self) -> None:
         if not self.rate_per_s > 0:
             raise ValueError(f"rate_per_s is {self.rate_per_s}: give more than 0")
+        if self.of == "tokens" and self.burst == 1:
+            raise ValueError("burst: give the tokens that the bucket holds, more than those of the longest request")
         if self.burst < 1:
             raise ValueError(f"burst is {self.burst}: give at least 1")
 

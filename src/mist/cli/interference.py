@@ -45,5 +45,10 @@ def interference(as_json: bool, check: bool, **options: Any) -> None:
         if slowdown is not None:
             at_p99 = f"{slowdown['p99']:.2f} at the 99th percentile"
             click.echo(f"{name}: requests take {slowdown['mean']:.2f} times as long on average, {at_p99}.")
+        finished, arrived = (tenant["together"]["requests"][key] for key in ("finished", "arrived"))
+        before = tenant["alone"]["requests"]["finished"]
+        if min(before, finished) < arrived:
+            ended = f"{before:,} of {arrived:,} finished alone, {finished:,} together"
+            click.echo(f"{name}: {ended}; the {tenant['num_compared']:,} that did in both are compared.")
     if document["jain_speed"] is not None:
         click.echo(f"Jain's fairness index of the tenants' speeds: {document['jain_speed']:.3f}.")

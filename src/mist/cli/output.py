@@ -48,7 +48,8 @@ def folded(rows: list[dict[str, Any]], width: int = 100) -> list[dict[str, Any]]
     narrow = sum(2 + max(len(str(row[key])) for row in rows) for key in rows[0] if key not in wide)
     lines: list[dict[str, Any]] = []
     for row in rows:
-        texts = (wrap(row[key], (width - narrow) // len(wide) - 1, break_long_words=False) or [""] for key in wide)
+        each = (width - narrow) // len(wide) - 1
+        texts = (wrap(row[key], each, break_long_words=key == "parameters") or [""] for key in wide)
         for number, parts in enumerate(zip_longest(*texts, fillvalue="")):
             first = row if number == 0 else dict.fromkeys(row, "")
             lines.append(first | dict(zip(wide, parts, strict=True)))

@@ -53,10 +53,10 @@ def load_scenario(
     except ScenarioError as error:  # the scenario's own problems are told with it
         problems += error.problems
     options: dict[str, Any] = {"seed": seed, "warmup_s": warmup, "window_s": window}
-    of_workloads = {"limit": limit, "rate_scale": rate_scale}
     try:
-        for place in _workloads(scenario) if limit is not None or rate_scale is not None else ():
-            options |= {f"{place}.{key}": value for key, value in of_workloads.items()}
+        workloads = _workloads(scenario) if limit is not None or rate_scale is not None else {}
+        for place, has_rate in workloads.items():
+            options |= {f"{place}.limit": limit, f"{place}.rate_scale": rate_scale if has_rate else None}
         loaded = load(scenario, sets, **{path: value for path, value in options.items() if value is not None})
     except ScenarioError as error:
         raise ScenarioError([*problems, *error.problems]) from None
@@ -65,13 +65,23 @@ def load_scenario(
     return loaded
 
 
-def _workloads(scenario: Path) -> list[str]:
-    """Where the workloads of a scenario's file are: its own, or one of each tenant."""
+def _workloads(scenario: Path) -> dict[str, bool]:
+    """Where the workloads of a scenario's file are, and whether each has a rate: all but closed loops beside others."""
     from mist.scenario.source import read_file
 
     data = read_file(scenario).data()
     tenants = data.get("tenants") if isinstance(data, dict) else None
-    return [f"tenants.{name}.workload" for name in tenants] if isinstance(tenants, dict) else ["workload"]
+    if not isinstance(tenants, dict):
+        return {"workload": True}
+    return {f"tenants.{name}.workload": not _is_closed_loop(tenant) for name, tenant in tenants.items()}
+
+
+def _is_closed_loop(tenant: Any) -> bool:
+    workload = tenant.get("workload") if isinstance(tenant, dict) else None
+    if not isinstance(workload, dict):
+        return False
+    arrivals = workload.get("arrivals")
+    return "concurrency" in workload or (isinstance(arrivals, dict) and "closed_loop" in arrivals)
 
 
 def load_plugins(plugins: Iterable[str]) -> None:

@@ -204,7 +204,7 @@ class KVCache:
         """
         if not self.unit_blocks:
             return 0
-        keys, first = task.request.block_keys, num_tokens // self.hash_block_size
+        keys, first = task.prompt_keys, num_tokens // self.hash_block_size
         start = num_lost = 0
         while start < task.num_indexed:
             segment = self._segments[keys[start]]

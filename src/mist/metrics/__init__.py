@@ -22,7 +22,7 @@ from mist.metrics.quality import summarise_quality
 from mist.metrics.saturation import judge, unjudged
 from mist.metrics.slo import Targets, percentiles_of, summarise_slo
 from mist.metrics.stages import stage_times, summarise_stages
-from mist.metrics.tenants import TenantInfo, all_levels, fairness
+from mist.metrics.tenants import TenantInfo, all_levels, fairness, rows_of
 from mist.metrics.tokens import DecodeSteps, Segments, longest_gaps, token_gaps, tokens_by_client
 from mist.metrics.transfers import summarise_transfers
 from mist.metrics.window import BoolColumn, Columns, Window
@@ -69,7 +69,13 @@ def summarise(
         each.name: {"priority": each.priority, **_figures(run.of_tenant(each), each, span, _statistics(each.slo))}
         for each in tenants
     }
-    verdict = judge(run.requests, run.tasks, run.transfers, clients, sums, span) if open_loop else unjudged()
+    pressing = [tenant for tenant in tenants if tenant.open_loop] if not open_loop else []
+    verdict = unjudged()
+    if open_loop or pressing:
+        requests, tasks, transfers = (
+            rows_of(pressing, table) if pressing else table for table in (run.requests, run.tasks, run.transfers)
+        )
+        verdict = judge(requests, tasks, transfers, clients, sums, span)
     return {
         "schema_version": SCHEMA_VERSION,
         **figures,
@@ -82,7 +88,7 @@ def summarise(
         "memories": summarise_memories(memories, run.transfers),
         "open_loop": open_loop,
         **verdict,
-        "notes": _notes(run.requests, span.holds(run.requests["arrival_ns"]), span, open_loop),
+        "notes": _notes(run.requests, span.holds(run.requests["arrival_ns"]), span, open_loop, pressing),
         "provenance": dict(provenance or {}),
     }
 
@@ -220,7 +226,9 @@ def _throughput(requests: Columns, output_tokens: int, window: Window) -> dict[s
     }
 
 
-def _notes(requests: Columns, chosen: BoolColumn, window: Window, open_loop: bool) -> list[str]:
+def _notes(
+    requests: Columns, chosen: BoolColumn, window: Window, open_loop: bool, pressing: Sequence[TenantInfo]
+) -> list[str]:
     """What the figures cover and what they leave out, in words."""
     counts = _counts(requests, chosen)
     notes = []
@@ -235,7 +243,10 @@ def _notes(requests: Columns, chosen: BoolColumn, window: Window, open_loop: boo
         )
     if counts["arrived"]:
         notes += _coverage(requests, chosen, counts, window)
-    if not open_loop:
+    if pressing:
+        names = ", ".join(tenant.name for tenant in pressing)
+        notes.append(f"Saturation is judged by the tenants whose load doesn't wait for the system: {names}.")
+    elif not open_loop:
         notes.append("The load waits for the system (it isn't open loop), so saturation doesn't apply.")
     elif len(chosen) and not np.ptp(requests["arrival_ns"]):
         one = "Only one request arrived" if len(chosen) == 1 else "All requests arrived at one instant"

@@ -6,6 +6,7 @@ single request: there each target is a bound.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from mist.metrics.clients import ratio
 from mist.metrics.distribution import Distribution, FloatColumn
 from mist.metrics.window import BoolColumn, Columns, Window
-from mist.records import FINISHED, REFUSED, IntColumn
+from mist.records import FINISHED, REFUSED, REJECTED, TIMED_OUT, IntColumn
 from mist.units import NS_PER_S
 
 #: target seconds by percentile ("p99", "mean") by metric ("ttft_s", "tpot_s", "itl_s", "e2e_s")
@@ -32,18 +33,31 @@ def summarise_slo(
     """Verdicts and goodput.
 
     `times_ns[metric]`: per row of `requests`, -1 where the metric doesn't apply (a bound is then met); for `itl_s` the
-    request's longest gap. `distributions` holds the statistics that are judged; those of ITL are over gaps, not
+    request's longest gap. `distributions` holds the statistics of those that finished; those of ITL are over gaps, not
     requests. `chosen` are the rows that arrived in the window: verdicts and attainment are over them, goodput over what
-    finished in the window.
+    finished in the window. Requests that were rejected or timed out count as infinitely late in a verdict, which tells
+    their number (`num_lost`), and so miss any target of a mean.
     """
     verdicts = []
     met_all = requests["status"] == FINISHED
+    num_lost = int(np.count_nonzero(chosen & _lost(requests)))
     for metric, bounds in targets.items():
+        known = times_ns[metric][chosen & (times_ns[metric] >= 0)]
         for statistic, target_s in bounds.items():
             actual_s = distributions[metric][statistic]
-            met = None if actual_s is None else actual_s <= target_s
+            judged_s = actual_s if not num_lost else _with_lost(known, num_lost, statistic)
+            if num_lost and metric == "itl_s" and judged_s is not None and judged_s < math.inf:
+                judged_s = actual_s  # over gaps, of which lost requests have none
+            met = None if judged_s is None else judged_s <= target_s
             verdicts.append(
-                {"metric": metric, "statistic": statistic, "target_s": target_s, "actual_s": actual_s, "met": met}
+                {
+                    "metric": metric,
+                    "statistic": statistic,
+                    "target_s": target_s,
+                    "actual_s": actual_s,
+                    "num_lost": num_lost,
+                    "met": met,
+                }
             )
             met_all &= times_ns[metric] <= target_s * NS_PER_S
     good = int(np.count_nonzero(met_all & window.holds(requests["end_ns"])))
@@ -55,6 +69,23 @@ def summarise_slo(
         "goodput_requests_per_s": ratio(good * NS_PER_S, window.span_ns),
         "attainment": ratio(int(np.count_nonzero(met_all & chosen)), int(np.count_nonzero(wanted))),
     }
+
+
+def _lost(requests: Columns) -> BoolColumn:
+    """Requests that ended without an answer, though neither their users nor their own pipeline wanted it so."""
+    lost: BoolColumn = (requests["status"] == REJECTED) | (requests["status"] == TIMED_OUT)
+    return lost
+
+
+def _with_lost(times_ns: IntColumn | FloatColumn, num_lost: int, statistic: str) -> float | None:
+    """A statistic, in seconds, of these times and as many infinite ones; None of none."""
+    if statistic == "mean":
+        return math.inf
+    rank = (len(times_ns) + num_lost - 1) * _percentile(statistic) / 100
+    if rank > len(times_ns) - 1:
+        return math.inf
+    share = 100 * rank / (len(times_ns) - 1) if len(times_ns) > 1 else 0.0
+    return float(np.percentile(times_ns, share)) / NS_PER_S
 
 
 def percentiles_of(targets: Targets) -> list[float]:

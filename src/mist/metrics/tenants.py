@@ -42,8 +42,13 @@ class TenantInfo:
 
     def rows(self, table: Columns) -> dict[str, IntColumn]:
         """The rows of `table`, which has a column `request`, that are its own."""
-        mine = self.holds(table["request"])
-        return {name: column[mine] for name, column in table.items()}
+        return rows_of([self], table)
+
+
+def rows_of(tenants: Sequence[TenantInfo], table: Columns) -> dict[str, IntColumn]:
+    """The rows of `table`, which has a column `request`, that are any of these tenants'."""
+    mine = np.logical_or.reduce([tenant.holds(table["request"]) for tenant in tenants])
+    return {name: column[mine] for name, column in table.items()}
 
 
 def jain(values: Sequence[float | None]) -> float | None:

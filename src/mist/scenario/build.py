@@ -60,7 +60,8 @@ def run(
     tenants = build_tenants(scenario, tables, fleet, records)
     playing = tenants if only is None else {only: tenants[only]}
     infos = tenant_infos(scenario, playing)
-    window = _window_ns(scenario, [tenant.workload for tenant in playing.values()])
+    window = _window_ns(scenario, list(tables.values()))
+    tables = {name: tables[name] for name in playing}
     coordinator = Coordinator(
         kernel=kernel,
         records=records,
@@ -154,7 +155,9 @@ def _play(
     kernel.run(until)
     # a step in flight reaches past the clock's end; without any, clients wait for what never comes
     is_idle = all(client.idle for client in coordinator.clients)
-    is_stuck = until == FOREVER and is_idle and not coordinator.delays.waiting and not coordinator.parked
+    # a transfer may wait for ever too, where a link is cut for good
+    awaited = coordinator.delays.waiting or coordinator.parked or coordinator.network.in_flight
+    is_stuck = until == FOREVER and is_idle and not awaited
     if coordinator.in_system and is_stuck:
         stuck = sorted(coordinator.in_system)[:5]
         raise InvariantError(
@@ -177,7 +180,9 @@ def _cut_note(scenario: Scenario, coordinator: Coordinator, total: int) -> list[
     missing = total - coordinator.num_arrived
     if not inside and not missing:
         return []
-    if scenario.max_time_s is None and coordinator.parked:
+    if scenario.max_time_s is None and coordinator.network.in_flight:
+        where = "The run ended with transfers over links that are cut for good"
+    elif scenario.max_time_s is None and coordinator.parked:
         where = "The run ended with requests for which no client came up any more"
     elif scenario.max_time_s is not None:
         where = f"max_time_s cut the run at {scenario.max_time_s:,.10g} s"

@@ -24,7 +24,8 @@ def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None, *, s
     found = [remark for name, pool in scenario.pools.items() for remark in _memory(name, pool)]
     found += [remark for name, pool in scenario.pools.items() for remark in _speculation(name, pool)]
     found += [remark for name, host in scenario.hosts.items() for remark in _search(name, host.perf)]
-    found += [*_not_modelled(scenario), *_conversions(scenario), *_mixed(scenario), *_of_no_use(scenario)]
+    found += [*_not_modelled(scenario), *_conversions(scenario), *_mixed(scenario), *_priorities(scenario)]
+    found += _of_no_use(scenario)
     computing = {pool.device.name for pool in scenario.pools.values()}
     devices = {pool.device.name: pool.device for pool in scenario.clients.values() if pool.device}
     found += [remark for name, device in devices.items() for remark in _figures(device, name in computing)]
@@ -63,6 +64,14 @@ def _of_no_use(scenario: Scenario) -> Iterator[str]:
             where = ".".join((*map(str, tenant.place), "workload.sizes"))
             reads = f"reads {', '.join(known)}" if known else "reads none"
             yield f"{where}: {tenant.pipeline.name} {reads}, so the others change nothing: {', '.join(unread)}."
+
+
+def _priorities(scenario: Scenario) -> Iterator[str]:
+    """Priorities of tenants that no client goes by."""
+    policies = [pool.batching for pool in scenario.pools.values()]
+    has_order = any(getattr(policy.params.get("order"), "name", "") == "priority" for policy in policies)
+    if len({tenant.priority for tenant in scenario.tenants.values()}) > 1 and not has_order:
+        yield "Priorities of tenants change nothing: no client has batching with order: priority."
 
 
 def _mixed(scenario: Scenario) -> Iterator[str]:

@@ -87,16 +87,18 @@ def _latencies(summary: Summary) -> RenderableType:
 
 
 def _tenants(summary: Summary) -> RenderableType:
-    """A line for each tenant, its latencies in seconds."""
-    heads = ["finished", "TTFT P50", "TTFT P99", "TPOT P50", "E2E P99", "", "tokens/s", "SLOs met"]
+    """A line for each tenant."""
+    heads = ["finished", "TTFT P50", "TTFT P99", "E2E P99", "", "TPOT P50", "", "tokens/s", "SLOs met"]
     table = Fitted("Tenants", heads)
     for name, tenant in summary["tenants"].items():
         requests, slo = tenant["requests"], tenant["slo"]
-        figures = [tenant["ttft_s"]["p50"], tenant["ttft_s"]["p99"], tenant["tpot_s"]["p50"], tenant["e2e_s"]["p99"]]
+        figures = [tenant["ttft_s"]["p50"], tenant["ttft_s"]["p99"], tenant["e2e_s"]["p99"]]
         cells = [_NOTHING if figure is None else f"{figure:,.3f}" for figure in figures]
+        tpot_s = tenant["tpot_s"]["p50"]
         attained = _NOTHING if slo is None else _percent(slo["attainment"])
         tokens = _rate(tenant["throughput"]["total_tokens_per_s"])
-        table.add_row(name, f"{requests['finished']:,} of {requests['arrived']:,}", *cells, "s", tokens, attained)
+        table.add_row(name, f"{requests['finished']:,} of {requests['arrived']:,}", *cells, "s",
+                      f"{tpot_s * 1e3:,.1f}" if tpot_s else _NOTHING, "ms", tokens, attained)  # fmt: skip
     return Group(table, Text(_fairness(summary["fairness"])))
 
 
@@ -180,7 +182,10 @@ def _objectives(summary: Summary) -> RenderableType:
             label = f"{target['tenant']}: {label}"
         verdict = {True: Text("met", "green"), False: Text("missed", "bold red"), None: Text("no data", "yellow")}
         (actual,), unit = _scaled([target["actual_s"]])
-        table.add_row(label, f"≤ {_exact(target['target_s'])}", f"{actual} {unit}".strip(), verdict[target["met"]])
+        told = verdict[target["met"]]
+        if target["num_lost"]:
+            told = told + Text(f" ({target['num_lost']:,} lost)")
+        table.add_row(label, f"≤ {_exact(target['target_s'])}", f"{actual} {unit}".strip(), told)
     goodput = (
         f"Goodput {_rate(slo['goodput_requests_per_s'])} requests/s; {_percent(slo['attainment'])} of requests met all."
     )
