@@ -139,21 +139,22 @@ def keep_a_task_that_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def miscount_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def miscount(result: Any, front_end: FrontEnd, *_: Any) -> None:
+    def miscount(result: Any, front_end: FrontEnd, *_: Any) -> Any:
         front_end._client.view.num_outstanding -= 1
+        return result
 
-    after(monkeypatch, FrontEnd, "accept", miscount)
+    after(monkeypatch, FrontEnd, "expect", miscount)
 
 
 def lose_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    after(monkeypatch, Coordinator, "_arrive", lambda result, coordinator, index, now: coordinator.in_system.popitem())
+    after(monkeypatch, Coordinator, "_begin", lambda result, coordinator, *_: coordinator.in_system.popitem())
 
 
 def count_an_arrival_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     def count(result: Any, coordinator: Coordinator, *_: Any) -> None:
         coordinator.num_arrived += 1
 
-    after(monkeypatch, Coordinator, "_arrive", count)
+    after(monkeypatch, Coordinator, "_begin", count)
 
 
 def idle_with_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from mist.offload import KVStore, Offload
 from mist.perf import Demand, HostModel, PerfModel
 from mist.records import CUT, DONE, DROPPED, PREEMPTED, Records
 from mist.request import DECODE, PREFILL, Batch, ClientView, StageResult, Step, Task, Wait
+from mist.reservations import Reservations
 from mist.residents import Residents
 from mist.speculation import Speculation, SpeculativeCohort
 
@@ -84,6 +85,8 @@ class Client:
         #: where it is a KV store, what it has
         self.store: KVStore | None = None
         self.merges_shared_reads = merges_shared_reads
+        #: room for decodes that come with a KV cache
+        self.reservations = Reservations(self.residents)
         self.front_end = FrontEnd(self)
         self.now = 0
         self.idle = True
@@ -104,6 +107,11 @@ class Client:
         self._step_ns = engine.step_overhead_ns
         self._prefill_ns = engine.prefill_overhead_ns
         self._token_ns = engine.token_overhead_ns
+
+    @property
+    def chunks(self) -> Sequence[tuple[Task, int]]:
+        """The prefill chunks of the step in flight, as (task, tokens)."""
+        return self._chunks
 
     @property
     def _policy(self) -> str:
@@ -165,10 +173,7 @@ class Client:
             if isinstance(batch, Wait):
                 return self.begin_step(now)
         if type(batch) is not Batch:
-            if residents.prefixes and not residents.running and residents.surrender():
-                return self.begin_step(now)
-            self._go_idle(batch, now)
-            return False
+            return self._wait(batch, now)
         num_decodes = cohort.count if batch.decode else 0
         step.num_decodes = step.num_sampled = num_decodes
         step.decode_context = cohort.sum_context + num_decodes if num_decodes else 0
@@ -179,7 +184,9 @@ class Client:
         if batch.chunks or step.chunks:
             self._fill_chunks(batch.chunks, now)
         if not num_decodes and not batch.chunks:
-            raise InvariantError(f"{self._policy} returned an empty batch at {now} ns")
+            if not self.reservations.blocks:
+                raise InvariantError(f"{self._policy} returned an empty batch at {now} ns")
+            return self._wait(Wait(), now)  # the last decode has lost its place to who is on the way
         self._step_row = (now, residents.kv.used)
         return True
 
@@ -253,6 +260,14 @@ class Client:
         if self.step.num_decodes and cohort.step + 1 in cohort.calendar:
             return True
         return any(task.computed_tokens + n == task.target_tokens for task, n in self._chunks)
+
+    def _wait(self, wait: object, now: int) -> bool:
+        """The policy has nothing to run: so be it, unless others can come in now that nobody runs."""
+        residents = self.residents
+        if not residents.running and (self.reservations.are_here or (residents.prefixes and residents.surrender())):
+            return self.begin_step(now)
+        self._go_idle(wait, now)
+        return False
 
     def _go_idle(self, wait: object, now: int) -> None:
         if not isinstance(wait, Wait):
@@ -355,7 +370,7 @@ class Client:
 
         The one that the prefill sampled comes out now, unless it did there.
         """
-        while (task := self.residents.take_over(self.batching.max_num_seqs)) is not None:
+        while (task := self.reservations.take_over(self.batching.max_num_seqs)) is not None:
             task.started_ns = now
             if task.generated_tokens:
                 self._enter_cohort(task, task.stage.oracle_output_tokens - task.generated_tokens)

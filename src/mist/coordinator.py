@@ -7,13 +7,15 @@ through `stage_done` and `rejected`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 from mist.client import Client
 from mist.errors import InvariantError
+from mist.hand_over import Adjust, HandOver, Terms
 from mist.kernel import Kernel
+from mist.lending import Lending
 from mist.network import Network
-from mist.records import FINISHED, HAND_OFF, KV_TRANSFER, REFUSED, REJECTED, UNFINISHED, Records
+from mist.records import FINISHED, HAND_OFF, REFUSED, REJECTED, UNFINISHED, Records
 from mist.request import (
     DECODE,
     PREFILL,
@@ -29,7 +31,6 @@ from mist.request import (
     StageResult,
     Task,
 )
-from mist.residents import share_prefix
 from mist.tenant import Tenant
 
 
@@ -44,12 +45,16 @@ class Coordinator:
         clients: Sequence[Client],
         network: Network,
         tenants: Sequence[Tenant],
+        terms: Terms | None = None,
+        lending: Lending | None = None,
     ) -> None:
         self.kernel = kernel
         self.records = records
         self.clients = clients
         self.network = network
         self.tenants = tenants
+        self.handing = HandOver(kernel, network, terms or Terms(), self._decoders, self._choose)
+        self.lending = lending
         self.in_system: dict[int, Request] = {}
         #: called with the number of requests that have left, now and then
         self.on_progress: Callable[[int], None] | None = None
@@ -91,7 +96,17 @@ class Coordinator:
             request.gate_ns = now
         request.num_tasks -= 1
         self.num_tasks -= 1
+        self._left(task, client, now)
         return self.advance(branch, result, client, now)
+
+    def _left(self, task: Task, client: Client, now: int) -> None:
+        """`task` is over on `client`, perhaps before its end: others may have been waiting for its place."""
+        if self.handing.awaiting:
+            self.handing.room_came(client, now)
+        if self.handing.early:
+            self.handing.settle(task, now)
+        if self.lending is not None:
+            self.lending.ended(task, client, now)
 
     def advance(self, branch: Branch, result: StageResult | None, here: Client | None, now: int) -> Sequence[Task]:
         """Ask for the next stage and place it; decodes are returned, to go on where their prefill left the KV cache."""
@@ -130,12 +145,23 @@ class Coordinator:
 
     def _place(self, task: Task, here: Client | None, now: int) -> None:
         """Give `task` to a client; what the stage before, on `here`, hands on to it is sent there first."""
-        there, stage, network = self._choose(task, now), task.stage, self.network
+        there = self._choose(task, now)
+        if self.lending is not None:
+            there = self.lending.place(task, there, self._decoders(task), now)
         assert task.branch is not None
         task.branch.client = there.index
+        if not there.front_end.expect(task, now):
+            return
+        if self.handing.terms.at_arrival and self.handing.is_early(task, there):
+            self.handing.prepare(task, there, partial(self._bring, here, there), now)
+        else:
+            self._bring(here, there, task, now)
+
+    def _bring(self, here: Client | None, there: Client, task: Task, now: int) -> None:
+        stage, network = task.stage, self.network
         if here is None or here is there or not network.carries_all or not stage.input_bytes:
-            there.front_end.accept(task, now)
-        elif there.front_end.expect(task, now):
+            there.front_end.receive(task, now)
+        else:
             network.send(task.request.index, HAND_OFF, here.index, there.index, stage.input_bytes, self._handed_on,
                          (task, there), now)  # fmt: skip
 
@@ -213,44 +239,33 @@ class Coordinator:
     def dropped(self, task: Task, now: int) -> None:
         """A cancelled task has left its client."""
         self.num_cancelled -= 1
+        assert task.branch is not None
+        client = self.clients[task.branch.client]
+        self.handing.drop(task, client, now)
+        self._left(task, client, now)
 
     def hand_over(self, task: Task, followings: Sequence[Task], client: Client, now: int) -> bool:
-        """The KV cache of `task` goes from `client` to one that decodes on; False: it can't, and the request left.
+        """The KV cache of `task` goes from `client` to one that decodes on; False: it can't, and the request left."""
+        return self.handing.begin(task, followings, client, now)
 
-        Those that go on with one context go together, and it is sent once.
-        """
-        there = self._choose(followings[0], now)
-        expected = []
-        for following in followings:
-            assert following.branch is not None
-            following.branch.client = there.index
-            if not following.branch.is_cancelled and there.front_end.expect(following, now):
-                expected.append(following)
-        if not expected:
-            return False
-        share_prefix(expected, task.computed_tokens // there.residents.kv.block_size)
-        transfer = (task, client, there, *expected)
-        num_bytes = task.computed_tokens * client.kv_bytes_per_token
-        self.network.send(task.request.index, KV_TRANSFER, client.index, there.index, num_bytes, self._handed_over,
-                          transfer, now)  # fmt: skip
-        return True
+    def _decoders(self, task: Task) -> Sequence[Client]:
+        route = self.tenants[task.request.tenant].routes.get(DECODE)
+        return route.clients if route is not None else ()
 
-    def _handed_over(self, transfer: tuple[Any, ...], now: int) -> None:
-        task, here, there, *followings = transfer
-        here.sent(task)
-        for following in followings:
-            following.queued_ns = now
-            there.front_end.receive(following, now)
-
-    def _choose(self, task: Task, now: int) -> Client:
+    def _choose(
+        self, task: Task, now: int, among: Sequence[Client] | None = None, adjust: Adjust | None = None
+    ) -> Client:
+        """The router's choice, of all clients or `among` some, whose views `adjust` may change."""
         kind = task.stage.kind
         route = self.tenants[task.request.tenant].routes.get(kind)
         if route is None or not route.clients:
             raise InvariantError(f"the pipeline yielded a stage {kind!r} that it did not announce")
-        candidates = route.clients
+        candidates = route.clients if among is None else among
         if len(candidates) == 1:
             return candidates[0]
         views = [candidate.refresh_view() for candidate in candidates]
+        if adjust is not None:
+            views = [adjust(view) for view in views]
         chosen = route.router.choose(task, views, now)
         if not isinstance(chosen, ClientView) or self.clients[chosen.index] not in candidates:
             name = type(route.router).__name__
@@ -265,6 +280,8 @@ class Coordinator:
         request.output_tokens += task.stage.seen_by_user(task.generated_tokens)
         request.num_tasks -= 1
         self.num_tasks -= 1
+        if self.lending is not None:
+            self.lending.ended(task, client, now)
         request.rejected_for = request.rejected_for or reason
         self._leave_if_over(request, now)
 
@@ -279,6 +296,8 @@ class Coordinator:
     def cut(self, now: int) -> None:
         """The run stops at `now`: requests still in the system leave as unfinished."""
         self.network.cut(now)
+        if self.lending is not None:
+            self.lending.cut()
         for client in self.clients:
             for task in client.cut(now):
                 task.request.output_tokens += task.stage.seen_by_user(task.generated_tokens)

@@ -7,7 +7,7 @@ client starts a step before all of them are delivered. The kernel knows nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Any, Protocol
 
 FOREVER = 1 << 62
@@ -67,6 +67,15 @@ class Kernel:
             heappush(self._events, (time_ns, client.index, self._finish, client))
         else:
             heappush(self._quiet, (time_ns, client.index, client))
+
+    def surface(self, *steppers: object) -> None:
+        """The steps that these have in flight can reach others after all, as their next ones say by `emits`."""
+        found = [entry for entry in self._quiet if any(entry[2] is each for each in steppers)]
+        for time_ns, index, client in found:
+            self._quiet.remove((time_ns, index, client))
+            heappush(self._events, (time_ns, index, self._finish, client))
+        if found:
+            heapify(self._quiet)
 
     def wake(self, client: Stepper) -> None:
         """Let `client` start a step once this instant's events are delivered."""

@@ -68,6 +68,7 @@ class Records:
     transfers: one row for all of a kind (`TRANSFER_KINDS`) that moved at once, such as a KV cache, written when it is
       there (or at the end: `end_ns`, and `start_ns` if it had not begun, are -1). `sender` and `receiver` are clients,
       or memories as -1 - their index in `memory_names`: -1 is the host memory of the client at the other end.
+    loans: one row per time that a client was lent to prompts, written when it returned (or at the end: `end_ns` is -1).
     """
 
     client_names: list[str] = field(default_factory=list)
@@ -89,3 +90,4 @@ class Records:
         "decode_context", "kv_blocks", "num_waiting",
     )  # fmt: skip
     transfers: Table = _table("request", "kind", "sender", "receiver", "bytes", "queued_ns", "start_ns", "end_ns")
+    loans: Table = _table("client", "start_ns", "end_ns")

@@ -30,6 +30,7 @@ from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.catalogued import Catalogued, left_out
 from mist.scenario.encoders import cut_sequences, default_batching, engine_of, kept_caches
+from mist.scenario.hand_over import Lending
 from mist.scenario.memory import TierSettings
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems
 from mist.scenario.pricing import runs_without_model
@@ -161,6 +162,10 @@ class Pool(Section):
     """power cap of each device, W, at most its TDP: what is bound by compute slows down with the clock"""
     speculation: SpeculationSettings | None = None
     """speculative decoding, such as {method: mtp, num_draft_tokens: 3, acceptance: 0.6}"""
+    group: Name | None = None
+    """KV caches are handed over only between pools of one group; left out, between all that have none"""
+    lending: Lending | None = None
+    """a decode pool whose clients take prompts while all of the prefill clients have too many waiting"""
 
     @model_validator(mode="after")
     def _complete(self) -> Pool:

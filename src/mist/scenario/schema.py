@@ -27,6 +27,7 @@ from mist.errors import Problem, ScenarioError
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.clients import Count, Name, PerfList
+from mist.scenario.hand_over import HandOver
 from mist.scenario.memory import Memory
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
 from mist.scenario.network import Network
@@ -330,6 +331,8 @@ class ScenarioFile(Section):
     """which replica takes a task: a policy for all stages, or {stage: policy}"""
     network: Network = Network()
     """what lies between the clients"""
+    hand_over: HandOver = HandOver()
+    """how KV caches get from prefill to decode clients"""
     slo: Slo = Slo()
     """service levels that the result is held against"""
     warmup_s: Seconds = 0.0

@@ -20,6 +20,7 @@ from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.clients import Pool
 from mist.scenario.conflicts import conflicts
+from mist.scenario.hand_over import HandOver
 from mist.scenario.hosts import HostPool
 from mist.scenario.memory import Memory
 from mist.scenario.named import Located, Section, Spec
@@ -55,6 +56,7 @@ class Scenario:
     memories: Mapping[str, Memory]
     routing: Mapping[str, Spec]
     network: Network
+    hand_over: HandOver
     placement: Placement | None
     warmup_s: float
     window_s: tuple[float, float] | None
@@ -111,7 +113,8 @@ class Scenario:
         for tenant, section in self.tenants.items():
             if name in self.clients_of(tenant) and self.pools[name].hands_over(section.stages):
                 found |= self.clients_of(tenant, DECODE)
-        return {n: pool for n, pool in self.pools.items() if n in found}  # in the order of the file
+        group, in_order = self.pools[name].group, self.pools.items()  # of the file
+        return {n: pool for n, pool in in_order if n in found and pool.group == group}
 
     def users_of(self, store: str) -> dict[str, Pool]:
         """Those that fetch from a KV store and write to it: all that compute prompts of requests that ask it."""
@@ -164,6 +167,7 @@ class Scenario:
                 "memories": {name: self._resolved_memory(name) for name in self.memories} or None,
                 "routing": {stage: spec.plain() for stage, spec in self.routing.items()},
                 "network": self._resolved_network() or None,
+                "hand_over": _plain(self.hand_over),
                 "slo": slo,
                 "warmup_s": self.warmup_s,
                 "window_s": self.window_s and list(self.window_s),
@@ -195,7 +199,7 @@ class Scenario:
         stages = dict.fromkeys(kind for tenant in tenants.values() for kind in tenant.stages)
         named = file.routing
         every = named.get("") or Spec("routing", "least_outstanding")
-        own = ("name", "seed", "memories", "network", "warmup_s", "max_time_s")
+        own = ("name", "seed", "memories", "network", "hand_over", "warmup_s", "max_time_s")
         fields: dict[str, Any] = {key: getattr(file, key) for key in own}
         fields |= {
             "name": file.name or source.name,

@@ -6,7 +6,7 @@ It stands where the scenario loader stands in a real run, and makes random small
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -19,8 +19,10 @@ from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.engine import EngineProfile
 from mist.fabric import PlainLinks
+from mist.hand_over import Terms
 from mist.kernel import FOREVER, Kernel
 from mist.ledger import Ledger
+from mist.lending import Lending
 from mist.memory.hierarchy import Hierarchy
 from mist.memory.kv_cache import KVCache
 from mist.memory.tier import MemoryTier, Tier
@@ -30,11 +32,12 @@ from mist.perf import Deployment, OperatorTime, PerfModel
 from mist.pipeline import PipelineFactory
 from mist.pipeline.stages import StageList
 from mist.records import Records
-from mist.request import Step
+from mist.request import PREFILL, Step
 from mist.routing import RoutingPolicy
 from mist.routing.round_robin import RoundRobin
 from mist.sharing import Sharing, duration_ns
 from mist.speculation import Speculation
+from mist.streams import Streaming
 from mist.tenant import Route, Tenant
 from mist.topology import Link
 from mist.workload import RequestTable
@@ -158,11 +161,16 @@ def play(
     connect: Callable[[Network, list[Client]], None] | None = None,
     speculation: Speculation | None = None,
     merges_shared_reads: bool = False,
+    terms: Terms | None = None,
+    lending: Mapping[int, int] | None = None,
+    num_layers: int = 4,
 ) -> Run:
     """Run `workload` to the end (or `until_ns`) on equal clients and check every law on the way.
 
     `serves`: stage kinds per client. `nic`, `host`: each one's links, unless `paths` are given; with `host` stated hits
-    are in the host's memory. `connect` may give clients memories; `prepare` is called before the first event.
+    are in the host's memory. `terms`: of hand-overs, layer by layer of `num_layers`. `lending`: by
+    client, from how many pending tokens on it is lent to prompts. `connect` may give clients memories; `prepare` is
+    called before the first event.
     Raises InvariantError where a law breaks.
     """
     pipeline = pipeline or StageList()
@@ -200,13 +208,21 @@ def play(
     if connect is not None:
         connect(network, clients)
     router = router or RoundRobin()
-    routes = {kind: Route([c for c in clients if kind in c.serves], router) for kind in pipeline.kinds}
+    terms, lending = terms or Terms(), lending or {}
+    routes = {
+        kind: Route([c for c in clients if kind in c.serves and not (c.index in lending and kind == PREFILL)], router)
+        for kind in pipeline.kinds
+    }
+    for client in clients if terms.layerwise else ():
+        client.watcher = Streaming(num_layers)
     coordinator = Coordinator(
         kernel=kernel,
         records=records,
         clients=clients,
         network=network,
         tenants=[Tenant(workload, pipeline, routes, lambda i: np.random.default_rng((7, i)))],
+        terms=terms,
+        lending=Lending(lending, records) if lending else None,
     )
     watch = Ledger(kernel, coordinator, clients, records) if ledger else None
     if prepare is not None:
