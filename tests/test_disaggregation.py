@@ -249,7 +249,7 @@ def random_terms(seed: int) -> Callable[[], Run]:
     }  # fmt: skip
     if rng.random() < 0.15:
         options["until_ns"] = rng.randint(1, 60_000)
-    policy = rng.choice([Chunked, Continuous])
+    policy: Any = rng.choice([Chunked, Continuous])
     return lambda: scenario.play(policy, router=router(), **options)
 
 

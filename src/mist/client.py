@@ -91,7 +91,8 @@ class Client:
         self.now = 0
         self.idle = True
         self.step = Step(tokens_per_decode=1 + self.num_drafts)
-        self._chunks: list[tuple[Task, int]] = []
+        #: the prefill chunks of the step in flight, as (task, tokens)
+        self.chunks: list[tuple[Task, int]] = []
         #: cancelled while the step in flight computes for them
         self._cancelled: list[Task] = []
         #: step of the cohort -> decodes that begin with a thought and whose first visible token it generates
@@ -107,11 +108,6 @@ class Client:
         self._step_ns = engine.step_overhead_ns
         self._prefill_ns = engine.prefill_overhead_ns
         self._token_ns = engine.token_overhead_ns
-
-    @property
-    def chunks(self) -> Sequence[tuple[Task, int]]:
-        """The prefill chunks of the step in flight, as (task, tokens)."""
-        return self._chunks
 
     @property
     def _policy(self) -> str:
@@ -180,7 +176,7 @@ class Client:
         if self.merges_shared_reads and num_decodes and residents.prefixes:
             step.decode_context -= residents.shared_context
         step.num_prefill_tokens = 0
-        self._chunks = batch.chunks
+        self.chunks = batch.chunks
         if batch.chunks or step.chunks:
             self._fill_chunks(batch.chunks, now)
         if not num_decodes and not batch.chunks:
@@ -223,12 +219,12 @@ class Client:
             if finished is not None:
                 for task in finished:
                     self._decode_done(task, now)
-        if self._chunks:
+        if self.chunks:
             residents.chunks_done()
-            for task, num_tokens in self._chunks:
+            for task, num_tokens in self.chunks:
                 if residents.computed(task, num_tokens):
                     self._target_reached(task, now)
-            self._chunks = []
+            self.chunks = []
         if self._cancelled:
             self._let_go(now)
 
@@ -259,7 +255,7 @@ class Client:
         cohort = self.residents.cohort
         if self.step.num_decodes and cohort.step + 1 in cohort.calendar:
             return True
-        return any(task.computed_tokens + n == task.target_tokens for task, n in self._chunks)
+        return any(task.computed_tokens + n == task.target_tokens for task, n in self.chunks)
 
     def _wait(self, wait: object, now: int) -> bool:
         """The policy has nothing to run: so be it, unless others can come in now that nobody runs."""
@@ -438,7 +434,7 @@ class Client:
     def _is_in_flight(self, task: Task) -> bool:
         if self.idle or task.admission < 0:
             return False
-        if any(task is each for each, _ in self._chunks):
+        if any(task is each for each, _ in self.chunks):
             return True
         began_before = task.started_ns <= self.now  # not with what the step has just computed
         return self.step.num_decodes > 0 and began_before and task.admission not in self.residents.prefilling_tasks

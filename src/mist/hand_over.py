@@ -219,6 +219,8 @@ class HandOver:
     def drop(self, task: Task, client: Client, now: int) -> None:
         """`task` was cancelled on `client`: others that go on with its KV cache get its room, or nobody does."""
         self.forget(task, now)
+        if not client.reservations.blocks and client.index not in self.awaiting:
+            return
         for order in [each for each in self.orders if task in each.followings]:
             order.followings.remove(task)
             if order.followings and task in client.reservations.blocks:
