@@ -452,6 +452,15 @@ def test_a_lending_pool_of_a_scenario() -> None:
     assert ((tasks["kind"] == 0) & (tasks["client"] >= 2)).sum() > 0
 
 
+def test_each_tenant_has_somebody_within_reach() -> None:
+    clients = {f"{stage}-{group}": {**APART["clients"][stage], "count": 1, "group": group}
+               for group in "ab" for stage in ("prefill", "decode")}  # fmt: skip
+    own = {"workload": APART["workload"], "clients": ["prefill-a", "decode-b"]}
+    rest = {key: value for key, value in APART.items() if key != "workload"}
+    with pytest.raises(ScenarioError, match="nobody decodes what prefill-a computes"):
+        load(rest | {"clients": clients, "tenants": {"one": own, "two": {"workload": APART["workload"]}}})
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

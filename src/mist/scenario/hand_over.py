@@ -132,12 +132,13 @@ def hand_over_conflicts(scenario: Scenario) -> Iterator[Located]:
     if given.within is not None and placement is None:
         message = f"within: {given.within}, and the network has no {given.within}s"
         yield ("hand_over", "within"), Problem(message, hint="give network a preset or nodes, or give pools a group")
-    for name, pool in scenario.pools.items():
-        decoders = scenario.decoders_of(name)
-        if _sends(scenario, name) and not decoders:
-            message = f"nobody decodes what {name} computes: no decode client has its group {pool.group!r}"
+    for name, decoders in _senders(scenario):
+        if not decoders:
+            message = (
+                f"nobody decodes what {name} computes: no decode client of its tenant is in its group"
+            )
             yield ("clients", name, "group"), Problem(message, hint="give a decode pool the same group")
-        elif given.within is not None and placement is not None and decoders:
+        elif given.within is not None and placement is not None:
             yield from _alone(scenario, name, decoders, given.within)
 
 
@@ -157,11 +158,14 @@ def _alone(scenario: Scenario, name: str, decoders: Mapping[str, Pool], within: 
             return
 
 
-def _sends(scenario: Scenario, name: str) -> bool:
-    return any(
-        name in scenario.clients_of(tenant) and scenario.pools[name].hands_over(section.stages)
-        for tenant, section in scenario.tenants.items()
-    )
+def _senders(scenario: Scenario) -> Iterator[tuple[str, Mapping[str, Pool]]]:
+    """The pools that hand over, once for each tenant, with those that may decode for it."""
+    for tenant, section in scenario.tenants.items():
+        served = scenario.clients_of(tenant, DECODE)
+        for name in scenario.clients_of(tenant):
+            if name in scenario.pools and scenario.pools[name].hands_over(section.stages):
+                others = scenario.decoders_of(name)
+                yield name, {other: pool for other, pool in others.items() if other in served}
 
 
 def _converts(scenario: Scenario) -> Iterator[bool]:
