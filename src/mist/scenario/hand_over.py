@@ -134,9 +134,7 @@ def hand_over_conflicts(scenario: Scenario) -> Iterator[Located]:
         yield ("hand_over", "within"), Problem(message, hint="give network a preset or nodes, or give pools a group")
     for name, decoders in _senders(scenario):
         if not decoders:
-            message = (
-                f"nobody decodes what {name} computes: no decode client of its tenant is in its group"
-            )
+            message = f"nobody decodes what {name} computes: no decode client of its tenant is in its group"
             yield ("clients", name, "group"), Problem(message, hint="give a decode pool the same group")
         elif given.within is not None and placement is not None:
             yield from _alone(scenario, name, decoders, given.within)
