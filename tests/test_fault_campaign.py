@@ -178,7 +178,12 @@ class Campaign:
             layerwise or rng.random() < 0.5, layerwise or rng.random() < 0.6, layerwise,
             reach if rng.random() < 0.3 else {}, dict.fromkeys(pairs, conversion),
         )  # fmt: skip
-        return {"terms": terms, "lending": lending, "num_layers": rng.choice([1, 4])}
+        return {
+            "terms": terms,
+            "lending": lending,
+            "num_layers": rng.choice([1, 4]),
+            "swap_blocks": rng.choice([0, 0, 8]),
+        }
 
     def play(self, disturb: Callable[[Coordinator], None] | None, patience: Patience | None = None) -> Run:
         limits: dict[str, Any] = {}
@@ -261,9 +266,9 @@ def check(result: Run, num_requests: int) -> Counter[str]:
     assert not done or max(done.values()) == 1, "a task was served twice"
     assert not result.coordinator.in_system
     handing = result.coordinator.handing
-    assert not (handing.orders or handing.early or handing.awaiting or handing.converting)
+    assert [*handing.orders, *handing.early, *handing.awaiting, *handing.converting] == []
     for client in result.clients:
-        assert not (client.reservations.blocks or client.reservations.num_promised), client.name
+        assert (client.reservations.blocks, client.reservations.num_promised) == ({}, 0), client.name
         left = [client.view.num_outstanding, client.front_end.incoming_tokens, client.residents.pending_tokens]
         assert [*left, client.residents.kv.used, client.residents.cohort.sum_context] == [0] * 5, client.name
         assert client.offload is None or not (client.offload.fetching or client.offload._num_to_take)
