@@ -24,6 +24,7 @@ from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.events import Down, Event, Events, LinkChange, Up
 from mist.fabric import Path
+from mist.hand_over import Conversion, Terms
 from mist.kernel import Kernel
 from mist.lanes import share_stages
 from mist.memory.hierarchy import Hierarchy
@@ -154,10 +155,35 @@ class Campaign:
             self.policy: Any = lambda **limits: Chunked(**limits, order=Priority())
         else:
             self.policy = policy
+        if "apart" in shape:
+            self.options |= self._terms(random.Random(seed + 1_000_000))
         router: Any = rng.choice([RoundRobin, LeastOutstanding, JoinShortestQueue, PrefixAffinity])
         self.router = router
         if rng.random() < 0.3:
             self.options["engine_profile"] = engine(step_ns=20, request_ns=rng.choice([0, 150]), first_token=PREFILL)
+
+    def _terms(self, rng: random.Random) -> dict[str, Any]:
+        """How KV caches are handed over: chosen early or late, layer by layer, converted, by lent clients."""
+        serves = self.options["serves"]
+        prefills, decodes = ([i for i, kinds in enumerate(serves) if kind in kinds] for kind in (PREFILL, DECODE))
+        layerwise = rng.random() < 0.3
+        lending = {}
+        if rng.random() < 0.3:
+            serves[-1] = (PREFILL, DECODE)
+            lending = {len(serves) - 1: rng.choice([0, 20, 100])}
+        conversion = Conversion(rng.choice([3.0, 80.0]), is_before=not layerwise and rng.random() < 0.5)
+        pairs = [(i, j) for i in prefills for j in decodes if rng.random() < 0.5] if rng.random() < 0.4 else []
+        reach = {i: frozenset(rng.sample(decodes, rng.randint(1, len(decodes)))) for i in prefills}
+        terms = Terms(
+            layerwise or rng.random() < 0.5, layerwise or rng.random() < 0.6, layerwise,
+            reach if rng.random() < 0.3 else {}, dict.fromkeys(pairs, conversion),
+        )  # fmt: skip
+        return {
+            "terms": terms,
+            "lending": lending,
+            "num_layers": rng.choice([1, 4]),
+            "swap_blocks": rng.choice([0, 0, 8]),
+        }
 
     def play(self, disturb: Callable[[Coordinator], None] | None, patience: Patience | None = None) -> Run:
         limits: dict[str, Any] = {}
@@ -239,7 +265,10 @@ def check(result: Run, num_requests: int) -> Counter[str]:
     done = Counter(place for place, how in zip(places, tasks["how"].tolist(), strict=True) if how == DONE)
     assert not done or max(done.values()) == 1, "a task was served twice"
     assert not result.coordinator.in_system
+    handing = result.coordinator.handing
+    assert [*handing.orders, *handing.early, *handing.awaiting, *handing.converting] == []
     for client in result.clients:
+        assert (client.reservations.blocks, client.reservations.num_promised) == ({}, 0), client.name
         left = [client.view.num_outstanding, client.front_end.incoming_tokens, client.residents.pending_tokens]
         assert [*left, client.residents.kv.used, client.residents.cohort.sum_context] == [0] * 5, client.name
         assert client.offload is None or not (client.offload.fetching or client.offload._num_to_take)

@@ -125,7 +125,7 @@ def test_random_races_obey_the_laws(seed: int) -> None:
         if not result.coordinator.num_cancelled and result.end_ns < 1 << 61 and not residents.running:
             assert residents.kv.used == sum(
                 residents.kv.blocks_for(t.computed_tokens) for t in residents.sending.values()
-            )
+            ) + sum(client.reservations.blocks.values())
 
 
 def test_a_race_of_one_is_a_plain_answer() -> None:

@@ -16,6 +16,7 @@ from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.errors import InvariantError
 from mist.front_end import FrontEnd
+from mist.hand_over import HandOver
 from mist.kernel import Kernel
 from mist.metrics import ClientInfo, summarise
 from mist.metrics.stages import PARTS
@@ -321,7 +322,7 @@ def free_blocks_at_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def lose_a_transfer(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Network, "send", lambda *_: None)
+    patch.setattr(Network, "send", lambda *_, **__: None)
 
 
 def leave_on_the_way(patch: pytest.MonkeyPatch) -> None:
@@ -337,21 +338,20 @@ def leave_on_the_way(patch: pytest.MonkeyPatch) -> None:
 def beat_the_link(patch: pytest.MonkeyPatch) -> None:
     original = Network.send
 
-    def send(self: Network, request: int, kind: int, sender: int, receiver: int, num_bytes: int, *rest: Any) -> None:
-        original(self, request, kind, sender, receiver, num_bytes, *rest)
+    def send(self: Network, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
         next(reversed(self.in_flight)).num_bytes *= 2
 
     patch.setattr(Network, "send", send)
 
 
 def go_on_without_the_cache(patch: pytest.MonkeyPatch) -> None:
-    def early(self: Coordinator, transfer: Any, now: int) -> None:
-        task, here, there, following = transfer
-        here.sent(task)
-        following.queued_ns = now - 1
-        there.front_end.receive(following, now)
+    def early(self: HandOver, order: Any, now: int) -> None:
+        order.here.sent(order.task)
+        order.followings[0].queued_ns = now - 1
+        order.there.front_end.receive(order.followings[0], now)
 
-    patch.setattr(Coordinator, "_handed_over", early)
+    patch.setattr(HandOver, "_arrived", early)
 
 
 def compute_the_context_again(patch: pytest.MonkeyPatch) -> None:

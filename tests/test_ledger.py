@@ -139,10 +139,11 @@ def keep_a_task_that_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def miscount_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def miscount(result: Any, front_end: FrontEnd, *_: Any) -> None:
+    def miscount(result: Any, front_end: FrontEnd, *_: Any) -> Any:
         front_end._client.view.num_outstanding -= 1
+        return result
 
-    after(monkeypatch, FrontEnd, "accept", miscount)
+    after(monkeypatch, FrontEnd, "expect", miscount)
 
 
 def lose_a_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ from mist.coordinator import Coordinator
 from mist.memory.kv_cache import KVCache
 from mist.records import FINISHED, REJECTED
 from mist.request import NO_DEADLINE, Batch, Request, Task, Wait
+from mist.reservations import Reservations
 from mist.residents import Residents
 from mist.scenario import load
 from mist.scenario.remarks import remarks
@@ -191,7 +192,7 @@ def test_a_decode_that_was_handed_over_goes_before_who_ranks_behind() -> None:
     who.enqueue(handed)
     for i, priority in enumerate([2, 1, 0], start=2):
         who.enqueue(hinted(i, 4, priority=priority))
-    assert who.take_over(9) is None  # no room, and one of priority 0 waits
+    assert Reservations(who).take_over(9) is None  # no room, and one of priority 0 waits
     assert who.admit(who.waiting[0], 4)
     assert indices(who.waiting) == [3, 2]
     assert not who.admit(who.waiting[0], 4)  # there is room for it, but the other came first

@@ -12,10 +12,11 @@ from kit import rows
 from mist.batching.chunked import Chunked
 from mist.coordinator import Coordinator
 from mist.events import Down, Event, Events, LinkChange, Up
+from mist.hand_over import Conversion, Terms
 from mist.laws import breaches
 from mist.outages import FAIL, Outages, Replica
 from mist.records import CANCELLED, DRAINING, FINISHED, LOST, REJECTED, STARTING, TIMED_OUT, UP
-from mist.request import NO_DEADLINE
+from mist.request import NO_DEADLINE, ClientView, Task
 from mist.routing.least_outstanding import LeastOutstanding
 from mist.scaling import Pool, Rule, Scaling
 from mist.tenant import Patience
@@ -47,6 +48,67 @@ def run(workload: Any, *events: Event, **options: Any) -> Run:
 
 def column(result: Run, table_name: str, name: str) -> list[int]:
     return list(getattr(result.records, table_name).as_columns()[name].tolist())
+
+
+class First:
+    """Whoever is first of those that are up."""
+
+    def choose(self, task: Task, clients: Sequence[ClientView], now: int) -> ClientView:
+        return clients[0]
+
+
+def apart(*events: Event, terms: Terms, outputs: Sequence[int] = (20, 20)) -> Run:
+    """One prefill client and two decode clients, each with room for one of the prompts of 64 tokens at a time.
+
+    Both prompts are computed by 1380; a KV cache takes 640.
+    """
+    workload = table([0] * len(outputs), [64] * len(outputs), list(outputs))
+    return play(workload, num_clients=3, serves=[("prefill",), ("decode",), ("decode",)], nic=LINK, num_blocks=9,
+                block_size=16, perf=STEPS, router=First(), disturb=disturbed(*events), terms=terms)  # fmt: skip
+
+
+def moved(result: Run) -> list[tuple[int, ...]]:
+    """Transfers that arrived: request, sender, receiver, start."""
+    names = ("request", "sender", "receiver", "start_ns", "end_ns")
+    found = zip(*(column(result, "transfers", name) for name in names), strict=True)
+    return [row[:4] for row in found if row[4] >= 0]
+
+
+def test_a_kv_cache_that_waits_for_room_goes_to_somebody_else() -> None:
+    """The second waits for the first one's room on gpu-1 until that is gone at 2500; it is not computed again."""
+    result = apart(Down(2500, "gpu-1"), terms=Terms())
+    assert moved(result) == [(0, 0, 1, 1380), (1, 0, 2, 2500)]
+    computed = zip(column(result, "tasks", "request"), column(result, "tasks", "computed_tokens"), strict=True)
+    assert sorted(tokens for request, tokens in computed if request == 1) == [0, 64]
+    assert column(result, "requests", "output_tokens") == [20, 20]
+
+
+def test_a_kv_cache_that_is_lost_where_it_waits_gives_back_what_was_reserved() -> None:
+    """On its way, being converted or waiting: decodes begin anew where they were to come, and no room is left taken."""
+    for terms in (Terms(), Terms(conversions={(0, 1): Conversion(50, is_before=True)})):
+        for at in (1500, 2500):
+            result = apart(Down(at, "gpu-0"), Down(1, "gpu-2"), terms=terms)
+            assert column(result, "requests", "status") == [FINISHED] * 2
+            assert not result.clients[1].residents.kv.used
+            assert not result.clients[1].reservations.blocks
+
+
+def test_a_prompt_that_waits_for_room_chooses_again() -> None:
+    """With early room the second prompt waits for the first one's place on gpu-1; at 1000 that is gone."""
+    result = apart(Down(1000, "gpu-1"), terms=Terms(at_arrival=True))
+    tasks = result.records.tasks.as_columns()
+    prompts = {r: s for r, s, k in zip(tasks["request"], tasks["started_ns"], tasks["kind"], strict=True) if k == 0}
+    assert prompts[0] == 0
+    assert prompts[1] >= 1000
+    assert {row[2] for row in moved(result)} == {2}
+
+
+def test_a_stream_to_who_is_lost_is_in_vain() -> None:
+    """Layers leave while they are computed, up to 740; at 500 their receiver is gone: all goes to the other one."""
+    result = apart(Down(500, "gpu-1"), terms=Terms(at_arrival=True, layerwise=True), outputs=[20])
+    assert moved(result) == [(0, 0, 2, 740)]
+    (_, whole) = column(result, "transfers", "bytes")
+    assert whole == 640
 
 
 def test_a_decode_is_computed_again_elsewhere_with_what_it_generated() -> None:

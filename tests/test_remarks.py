@@ -63,8 +63,11 @@ def test_kv_caches_that_are_converted(decoder: str) -> None:
         "both": {**GPU, "kv_dtype": "fp8"},
     }
     expected = {
-        "bf16": ["first, both: KV caches are converted from bf16 to fp8 at no cost."],
-        "fp8": [f"first, {name}: KV caches are converted from bf16 to fp8 at no cost." for name in ("then", "both")],
+        "bf16": ["first, both: KV caches are converted from bf16 to fp8 on both, at its memory bandwidth."],
+        "fp8": [
+            f"first, {name}: KV caches are converted from bf16 to fp8 on {name}, at its memory bandwidth."
+            for name in ("then", "both")
+        ],
     }
     assert told("converted", clients=clients) == expected[decoder]
 

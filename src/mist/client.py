@@ -23,6 +23,7 @@ from mist.offload import KVStore, Offload
 from mist.perf import Demand, HostModel, PerfModel
 from mist.records import CUT, DONE, DROPPED, PREEMPTED, Records
 from mist.request import DECODE, PREFILL, Batch, ClientView, StageResult, Step, Task, Wait
+from mist.reservations import Reservations
 from mist.residents import Residents
 from mist.span import run_span
 from mist.speculation import Speculation, SpeculativeCohort
@@ -91,12 +92,15 @@ class Client:
         #: where it is a KV store, what it has
         self.store: KVStore | None = None
         self.merges_shared_reads = merges_shared_reads
+        #: room for decodes that come with a KV cache
+        self.reservations = Reservations(self.residents)
         self.front_end = FrontEnd(self)
         self._decodes_alone = getattr(batching.next_batch, DECODES_ALONE, False)
         self.now = 0
         self.idle = True
         self.step = Step(tokens_per_decode=1 + self.num_drafts)
-        self._chunks: list[tuple[Task, int]] = []
+        #: the prefill chunks of the step in flight, as (task, tokens)
+        self.chunks: list[tuple[Task, int]] = []
         #: cancelled while the step in flight computes for them
         self._cancelled: list[Task] = []
         #: step of the cohort -> decodes that begin with a thought and whose first visible token it generates
@@ -180,7 +184,7 @@ class Client:
     def begun(self, now: int, kv_used: int) -> None:
         """A step of decodes alone is in flight since `now`, on `kv_used` blocks."""
         self.now, self._kv_used = now, kv_used
-        self.idle, self._chunks = False, []
+        self.idle, self.chunks = False, []
         self.residents.decodes_grown()
 
     def _has_waiting_fetches(self) -> bool:
@@ -212,21 +216,20 @@ class Client:
             if isinstance(batch, Wait):
                 return self.begin_step(now)
         if type(batch) is not Batch:
-            if residents.prefixes and not residents.running and residents.surrender():
-                return self.begin_step(now)
-            self._go_idle(batch, now)
-            return False
+            return self._wait(batch, now)
         num_decodes = cohort.count if batch.decode else 0
         step.num_decodes = step.num_sampled = num_decodes
         step.decode_context = cohort.sum_context + num_decodes if num_decodes else 0
         if self.merges_shared_reads and num_decodes and residents.prefixes:
             step.decode_context -= residents.shared_context
         step.num_prefill_tokens = 0
-        self._chunks = batch.chunks
+        self.chunks = batch.chunks
         if batch.chunks or step.chunks:
             self._fill_chunks(batch.chunks, now)
         if not num_decodes and not batch.chunks:
-            raise InvariantError(f"{self._policy} returned an empty batch at {now} ns")
+            if not self.reservations.blocks:
+                raise InvariantError(f"{self._policy} returned an empty batch at {now} ns")
+            return self._wait(Wait(), now)  # the last decode has lost its place to who is on the way
         self._kv_used = residents.kv.used
         return True
 
@@ -289,12 +292,12 @@ class Client:
             if finished is not None:
                 for task in finished:
                     self._decode_done(task, now)
-        if self._chunks:
+        if self.chunks:
             residents.chunks_done()
-            for task, num_tokens in self._chunks:
+            for task, num_tokens in self.chunks:
                 if residents.computed(task, num_tokens):
                     self._target_reached(task, now)
-            self._chunks = []
+            self.chunks = []
         if self._cancelled:
             self._let_go(now)
 
@@ -325,7 +328,15 @@ class Client:
         cohort = self.residents.cohort
         if self.step.num_decodes and cohort.step + 1 in cohort.calendar:
             return True
-        return bool(self._chunks) and any(task.computed_tokens + n == task.target_tokens for task, n in self._chunks)
+        return bool(self.chunks) and any(task.computed_tokens + n == task.target_tokens for task, n in self.chunks)
+
+    def _wait(self, wait: object, now: int) -> bool:
+        """The policy has nothing to run: so be it, unless others can come in now that nobody runs."""
+        residents = self.residents
+        if not residents.running and (self.reservations.are_here or (residents.prefixes and residents.surrender())):
+            return self.begin_step(now)
+        self._go_idle(wait, now)
+        return False
 
     def _go_idle(self, wait: object, now: int) -> None:
         if not isinstance(wait, Wait):
@@ -428,7 +439,7 @@ class Client:
 
         The one that the prefill sampled comes out now, unless it did there.
         """
-        while (task := self.residents.take_over(self.batching.max_num_seqs)) is not None:
+        while (task := self.reservations.take_over(self.batching.max_num_seqs)) is not None:
             task.started_ns = now
             if task.generated_tokens:
                 self._enter_cohort(task, task.stage.oracle_output_tokens - task.generated_tokens)
@@ -496,7 +507,7 @@ class Client:
     def _is_in_flight(self, task: Task) -> bool:
         if self.idle or task.admission < 0:
             return False
-        if any(task is each for each, _ in self._chunks):
+        if any(task is each for each, _ in self.chunks):
             return True
         began_before = task.started_ns <= self.now  # not with what the step has just computed
         return self.step.num_decodes > 0 and began_before and task.admission not in self.residents.prefilling_tasks
@@ -542,7 +553,8 @@ class Client:
             part.clear()
         before, self.residents = self.residents, self._settle(cohort)
         self.residents.succeed(before)
-        self._chunks, self._cancelled, self.shown_at = [], [], {}
+        self.reservations = Reservations(self.residents)
+        self.chunks, self._cancelled, self.shown_at = [], [], {}
         self.view.num_outstanding = 0
         self.idle = True
 

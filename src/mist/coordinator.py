@@ -7,14 +7,16 @@ through `stage_done` and `rejected`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
 
 from mist.client import Client
 from mist.delays import Delays
 from mist.errors import InvariantError
+from mist.hand_over import Adjust, HandOver, Terms
 from mist.kernel import Kernel
+from mist.lending import Lending
 from mist.network import Network
-from mist.records import FINISHED, HAND_OFF, KV_TRANSFER, REFUSED, REJECTED, UNFINISHED, Records
+from mist.records import FINISHED, HAND_OFF, REFUSED, REJECTED, UNFINISHED, Records
 from mist.request import (
     DECODE,
     NO_DEADLINE,
@@ -32,7 +34,6 @@ from mist.request import (
     StageResult,
     Task,
 )
-from mist.residents import share_prefix
 from mist.tenant import Route, Tenant
 from mist.views import Views
 
@@ -49,6 +50,8 @@ class Coordinator:
         network: Network,
         tenants: Sequence[Tenant],
         views: Views | None = None,
+        terms: Terms | None = None,
+        lending: Lending | None = None,
     ) -> None:
         self.kernel = kernel
         self.records = records
@@ -60,6 +63,8 @@ class Coordinator:
         self.views = views or Views()
         for tenant in tenants:
             tenant.ask(self.views)
+        self.handing = HandOver(kernel, network, terms or Terms(), self._decoders, self._choose, self.again)
+        self.lending = lending
         self.in_system: dict[int, Request] = {}
         #: called with the number of requests that have left, now and then
         self.on_progress: Callable[[int], None] | None = None
@@ -114,7 +119,18 @@ class Coordinator:
             request.gate_ns = now
         request.num_tasks -= 1
         self.num_tasks -= 1
+        if client is not None:
+            self._left(task, client, now)
         return self.advance(branch, result, client, now)
+
+    def _left(self, task: Task, client: Client, now: int) -> None:
+        """`task` is over on `client`, perhaps before its end: others may have been waiting for its place."""
+        if self.handing.awaiting:
+            self.handing.room_came(client, now)
+        if self.handing.early:
+            self.handing.settle(task, now)
+        if self.lending is not None:
+            self.lending.ended(task, client, now)
 
     def advance(self, branch: Branch, result: StageResult | None, here: Client | None, now: int) -> Sequence[Task]:
         """Ask for the next stage and place it; decodes are returned, to go on where their prefill left the KV cache."""
@@ -159,15 +175,27 @@ class Coordinator:
 
     def _place(self, task: Task, here: Client | None, now: int) -> None:
         """Give `task` to a client; what the stage before, on `here`, hands on to it is sent there first."""
-        there, stage, network = self._choose(task, now), task.stage, self.network
+        there = self._choose(task, now)
         assert task.branch is not None
         if there is None:
             self._park(task, now)
             return
+        if self.lending is not None:
+            there = self.lending.place(task, there, self._decoders(task), now)
+        self.views.placed(task, there)
         task.branch.client = there.index
+        if not there.front_end.expect(task, now):
+            return
+        if self.handing.terms.at_arrival and self.handing.is_early(task, there):
+            self.handing.prepare(task, there, partial(self._bring, here, there), now)
+        else:
+            self._bring(here, there, task, now)
+
+    def _bring(self, here: Client | None, there: Client, task: Task, now: int) -> None:
+        stage, network = task.stage, self.network
         if here is None or here is there or not network.carries_all or not stage.input_bytes:
-            there.front_end.accept(task, now)
-        elif there.front_end.expect(task, now):
+            there.front_end.receive(task, now)
+        else:
             network.send(task.request.index, HAND_OFF, here.index, there.index, stage.input_bytes, self._handed_on,
                          (task, there), now)  # fmt: skip
 
@@ -254,31 +282,16 @@ class Coordinator:
     def dropped(self, task: Task, now: int) -> None:
         """A cancelled task has left its client."""
         self.num_cancelled -= 1
+        assert task.branch is not None
+        client = self.clients[task.branch.client]
+        self.handing.drop(task, client, now)
+        self._left(task, client, now)
 
     def hand_over(self, task: Task, followings: Sequence[Task], client: Client, now: int) -> bool:
-        """The KV cache of `task` goes from `client` to one that decodes on; False: it can't, and the request left.
-
-        Those that go on with one context go together, and it is sent once.
-        """
-        if self._turned_away(followings, client, now):
+        """The KV cache of `task` goes from `client` to one that decodes on; False: it can't, and others have them."""
+        if self._turned_away(followings, client, now) or not self.handing.begin(task, followings, client, now):
             return False
-        there = self._choose(followings[0], now)
-        if there is None:
-            self.again([following.anew(now) for following in followings], now)
-            return False
-        expected = []
-        for following in followings:
-            assert following.branch is not None
-            following.branch.client = there.index
-            if not following.branch.is_cancelled and there.front_end.expect(following, now):
-                expected.append(following)
-        if not expected:
-            return False
-        share_prefix(expected, task.computed_tokens // there.residents.kv.block_size)
-        transfer = (task, client, there, *expected)
-        num_bytes = task.computed_tokens * client.kv_bytes_per_token
-        self.network.send(task.request.index, KV_TRANSFER, client.index, there.index, num_bytes, self._handed_over,
-                          transfer, now)  # fmt: skip
+        self.views.placed(followings[0], self.clients[followings[0].branch.client])  # type: ignore[union-attr]
         return True
 
     def _turned_away(self, followings: Sequence[Task], client: Client, now: int) -> bool:
@@ -291,12 +304,9 @@ class Coordinator:
                 self.rejected(following, client, str(reason), now)
         return bool(reason)
 
-    def _handed_over(self, transfer: tuple[Any, ...], now: int) -> None:
-        task, here, there, *followings = transfer
-        here.sent(task)
-        for following in followings:
-            following.queued_ns = now
-            there.front_end.receive(following, now)
+    def _decoders(self, task: Task) -> Sequence[Client]:
+        route = self.tenants[task.request.tenant].routes.get(DECODE)
+        return route.candidates if route is not None else ()
 
     def _route(self, task: Task) -> Route:
         kind = task.stage.kind
@@ -305,21 +315,25 @@ class Coordinator:
             raise InvariantError(f"the pipeline yielded a stage {kind!r} that it did not announce")
         return route
 
-    def _choose(self, task: Task, now: int) -> Client | None:
-        """One of the clients that take such tasks now; None where there is none."""
+    def _choose(
+        self, task: Task, now: int, among: Sequence[Client] | None = None, adjust: Adjust | None = None
+    ) -> Client | None:
+        """One of the clients that take such tasks now, or `among` some of them, whose views `adjust` may change.
+
+        None where there is none.
+        """
         route = self._route(task)
-        candidates = route.candidates
-        if not candidates:
-            return None
-        there = candidates[0]
-        if len(candidates) > 1:
-            chosen = route.router.choose(task, self.views.of(candidates, now), now)
-            if not isinstance(chosen, ClientView) or self.clients[chosen.index] not in candidates:
-                name = type(route.router).__name__
-                raise InvariantError(f"{name} chose {chosen!r} for request {task.request.index}: none of its choices")
-            there = self.clients[chosen.index]
-        self.views.placed(task, there)
-        return there
+        candidates = route.candidates if among is None else among
+        if len(candidates) < 2:
+            return candidates[0] if candidates else None
+        views = self.views.of(candidates, now)
+        if adjust is not None:
+            views = [adjust(view) for view in views]
+        chosen = route.router.choose(task, views, now)
+        if not isinstance(chosen, ClientView) or self.clients[chosen.index] not in candidates:
+            name = type(route.router).__name__
+            raise InvariantError(f"{name} chose {chosen!r} for request {task.request.index}: none of its choices")
+        return self.clients[chosen.index]
 
     # --- clients that are lost, and those that come ---
 
@@ -380,6 +394,8 @@ class Coordinator:
         request.num_tasks -= 1
         self.num_tasks -= 1
         task.branch.task = None  # type: ignore[union-attr]
+        if self.lending is not None:
+            self.lending.ended(task, client, now)
         request.rejected_for = request.rejected_for or reason
         self._leave_if_over(request, now)
 
@@ -395,6 +411,8 @@ class Coordinator:
         """The run stops at `now`: requests still in the system leave as unfinished."""
         self.network.cut(now)
         self.delays.cut(now)
+        if self.lending is not None:
+            self.lending.cut()
         for tasks in (self.parked, *(client.cut(now) for client in self.clients)):
             for task in tasks:
                 task.request.output_tokens += task.stage.seen_by_user(task.generated_tokens)

@@ -30,15 +30,10 @@ class FrontEnd:
         #: arrived since the step in flight was decided, where the engine decides on the next one at its start
         self.unseen: list[Task] = []
 
-    def accept(self, task: Task, now: int) -> None:
-        """Take a task over; it waits once the front end has let it in, or is rejected with the reason."""
-        if self.expect(task, now):
-            self.receive(task, now)
-
     def expect(self, task: Task, now: int) -> bool:
         """Whether `task` may come, and counts as the client's from now on; it is rejected with the reason if not."""
         client = self._client
-        reason = self._never_fits(task)
+        reason = self.never_fits(task)
         if reason:
             client.coordinator.rejected(task, client, reason, now)
             return False
@@ -53,7 +48,7 @@ class FrontEnd:
         if was_expected or branch is None or branch.is_cancelled:
             return True
         following.target_tokens = context
-        reason = self._never_fits(following)
+        reason = self.never_fits(following)
         if reason:
             self._client.coordinator.rejected(following, self._client, reason, now)
         return not reason
@@ -134,7 +129,8 @@ class FrontEnd:
         else:
             residents.enqueue(task)
 
-    def _never_fits(self, task: Task) -> str:
+    def never_fits(self, task: Task) -> str:
+        """Why `task` can never be served here; empty where it can."""
         client = self._client
         # The client generates, so it may compare the true length with its memory, as an engine does with max_tokens.
         stage = task.stage

@@ -83,6 +83,15 @@ class Kernel:
         heapify(self._quiet)
         return is_in_flight
 
+    def surface(self, *steppers: object) -> None:
+        """The steps that these have in flight can reach others after all, as their next ones say by `emits`."""
+        found = [entry for entry in self._quiet if any(entry[2] is each for each in steppers)]
+        for time_ns, index, client in found:
+            self._quiet.remove((time_ns, index, client))
+            heappush(self._events, (time_ns, index, self._finish, client))
+        if found:
+            heapify(self._quiet)
+
     def wake(self, client: Stepper) -> None:
         """Let `client` start a step once this instant's events are delivered."""
         if not client.woken:

@@ -14,6 +14,7 @@ import numpy as np
 from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.errors import InvariantError
+from mist.hand_over import Order
 from mist.kernel import FOREVER, Kernel
 from mist.lanes import Lane
 from mist.laws import breaches
@@ -24,8 +25,8 @@ from mist.pipeline.stages import StageList
 from mist.records import (
     CANCELLED,
     FINISHED,
+    HAND_OFF,
     KV_SWAP,
-    KV_TRANSFER,
     KV_WRITE,
     NO_CLIENT,
     PREEMPTED,
@@ -35,6 +36,7 @@ from mist.records import (
 )
 from mist.request import DECODE, Step, Task, Wait
 from mist.speculation import PACE_BITS, SpeculativeCohort
+from mist.streams import Streaming
 from mist.swap import SwappingResidents
 from mist.tenant import Tenant
 from mist.units import NS_PER_S
@@ -57,6 +59,8 @@ class Ledger:
         self.num_checks = 0
         self._num_steps = self._num_instants = 0
         self._now = 0
+        #: each part of a transfer ends in a whole ns
+        self._rounding_ns = 1000 if coordinator.handing.terms.layerwise else 1
         self._busy_until = [0] * len(clients)
         self._device_until = [0] * len(clients)
         self._told_to_wait = [False] * len(clients)
@@ -66,7 +70,10 @@ class Ledger:
         self._memories = sorted(memories, key=lambda memory: -memory.index)
         kernel.on_instant = self.check_instant
         for client in clients:
-            client.watcher = self
+            if isinstance(client.watcher, Streaming):
+                client.watcher.beside = self
+            else:
+                client.watcher = self
 
     def check_instant(self, now: int) -> None:
         """requests, tasks and places: each task is one client's, perhaps on its way; each request has one or more."""
@@ -104,7 +111,7 @@ class Ledger:
             possible = at_front_end == 0 or (at_front_end > 0 and client.engine.has_front_end)
             self._true(possible, f"{client.name}: {at_front_end} tasks at the front end")
             self._equal(f"{client.name}: KV caches being sent", len(residents.sending), leaving[client.index])
-            may_sleep = self._told_to_wait[client.index] or residents.sending
+            may_sleep = self._told_to_wait[client.index] or residents.sending or client.reservations.blocks
             asleep = client.idle and not may_sleep and residents.num_waiting > 0
             told = not asleep or _is_next(client)
             self._true(told, f"{client.name} was not woken for {residents.num_waiting} waiting tasks")
@@ -150,7 +157,8 @@ class Ledger:
         residents = client.residents
         self._told_to_wait[client.index] = wait.until_ns is not None
         # blocks that are being sent come back, and the client is woken then
-        idle_for_good = wait.until_ns is None and not residents.sending and (residents.running or residents.num_waiting)
+        returning = residents.sending or client.reservations.blocks
+        idle_for_good = wait.until_ns is None and not returning and (residents.running or residents.num_waiting)
         tasks = f"{len(residents.running)} running tasks, {residents.num_waiting} waiting"
         self._true(not idle_for_good, f"{client.name} idles with {tasks}, {residents.kv.available} free blocks")
         self._check_blocks(client)
@@ -299,7 +307,7 @@ class Ledger:
             path = network.path(sender, receiver)
             slowest = min((channel.rated_per_s for channel in path.channels), default=np.inf)
             took = (rows["end_ns"] - rows["start_ns"])[mine] - path.latency_ns
-            least = rows["bytes"][mine] / slowest * NS_PER_S - 1
+            least = rows["bytes"][mine] / slowest * NS_PER_S - self._rounding_ns
             self._true(bool(np.all(took >= least)), f"a transfer from {sender} to {receiver} beats its path")
         came = set(zip(*(rows[name].tolist() for name in ("request", "receiver", "end_ns")), strict=True))
         came |= set(
@@ -358,12 +366,26 @@ class Ledger:
             if client.offload is not None:
                 to[client.index] = sum(task in client.front_end.incoming for task in client.offload.tasks)
         for transfer in self.coordinator.network.in_flight:
-            if transfer.receiver >= 0 and transfer.kind != PREFIX_FETCH:
+            if transfer.receiver >= 0 and transfer.kind == HAND_OFF:
                 expected = self.clients[transfer.receiver].front_end.incoming
                 to[transfer.receiver] += sum(part in expected for part in transfer.argument)
-            if transfer.kind == KV_TRANSFER:
-                leaving[transfer.sender] += 1
+        handing = self.coordinator.handing
+        for order in self._orders():
+            if not order.followings and order.then is not None:
+                to[order.here.index] += 1  # its prompt waits for room where it will be decoded
+                continue
+            to[order.there.index] += sum(task in order.there.front_end.incoming for task in order.followings)
+            leaving[order.here.index] += not order.has_arrived
+            if order not in handing.awaited and order.followings:
+                told = f"{order.there.name}: request {order.task.request.index} comes, and there is no room for it"
+                self._true(order.followings[0] in order.there.reservations.blocks, told)
         return to, leaving
+
+    def _orders(self) -> set[Order]:
+        """KV caches that wait for room, are converted or are on a link."""
+        handing, in_flight = self.coordinator.handing, self.coordinator.network.in_flight
+        moving = {transfer.argument for transfer in in_flight if isinstance(transfer.argument, Order)}
+        return handing.awaited | handing.converting.keys() | moving
 
     def _check_cohort(self, client: Client) -> None:
         cohort, residents = client.residents.cohort, client.residents
@@ -429,6 +451,7 @@ class Ledger:
         private += sum(
             kv.blocks_for(t.computed_tokens) - t.num_indexed * kv.unit_blocks for t in residents.sending.values()
         )
+        private += sum(client.reservations.blocks.values())
         private += sum(p.num_blocks - p.holder.num_indexed * kv.unit_blocks for p in residents.prefixes)
         referenced = private + kv.count_referenced_units()
         self._equal(f"{client.name}: KV blocks", kv.free + kv.cached + referenced, kv.num_blocks)

@@ -41,6 +41,7 @@ class Transfer:
     start_ns: int
     deliver: Callable[[Any, int], None]
     argument: Any
+    queued_ns: int = -1
 
 
 class Network:
@@ -66,15 +67,17 @@ class Network:
         deliver: Callable[[Any, int], None],
         argument: Any,
         now: int,
+        *,
+        queued_ns: int = -1,
     ) -> None:
         """Send `num_bytes` from a client (or memory: -1 is that of the receiver's host) to another.
 
-        `deliver(argument, time_ns)` is called once all of it is there.
+        `deliver(argument, time_ns)` is called once all of it is there. `queued_ns`: since when it was to be sent.
         """
         path = self.path(sender, receiver)
-        transfer = Transfer(request, kind, sender, receiver, num_bytes, now, deliver, argument)
+        transfer = Transfer(request, kind, sender, receiver, num_bytes, now, deliver, argument, queued_ns)
         self.in_flight[transfer] = self.sharing.start(
-            path.channels, num_bytes, self._arrive, transfer, now, latency_ns=path.latency_ns
+            path.channels, num_bytes, self.arrive, transfer, now, latency_ns=path.latency_ns
         )
 
     def path(self, sender: int, receiver: int) -> Path:
@@ -91,11 +94,13 @@ class Network:
         self.sharing.stop(self.in_flight.pop(transfer), now)
         self._record(transfer, transfer.start_ns if transfer.start_ns < now else -1, -1)
 
-    def _arrive(self, transfer: Transfer, now: int) -> None:
+    def arrive(self, transfer: Transfer, now: int) -> None:
+        """All of `transfer` is there."""
         if self.in_flight.pop(transfer, None) is None:
             return  # it was stopped when its last byte had left
         self._record(transfer, transfer.start_ns, now)
         transfer.deliver(transfer.argument, now)
 
     def _record(self, sent: Transfer, start: int, end: int) -> None:
-        self._append((sent.request, sent.kind, sent.sender, sent.receiver, sent.num_bytes, sent.start_ns, start, end))
+        queued = sent.start_ns if sent.queued_ns < 0 else sent.queued_ns
+        self._append((sent.request, sent.kind, sent.sender, sent.receiver, sent.num_bytes, queued, start, end))

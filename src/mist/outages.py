@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from mist.client import Client
 from mist.coordinator import Coordinator
+from mist.hand_over import Order
 from mist.records import DOWN, DRAINING, KV_TRANSFER, LOST, REJECTED, STARTING, UP, Records
 from mist.request import Branch, Task
 from mist.tenant import Route
@@ -46,8 +47,11 @@ class Replica:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nobody is on it, nor anything on its way from it."""
-        return not any(client.view.num_outstanding or client.residents.sending for client in self.clients)
+        """Whether nobody is on it or is to come, nor anything on its way from it."""
+        return not any(
+            client.view.num_outstanding or client.residents.sending or client.reservations.num_promised
+            for client in self.clients
+        )
 
     @property
     def will_return(self) -> bool:
@@ -141,14 +145,22 @@ class Outages:
 
     def _lose(self, replica: Replica, on_loss: str, now: int) -> None:
         lost: dict[Branch, Task] = {}
+        lending, handing = self.coordinator.lending, self.coordinator.handing
+        broken = handing.lose(replica.clients, now)
         for client in replica.clients:
+            if lending is not None:
+                lending.lost(client, now)
             self._empty(client, lost, now)
-        resent = self._stop_transfers(replica, lost, now)
+        self._stop_transfers(replica, now)
+        resent = self._kept(broken, replica, lost)
         for branch, task in lost.items():
             branch.task, branch.client = task, -1
         if on_loss == FAIL:
             for branch in lost:
                 self.coordinator.withdraw(branch, REJECTED, f"lost with {replica.name}", now)
+        for order in broken:
+            if order.then is not None and order.task in order.here.front_end.incoming:
+                handing.prepare(order.task, order.here, order.then, now)
         for done, here, followings in resent:
             going = [following for following in followings if not _branch(following).is_cancelled]
             for following in going:
@@ -158,33 +170,35 @@ class Outages:
                 here.sent(done)
         self.coordinator.again(list(lost.values()), now)
 
-    def _stop_transfers(
-        self, replica: Replica, lost: dict[Branch, Task], now: int
-    ) -> list[tuple[Task, Client, list[Task]]]:
+    def _stop_transfers(self, replica: Replica, now: int) -> None:
         """What comes to `replica` comes to nobody, and KV caches that leave it are lost.
 
-        What it hands on otherwise, or writes to a memory, has left. Returns KV caches that are still where they were:
-        the task that has each, its client, and the decodes that are to go on with it.
+        What it hands on otherwise, or writes to a memory, has left.
         """
-        network, gone, resent = self.coordinator.network, {client.index for client in replica.clients}, []
+        network, gone = self.coordinator.network, {client.index for client in replica.clients}
         for transfer in list(network.in_flight):
-            is_lost = transfer.sender in gone and transfer.kind == KV_TRANSFER
-            if not is_lost and transfer.receiver not in gone:
-                continue
-            network.stop(transfer, now)
-            if transfer.kind != KV_TRANSFER:
-                continue
-            done, here, there, *followings = transfer.argument
-            if is_lost:
-                for following in followings:
-                    if following in there.front_end.incoming:
-                        there.front_end.forget(following)
-                        there.view.num_outstanding -= 1
-                        lost[_branch(following)] = following.anew(following.queued_ns)
-            else:
-                going = [replace(each, shared=None) for each in followings if _branch(each) in lost]
-                resent.append((done, here, going))
-        return resent
+            if transfer.receiver in gone or (transfer.sender in gone and transfer.kind == KV_TRANSFER):
+                network.stop(transfer, now)
+
+    def _kept(
+        self, broken: Sequence[Order], replica: Replica, lost: dict[Branch, Task]
+    ) -> list[tuple[Task, Client, list[Task]]]:
+        """KV caches of `broken` that are still where they were; `lost` gets those that waited for any other elsewhere.
+
+        Of each the task that has it, its client, and the decodes that are to go on with it.
+        """
+        kept = []
+        for order in broken:
+            there, is_lost = order.there, order.here in replica.clients
+            if not is_lost and not order.has_arrived and order.then is None:
+                going = [replace(each, shared=None) for each in order.followings if _branch(each) in lost]
+                kept.append((order.task, order.here, going))
+            for following in order.followings if is_lost else ():
+                if following in there.front_end.incoming:
+                    there.front_end.forget(following)
+                    there.view.num_outstanding -= 1
+                    lost[_branch(following)] = following.anew(following.queued_ns)
+        return kept
 
     def _empty(self, client: Client, lost: dict[Branch, Task], now: int) -> None:
         """`client` loses all that its devices hold; the tasks that were there or to come are to be computed anew."""

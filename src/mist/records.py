@@ -88,6 +88,7 @@ class Records:
       there (or at the end: `end_ns`, and `start_ns` if it had not begun, are -1). `sender` and `receiver` are clients,
       or memories as -1 - their index in `memory_names`: -1 is the host memory of the client at the other end.
     changes: one row per client and instant from which it is in another state (`CLIENT_STATES`); they are up at first.
+    loans: one row per time that a client was lent to prompts, written when it returned (or at the end: `end_ns` is -1).
     """
 
     client_names: list[str] = field(default_factory=list)
@@ -110,3 +111,4 @@ class Records:
     )  # fmt: skip
     transfers: Table = _table("request", "kind", "sender", "receiver", "bytes", "queued_ns", "start_ns", "end_ns")
     changes: Table = _table("client", "state", "time_ns")
+    loans: Table = _table("client", "start_ns", "end_ns")

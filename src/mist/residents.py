@@ -28,9 +28,9 @@ class Residents:
     """
 
     __slots__ = (
-        "_admissions", "_fetches_since_ns", "_first_to_fetch", "_generates", "_grown", "_has_preempted", "_promised",
-        "_promises", "_scheduled", "cohort", "handed_over", "kv", "num_preemptions", "on_loss", "on_preempt",
-        "pending_tokens", "prefilling_tasks", "prefixes", "ranks", "reserves_output", "running", "sending", "waiting",
+        "_admissions", "_fetches_since_ns", "_first_to_fetch", "_generates", "_grown", "_has_preempted", "_promises",
+        "_scheduled", "cohort", "handed_over", "kv", "num_preemptions", "on_loss", "on_preempt", "pending_tokens",
+        "prefilling_tasks", "prefixes", "promised", "ranks", "reserves_output", "running", "sending", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -48,7 +48,7 @@ class Residents:
         self._generates = generates
         #: blocks that each running task may come to hold, by admission, and all together
         self._promises: dict[int, int] = {}
-        self._promised = 0
+        self.promised = 0
         self.cohort = cohort or Cohort(kv.block_size)
         self.ranks = Ranks(order) if order is not None else None
         self.waiting: deque[Task] | RankedQueue = self.ranks.queue() if self.ranks else deque()
@@ -140,7 +140,7 @@ class Residents:
         needed = kv.blocks_for(reserved) - kv.blocks_for(hit.num_tokens)
         if needed + hit.num_unreferenced + kv.watermark_blocks > kv.available:
             return 0
-        if not self._keeps_promises(task):
+        if not self.keeps_promises(task):
             return 0
         if hit.num_tokens < task.found_from and self.on_loss is not None and self.on_loss(task):
             return 0
@@ -157,7 +157,7 @@ class Residents:
             self.pending_tokens -= found
         kv.take(needed)
         kv.index(task, reserved)
-        self._let_in(task)
+        self.let_in(task)
         self.prefilling_tasks[task.admission] = task
         self._scheduled[task.admission] = chunk
         return chunk
@@ -198,34 +198,8 @@ class Residents:
             return self.ranks.of(first) < task.rank
         return task.queued_ns > self._fetches_since_ns and not task.request.num_preemptions
 
-    def take_over(self, max_num_seqs: int) -> Task | None:
-        """Admit the first decode that was handed over if it fits with its next token; None if not.
-
-        As in any admission, those that decode already grow first, and so does whoever was preempted or came before.
-        """
-        if not self.handed_over or len(self.running) >= max_num_seqs:
-            return None
-        task, first = self.handed_over[0], self.waiting[0] if self.waiting else None
-        shared = task.shared
-        holds = shared is not None and shared.is_held  # it would keep others out while it waits
-        if first is not None and not holds and self._comes_before(first, task):
-            return None
-        kv, cohort = self.kv, self.cohort
-        needed = cohort.num_new_blocks() + kv.blocks_for(task.target_tokens + cohort.tokens_per_decode)
-        if shared is not None and holds:
-            needed -= shared.num_blocks
-        if needed + kv.watermark_blocks > kv.available or not self._keeps_promises(task):
-            return None
-        self.handed_over.popleft()
-        kv.take(kv.blocks_for(task.target_tokens) - (shared.num_blocks if shared is not None and holds else 0))
-        if shared is not None:
-            shared.is_held = True
-            shared.num_running += 1
-            self.prefixes[shared] = None
-        self._let_in(task)
-        return task
-
-    def _comes_before(self, waiting: Task, handed_over: Task) -> bool:
+    def comes_before(self, waiting: Task, handed_over: Task) -> bool:
+        """Whether `waiting` is to be admitted before a decode that was handed over."""
         if self.ranks is not None:
             return waiting.rank < handed_over.rank
         return waiting.request.num_preemptions > 0 or waiting.queued_ns <= handed_over.queued_ns
@@ -280,12 +254,12 @@ class Residents:
         waiting: list[Task] = []
         for task in others:
             has_room = num_tail + kv.watermark_blocks <= kv.available and len(self.running) < max_num_seqs
-            if waiting or not has_room or not self._keeps_promises(task):
+            if waiting or not has_room or not self.keeps_promises(task):
                 waiting.append(task)
                 continue
             kv.take(num_tail)
             shared.num_running += 1
-            self._let_in(task)
+            self.let_in(task)
         return waiting
 
     def surrender(self) -> bool:
@@ -342,7 +316,7 @@ class Residents:
     def sent(self, task: Task) -> None:
         """The KV cache of `task` is where it is needed: release its blocks here."""
         num_tokens = self.sending.pop(task.admission).computed_tokens
-        self._promised -= self._promises.pop(task.admission, 0)
+        self.promised -= self._promises.pop(task.admission, 0)
         self.kv.release(task, num_tokens, self.kv.blocks_for(num_tokens), resumes=False)
 
     @property
@@ -358,13 +332,13 @@ class Residents:
         shared = task.shared.num_blocks if task.shared else 0
         return self.kv.blocks_for(self.cohort.reserved_tokens(task, self._grown)) - shared
 
-    def _let_in(self, task: Task) -> None:
+    def let_in(self, task: Task) -> None:
         self._admissions += 1
         task.admission = self._admissions
         self.running[task.admission] = task
         if self.reserves_output:
-            self._promises[task.admission] = promise = self._promise(task)
-            self._promised += promise
+            self._promises[task.admission] = promise = self.promise(task)
+            self.promised += promise
 
     def succeed(self, before: Residents) -> None:
         """All that were there are gone, with what they held; what `before` has elsewhere is taken on."""
@@ -372,18 +346,18 @@ class Residents:
 
     # --- scarcity ---
 
-    def _promise(self, task: Task) -> int:
+    def promise(self, task: Task) -> int:
         """Blocks that `task` holds at its last token: the engine knows max_tokens, which its request uses up."""
         request, stage = task.request, task.stage
         output = stage.oracle_output_tokens or (request.oracle_output_tokens if self._generates else 0)
         to_generate = output - 1 + self.cohort.tokens_per_decode - 1 if output > 1 else 0
         return self.kv.blocks_for((stage.input_tokens or request.input_tokens) + to_generate)
 
-    def _keeps_promises(self, task: Task) -> bool:
+    def keeps_promises(self, task: Task) -> bool:
         """Whether `task` may come in and all that run still have room to their last token."""
         if not self.reserves_output:
             return True
-        return self._promised + self._promise(task) + self.kv.watermark_blocks <= self.kv.num_blocks
+        return self.promised + self.promise(task) + self.kv.watermark_blocks <= self.kv.num_blocks
 
     def _grow_one_by_one(self) -> int:
         """The step on which blocks run out: serve decodes in order of admission, or of rank, preempting the last."""
@@ -458,7 +432,7 @@ class Residents:
             task.shared.num_running -= 1
             self._unshare(task)
         del self.running[task.admission]
-        self._promised -= self._promises.pop(task.admission, 0)
+        self.promised -= self._promises.pop(task.admission, 0)
 
     def _unshare(self, task: Task) -> None:
         """`task` needs the blocks no more that it shares: the last one gives them back."""

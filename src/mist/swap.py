@@ -96,11 +96,10 @@ class SwappingResidents(Residents):
             task.target_tokens = task.computed_tokens = task.inherited_tokens = num_tokens
             self.handed_over.appendleft(task)
 
-    def take_over(self, max_num_seqs: int) -> Task | None:
-        task = super().take_over(max_num_seqs)
+    def let_in(self, task: Task) -> None:
+        super().let_in(task)
         if task in self.swap.tasks:
             self.swap.swap_in(task)
-        return task
 
     def admit(self, task: Task, max_tokens: int, *, whole: bool = False) -> int:
         if self.swap.tasks and self.ranks is None:
@@ -117,10 +116,10 @@ class SwappingResidents(Residents):
         self.swap = before.swap
         self.swap.clear()
 
-    def _comes_before(self, waiting: Task, handed_over: Task) -> bool:
+    def comes_before(self, waiting: Task, handed_over: Task) -> bool:
         if self.ranks is None and handed_over in self.swap.tasks:
             return False
-        return super()._comes_before(waiting, handed_over)
+        return super().comes_before(waiting, handed_over)
 
 
 class _WithCopies:

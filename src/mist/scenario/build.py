@@ -16,6 +16,7 @@ from mist.coordinator import Coordinator
 from mist.errors import InvariantError, ScenarioError
 from mist.kernel import FOREVER, Kernel
 from mist.ledger import Ledger
+from mist.lending import Lending
 from mist.metrics import TenantInfo, summarise
 from mist.metrics.window import Window
 from mist.metrics.words import counted
@@ -24,6 +25,7 @@ from mist.records import Records
 from mist.scenario.bands import expected_error
 from mist.scenario.disturbances import add_disturbances, happened
 from mist.scenario.fleet import Fleet, build_fleet, give_swap_spaces, network_of
+from mist.scenario.hand_over import terms_of
 from mist.scenario.links import shared
 from mist.scenario.memories import add_memories, memory_infos, nothing_to_find
 from mist.scenario.remarks import remarks
@@ -63,13 +65,10 @@ def run(
     window = _window_ns(scenario, list(tables.values()))
     tables = {name: tables[name] for name in playing}
     coordinator = Coordinator(
-        kernel=kernel,
-        records=records,
-        clients=fleet.clients,
-        network=network,
-        tenants=list(tenants.values()),
-        views=Views(seconds_to_ns(scenario.view_refresh_s)),
-    )
+        kernel=kernel, records=records, clients=fleet.clients, network=network, tenants=list(tenants.values()),
+        views=Views(seconds_to_ns(scenario.view_refresh_s)), terms=terms_of(scenario, fleet.clients, fleet.infos),
+        lending=_lending(scenario, fleet, records),
+    )  # fmt: skip
     add_disturbances(scenario, fleet, coordinator, sum(len(tenant.workload) for tenant in playing.values()))
     ledger = Ledger(kernel, coordinator, fleet.clients, records) if check else None
     started = time.perf_counter()
@@ -118,6 +117,12 @@ def run(
         },
         timing={"startup_s": started - began, "run_s": ended - started, "wall_s": time.perf_counter() - began},
     )
+
+
+def _lending(scenario: Scenario, fleet: Fleet, records: Records) -> Lending | None:
+    lending = {name: pool.lending.threshold_tokens for name, pool in scenario.pools.items() if pool.lending}
+    thresholds = {i: lending[info.pool] for i, info in enumerate(fleet.infos) if info.pool in lending}
+    return Lending(thresholds, records) if thresholds else None
 
 
 def _verified(scenario: Scenario, fleet: Fleet, records: Records) -> list[str]:

@@ -30,6 +30,7 @@ from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.catalogued import Catalogued, left_out
 from mist.scenario.encoders import cut_sequences, default_batching, engine_of, kept_caches
+from mist.scenario.hand_over import Lending
 from mist.scenario.memory import TierSettings
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems
 from mist.scenario.pricing import runs_without_model
@@ -171,6 +172,10 @@ class Pool(Section):
     """speculative decoding, such as {method: mtp, num_draft_tokens: 3, acceptance: 0.6}"""
     scaling: ScalingSection | None = None
     """replicas that start and drain, by schedule or by rule; `count` is then the most that there can be"""
+    group: Name | None = None
+    """KV caches are handed over only between pools of one group; left out, between all that have none"""
+    lending: Lending | None = None
+    """a decode pool whose clients take prompts while all of the prefill clients have too many waiting"""
 
     @model_validator(mode="after")
     def _complete(self) -> Pool:

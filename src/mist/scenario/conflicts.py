@@ -14,6 +14,7 @@ from mist.memory.tier import BACK
 from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.clients import Pool
+from mist.scenario.hand_over import hand_over_conflicts, lending_conflicts
 from mist.scenario.memory import misfits
 from mist.scenario.memory_groups import forks
 from mist.scenario.named import Located
@@ -45,6 +46,8 @@ def conflicts(scenario: Scenario, file: ScenarioFile) -> Iterator[Located]:
         for at, found in misfits(client.kv_cache.tiers, scenario.memories):
             yield ("clients", name, "kv_cache", "tiers", *at), found
     yield from _events_of_nobody(scenario)
+    yield from lending_conflicts(scenario)
+    yield from hand_over_conflicts(scenario)
     yield from _memory_conflicts(scenario)
     yield from _same_names(scenario)
     if scenario.window_s is not None and scenario.warmup_s > scenario.window_s[0]:

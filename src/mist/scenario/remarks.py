@@ -92,7 +92,8 @@ def _conversions(scenario: Scenario) -> Iterator[str]:
         for other, decoder in scenario.decoders_of(name).items():
             if decoder.kv_dtype != pool.kv_dtype:
                 dtypes = f"{pool.kv_dtype} to {decoder.kv_dtype}"
-                yield f"{name}, {other}: KV caches are converted from {dtypes} at no cost."
+                where = name if scenario.hand_over.convert == "before" else other
+                yield f"{name}, {other}: KV caches are converted from {dtypes} on {where}, at its memory bandwidth."
 
 
 def _memory(name: str, pool: Pool) -> Iterator[str]:

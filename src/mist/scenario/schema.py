@@ -28,6 +28,7 @@ from mist.request import DECODE, PREFILL
 from mist.scenario import catalogue
 from mist.scenario.clients import Count, Name, PerfList
 from mist.scenario.events import EventSection
+from mist.scenario.hand_over import HandOver
 from mist.scenario.memory import Memory
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
 from mist.scenario.network import Network
@@ -353,6 +354,8 @@ class ScenarioFile(Section):
     """routing and admission see the clients as of the period of this length that it is; 0: as of now"""
     network: Network = Network()
     """what lies between the clients"""
+    hand_over: HandOver = HandOver()
+    """how KV caches get from prefill to decode clients"""
     events: list[EventSection] = []  # noqa: RUF012
     """what happens: clients that go down and come up, links that slow down"""
     slo: Slo = Slo()

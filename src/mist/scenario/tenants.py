@@ -12,7 +12,7 @@ from functools import partial
 
 from mist.metrics import TenantInfo
 from mist.records import Records
-from mist.request import DECODE, NO_DEADLINE
+from mist.request import DECODE, NO_DEADLINE, PREFILL
 from mist.scenario.disturbances import patience
 from mist.scenario.fleet import Fleet
 from mist.scenario.named import Spec
@@ -60,7 +60,9 @@ def build_tenants(
 def _route(scenario: Scenario, fleet: Fleet, tenant: str, stage: str, routes: dict[tuple[str, ...], Route]) -> Route:
     pools = scenario.clients_of(tenant, stage)
     if (stage, *pools) not in routes:
-        clients = [client for client, info in zip(fleet.clients, fleet.infos, strict=True) if info.pool in pools]
+        lent = {name for name, pool in scenario.pools.items() if stage == PREFILL and pool.lending is not None}
+        chosen = pools.keys() - lent
+        clients = [client for client, info in zip(fleet.clients, fleet.infos, strict=True) if info.pool in chosen]
         routes[stage, *pools] = Route(clients, _seeded(scenario, stage, pools).build())
     return routes[stage, *pools]
 

@@ -21,6 +21,7 @@ from mist.scenario import catalogue
 from mist.scenario.clients import Pool
 from mist.scenario.conflicts import conflicts
 from mist.scenario.events import EventSection
+from mist.scenario.hand_over import HandOver
 from mist.scenario.hosts import HostPool
 from mist.scenario.memory import Memory
 from mist.scenario.named import Located, Section, Spec
@@ -56,6 +57,7 @@ class Scenario:
     memories: Mapping[str, Memory]
     routing: Mapping[str, Spec]
     network: Network
+    hand_over: HandOver
     placement: Placement | None
     events: Sequence[EventSection]
     warmup_s: float
@@ -114,7 +116,8 @@ class Scenario:
         for tenant, section in self.tenants.items():
             if name in self.clients_of(tenant) and self.pools[name].hands_over(section.stages):
                 found |= self.clients_of(tenant, DECODE)
-        return {n: pool for n, pool in self.pools.items() if n in found}  # in the order of the file
+        group, in_order = self.pools[name].group, self.pools.items()  # of the file
+        return {n: pool for n, pool in in_order if n in found and pool.group == group}
 
     def users_of(self, store: str) -> dict[str, Pool]:
         """Those that fetch from a KV store and write to it: all that compute prompts of requests that ask it."""
@@ -173,6 +176,7 @@ class Scenario:
                 "memories": {name: self._resolved_memory(name) for name in self.memories} or None,
                 "routing": {stage: spec.plain() for stage, spec in self.routing.items()},
                 "network": self._resolved_network() or None,
+                "hand_over": _plain(self.hand_over),
                 "events": [_plain(each) for each in self.events] or None,
                 "slo": slo,
                 "warmup_s": self.warmup_s,
@@ -207,7 +211,7 @@ class Scenario:
         delays = {kind for tenant in tenants.values() for kind in tenant.delays}
         named = file.routing
         every = named.get("") or Spec("routing", "least_outstanding")
-        own = ("name", "seed", "memories", "network", "events", "warmup_s", "max_time_s", "view_refresh_s")
+        own = ("name", "seed", "memories", "network", "hand_over", "events", "warmup_s", "max_time_s", "view_refresh_s")
         fields: dict[str, Any] = {key: getattr(file, key) for key in own}
         fields |= {
             "name": file.name or source.name,

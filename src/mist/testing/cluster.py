@@ -6,7 +6,7 @@ It stands where the scenario loader stands in a real run, and makes random small
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -20,8 +20,10 @@ from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.engine import EngineProfile
 from mist.fabric import PlainLinks
+from mist.hand_over import Terms
 from mist.kernel import FOREVER, Kernel
 from mist.ledger import Ledger
+from mist.lending import Lending
 from mist.memory.hierarchy import Hierarchy
 from mist.memory.kv_cache import KVCache
 from mist.memory.tier import MemoryTier, Tier
@@ -31,12 +33,13 @@ from mist.perf import Deployment, OperatorTime, PerfModel
 from mist.pipeline import PipelineFactory
 from mist.pipeline.stages import StageList
 from mist.records import Records
-from mist.request import Step
+from mist.request import PREFILL, Step
 from mist.residents import Residents
 from mist.routing import RoutingPolicy
 from mist.routing.round_robin import RoundRobin
 from mist.sharing import Sharing, duration_ns
 from mist.speculation import Speculation
+from mist.streams import Streaming
 from mist.swap import SwappingResidents, give_swap_space
 from mist.tenant import Patience, Route, Tenant
 from mist.topology import Link
@@ -167,12 +170,16 @@ def play(
     swap_blocks: int = 0,
     patience: Patience | None = None,
     disturb: Callable[[Coordinator], None] | None = None,
+    terms: Terms | None = None,
+    lending: Mapping[int, int] | None = None,
+    num_layers: int = 4,
 ) -> Run:
     """Run `workload` to the end (or `until_ns`) on equal clients and check every law on the way.
 
     `serves`: stage kinds per client. `nic`, `host`: each one's links, unless `paths` are given; with `host` stated hits
-    are in the host's memory; `swap_blocks` of it are for preempted decodes. `connect` may give clients memories;
-    `prepare` is called before the first event, and so is `disturb`, which may post some of its own.
+    are in the host's memory; `swap_blocks` of it are for preempted decodes. `terms`: of hand-overs, layer by layer of
+    `num_layers`. `lending`: by client, from how many pending tokens on it is lent to prompts. `connect` may give
+    clients memories; `prepare` is called before the first event, and so is `disturb`, which may post some of its own.
     Raises InvariantError where a law breaks.
     """
     pipeline = pipeline or StageList()
@@ -213,7 +220,13 @@ def play(
     if connect is not None:
         connect(network, clients)
     router = router or RoundRobin()
-    routes = {kind: Route([c for c in clients if kind in c.serves], router) for kind in pipeline.kinds}
+    terms, lending = terms or Terms(), lending or {}
+    routes = {
+        kind: Route([c for c in clients if kind in c.serves and not (c.index in lending and kind == PREFILL)], router)
+        for kind in pipeline.kinds
+    }
+    for client in clients if terms.layerwise else ():
+        client.watcher = Streaming(num_layers)
     coordinator = Coordinator(
         kernel=kernel,
         records=records,
@@ -230,6 +243,8 @@ def play(
             )
         ],
         views=Views(view_refresh_ns),
+        terms=terms,
+        lending=Lending(lending, records) if lending else None,
     )
     watch = Ledger(kernel, coordinator, clients, records) if ledger else None
     if prepare is not None:
