@@ -7,7 +7,7 @@ It never chooses another client and never reads a workload.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from mist.batching import DECODES_ALONE, BatchingPolicy
@@ -21,8 +21,9 @@ from mist.memory.kv_cache import KVCache
 from mist.neighbours import Next, Waker, Watcher
 from mist.offload import KVStore, Offload
 from mist.perf import Demand, HostModel, PerfModel
-from mist.records import CUT, DONE, DROPPED, PREEMPTED, Records
-from mist.request import DECODE, PREFILL, Batch, ClientView, StageResult, Step, Task, Wait
+from mist.progress import Progress
+from mist.records import CUT, DROPPED, PREEMPTED, Records
+from mist.request import DECODE, Batch, ClientView, Step, Task, Wait
 from mist.reservations import Reservations
 from mist.residents import Residents
 from mist.span import run_span
@@ -103,8 +104,7 @@ class Client:
         self.chunks: list[tuple[Task, int]] = []
         #: cancelled while the step in flight computes for them
         self._cancelled: list[Task] = []
-        #: step of the cohort -> decodes that begin with a thought and whose first visible token it generates
-        self.shown_at: dict[int, list[Task]] = {}
+        self.progress = Progress(self)
         self._kv_used = 0
         #: what the last step took that was begun one by one, ns
         self._took = 0
@@ -248,7 +248,7 @@ class Client:
         residents.begin()
         while True:
             if residents.handed_over:
-                self._take_over(now)
+                self.progress.take_over(now)
             if offload is not None and offload.waiting:
                 offload.begin_waiting(now)
             num_waiting = len(residents.waiting)
@@ -287,16 +287,16 @@ class Client:
             self.watcher.step_finished(self, now)
         if step.num_decodes:
             finished = residents.decode_step_done()
-            if self.shown_at:
-                self._show(now)
+            if self.progress.shown_at:
+                self.progress.show(now)
             if finished is not None:
                 for task in finished:
-                    self._decode_done(task, now)
+                    self.progress.decoded(task, now)
         if self.chunks:
             residents.chunks_done()
             for task, num_tokens in self.chunks:
                 if residents.computed(task, num_tokens):
-                    self._target_reached(task, now)
+                    self.progress.reached(task, now)
             self.chunks = []
         if self._cancelled:
             self._let_go(now)
@@ -353,134 +353,13 @@ class Client:
         if self.idle:
             self.waker.wake(self)
 
-    # --- tasks move on ---
-
-    def _target_reached(self, task: Task, now: int) -> None:
-        """All of a task's target is computed: one that generates has sampled a token and goes on, others are done."""
-        if self.offload is not None and task.is_known and task.stage.input_tokens:
-            self.offload.computed(task, now)
-        if task.generates:
-            self._join(task, now)
-            return
-        result = StageResult(task.started_ns, now, found_tokens=self.store.find(task, now) if self.store else 0)
-        followings = self.coordinator.stage_done(task, result, self, now)
-        if DECODE in self.serves:
-            followings = [each for each in followings if self.front_end.fits(each, task.computed_tokens, now)]
-        if followings and DECODE in self.serves:
-            self._record_segment(task, now, DONE)
-            self._decode_on(task, followings, now)
-            return
-        self.view.num_outstanding -= 1
-        for following in followings:
-            if following.stage.oracle_output_tokens == 1 or self.engine.first_token == PREFILL:
-                task.joined_ns = now
-                _emit(following, now)
-        self._record_segment(task, now, DONE)
-        if not followings or not self._hand_over(task, followings, now):
-            self.residents.leave(task, task.computed_tokens, task.computed_tokens)
-
-    def _decode_on(self, task: Task, followings: Sequence[Task], now: int) -> None:
-        """Decodes take over the context of `task`: the first its place, others theirs while there is room for them."""
-        residents = self.residents
-        self.view.num_outstanding += len(followings) - 1
-        waiting: list[Task] = []
-        if len(followings) == 1:
-            residents.follow(task, followings[0])
-        else:
-            waiting = residents.fork(task, followings, self.batching.max_num_seqs)
-        for following in followings:
-            assert following.branch is not None
-            following.branch.client = self.index
-            following.started_ns = now
-        for following in waiting:
-            following.started_ns = -1
-            residents.enqueue(following)
-        for following in followings:
-            if following.branch.is_cancelled:  # type: ignore[union-attr]
-                continue
-            if following.admission >= 0:
-                self._join(following, now)
-            elif following.stage.oracle_output_tokens == 1:
-                self._answered(following, now)
-
-    def _answered(self, task: Task, now: int) -> None:
-        """A decode that waits for a place needs none: its only token was sampled with the prefill."""
-        task.started_ns = task.joined_ns = now
-        _emit(task, now)
-        self._record_segment(task, now, DONE)
-        self.residents.drop(task)
-        self.view.num_outstanding -= 1
-        self.coordinator.stage_done(task, StageResult(now, now, 1), self, now)
-
-    def _hand_over(self, task: Task, followings: Sequence[Task], now: int) -> bool:
-        """Decodes whose first token was sampled here: whether `task`'s blocks must stay for a client to go on with."""
-        going = []
-        for following in followings:
-            following.target_tokens = following.computed_tokens = following.inherited_tokens = task.computed_tokens
-            if following.branch.is_cancelled:  # type: ignore[union-attr]
-                continue
-            if following.stage.oracle_output_tokens == 1:
-                self.coordinator.stage_done(following, StageResult(now, now, 1), self, now)
-            else:
-                going.append(following)
-        if not going or not self.coordinator.hand_over(task, going, self, now):
-            return False
-        self.residents.hold(task)
-        return True
+    # --- tasks leave ---
 
     def sent(self, task: Task) -> None:
         """The KV cache of `task` has reached the client that decodes on."""
         self.residents.sent(task)
         if self.idle and (self.residents.num_waiting or self._has_waiting_fetches()):
             self.waker.wake(self)
-
-    def _take_over(self, now: int) -> None:
-        """Decodes whose KV cache was handed over join the cohort while they fit; their next token is the step's.
-
-        The one that the prefill sampled comes out now, unless it did there.
-        """
-        while (task := self.reservations.take_over(self.batching.max_num_seqs)) is not None:
-            task.started_ns = now
-            if task.generated_tokens:
-                self._enter_cohort(task, task.stage.oracle_output_tokens - task.generated_tokens)
-            else:
-                self._join(task, now)
-
-    def _join(self, task: Task, now: int) -> None:
-        """A decode whose context is computed emits a token now, and the rest with the cohort's next steps."""
-        task.joined_ns = now
-        _emit(task, now)
-        num_tokens = task.stage.oracle_output_tokens - task.generated_tokens
-        if num_tokens:
-            self._enter_cohort(task, num_tokens)
-        else:
-            task.join_step = self.residents.cohort.step
-            self._decode_done(task, now)
-
-    def _enter_cohort(self, task: Task, num_tokens: int) -> None:
-        cohort = self.residents.cohort
-        cohort.join(task, num_tokens)
-        to_first = task.stage.hidden_tokens + 1 - task.generated_tokens
-        if task.stage.hidden_tokens and 0 < to_first <= num_tokens:
-            self.shown_at.setdefault(cohort.step_of(task, to_first), []).append(task)
-
-    def _show(self, now: int) -> None:
-        """The decode step that is over may have generated first visible tokens; some of those meant here are gone."""
-        for task in self.shown_at.pop(self.residents.cohort.step, ()):
-            is_here = self.residents.running.get(task.admission) is task and task.join_step >= 0
-            if is_here and task.stage.seen_by_user(task.generated_tokens + self.residents.cohort.generated(task)):
-                task.request.show(now)
-
-    def _decode_done(self, task: Task, now: int) -> None:
-        cohort = self.residents.cohort
-        self._record_segment(task, now, DONE)
-        self.residents.leave(task, cohort.context(task), cohort.reserved_tokens(task, False))
-        task.generated_tokens += cohort.generated(task)
-        self.view.num_outstanding -= 1
-        result = StageResult(task.started_ns, now, task.generated_tokens)
-        self.coordinator.stage_done(task, result, self, now)
-
-    # --- tasks that nobody waits for any more ---
 
     def cancel(self, task: Task, now: int) -> None:
         """Let `task` go: at once, or as the step in flight ends if that computes for it."""
@@ -495,7 +374,7 @@ class Client:
         if task in self.front_end.incoming:
             self.front_end.forget(task)
         else:
-            self._record_segment(task, now, DROPPED)
+            self.record_segment(task, now, DROPPED)
             self.residents.drop(task)
             if self.idle and self.residents.num_waiting:
                 self.waker.wake(self)  # there is room now
@@ -521,7 +400,7 @@ class Client:
 
     def _preempted(self, task: Task) -> None:
         """`task` is about to lose its place and its blocks: close its segment and open the next."""
-        self._record_segment(task, self.now, PREEMPTED)
+        self.record_segment(task, self.now, PREEMPTED)
         task.queued_ns = self.now
         task.started_ns = task.joined_ns = -1
         task.cached_tokens = task.inherited_tokens = task.found_tokens = 0
@@ -531,7 +410,7 @@ class Client:
         residents = self.residents
         tasks = [*residents.running.values(), *residents.waiting, *residents.handed_over]
         for task in tasks:
-            self._record_segment(task, now, how)
+            self.record_segment(task, now, how)
             if task.join_step >= 0:
                 task.generated_tokens += residents.cohort.generated(task)
         return [*tasks, *self.front_end.incoming]
@@ -554,11 +433,12 @@ class Client:
         before, self.residents = self.residents, self._settle(cohort)
         self.residents.succeed(before)
         self.reservations = Reservations(self.residents)
-        self.chunks, self._cancelled, self.shown_at = [], [], {}
+        self.chunks, self._cancelled = [], []
+        self.progress.shown_at.clear()
         self.view.num_outstanding = 0
         self.idle = True
 
-    def _record_segment(self, task: Task, now: int, how: int) -> None:
+    def record_segment(self, task: Task, now: int, how: int) -> None:
         computed = task.computed_tokens - task.cached_tokens - task.inherited_tokens
         cohort = self.residents.cohort
         has_joined = task.join_step >= 0
@@ -574,10 +454,3 @@ class Client:
 def no_demand(step: Step) -> Demand:
     """What a step asks of a host whose share in it isn't known."""
     return Demand()
-
-
-def _emit(task: Task, now: int) -> None:
-    """A token comes out of the decode `task` that its context ends in."""
-    task.generated_tokens += 1
-    if task.stage.seen_by_user(task.generated_tokens):
-        task.request.show(now)

@@ -22,7 +22,7 @@ def run_span(client: Client, now: int) -> int:
     cohort, kv = residents.cohort, residents.kv
     count, number, context = cohort.count, cohort.step, cohort.sum_context
     boundary, size, free, used = cohort.boundary, cohort.block_size, kv.free, kv.used
-    calendar, shown_at, horizon = cohort.calendar, client.shown_at, client.kernel.horizon()
+    calendar, shown_at, horizon = cohort.calendar, client.progress.shown_at, client.kernel.horizon()
     time, index = client.decode_time(count), client.index
     rows: list[int] = []
     num_waiting = len(residents.waiting)
