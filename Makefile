@@ -20,10 +20,11 @@ check: $(READY)  ## all that must hold before a change lands
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict src
 	$(BIN)/lint-imports --no-logo
+	$(MAKE) --no-print-directory docs
 	$(MAKE) --no-print-directory test
 
 docs: $(READY)  ## run every example of the documentation
-	$(BIN)/pytest -q tests/test_docs.py
+	$(BIN)/pytest -n 2 -q -m docs
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

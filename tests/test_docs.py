@@ -22,6 +22,7 @@ BLOCK = re.compile(
 )
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

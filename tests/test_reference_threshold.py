@@ -15,7 +15,7 @@ from side_by_side import same
 from test_reference import drawn_speculation
 from test_reference_priority import ranked
 
-SCENARIOS_PER_CASE = 300
+SCENARIOS_PER_CASE = 150
 #: what has to happen so often, at least, in 100 scenarios by arrival, and by priority
 OFTEN = {"half computed together": (25, 25), "chunks taken out": (0, 5), "preempted": (50, 50), "placed": (80, 80)}
 

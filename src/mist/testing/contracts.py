@@ -347,7 +347,7 @@ class PerfModelContract:
         rng = random.Random(5)
         for deployment in self.deployments():
             model = self._prepared(deployment)
-            for _ in range(self.num_steps):
+            for _ in range(self.num_steps // 5):
                 step = self._step(rng, deployment)
                 time, operators = model.step_time(step), model.explain(step)
                 total = sum(o.time_ns for o in operators)
