@@ -381,8 +381,8 @@ class Coordinator:
         for each in list(_everything(branch)):
             task = each.task
             if task is not None and not each.is_cancelled:
-                cohort = self.clients[each.client].residents.cohort
-                more = cohort.generated(task) if each.client >= 0 and task.join_step >= 0 else 0
+                is_decoding = each.client >= 0 and task.join_step >= 0
+                more = self.clients[each.client].residents.cohort.generated(task) if is_decoding else 0
                 request.output_tokens += task.stage.seen_by_user(task.generated_tokens + more)
             self._cancel(each, now)
         self._leave(request, status, now, reason)
