@@ -45,7 +45,7 @@ def test_new_blocks_are_counted_by_boundaries(block_size: int) -> None:
         if step < len(tasks):
             cohort.join(tasks[step], 60)
         joined = tasks[: step + 1]
-        assert cohort.boundary[-cohort.step % block_size] == sum(cohort.context(t) % block_size == 0 for t in joined)
+        assert cohort.boundary[cohort.step % block_size] == sum(cohort.context(t) % block_size == 0 for t in joined)
         cohort.advance()
 
 

@@ -231,7 +231,7 @@ def test_other_names_for_the_same_blocks_change_nothing(scenario: SmallScenario,
 
 
 @few
-@given(small_scenarios(), policies, st.data())
+@given(small_scenarios(), policies.filter(lambda policy: policy is not SGLang), st.data())  # it goes by the mean output
 def test_requests_that_never_fit_leave_no_trace(scenario: SmallScenario, policy: Any, data: st.DataObject) -> None:
     """Rejected ones among the others only renumber these: ties keep their order."""
     requests, label = [], []

@@ -106,16 +106,16 @@ class Client:
         self._cancelled: list[Task] = []
         self.progress = Progress(self)
         self._kv_used = 0
-        #: what the last step took that was begun one by one, ns
-        self._took = 0
-        self._append_step, self.append_steps = records.steps.append, records.steps.extend
+        #: what the last step took, ns
+        self.took = 1
+        #: where the model prices steps of decodes alone that follow each other at once: it, and whom it tells what ran
+        self.decode_times: Callable[[int, int, int, int], list[int] | None] | None = getattr(perf, "decode_times", None)
+        self.decoded: Callable[[int, int, int], None] | None = getattr(perf, "decoded", None)
+        self._append_step, self.append_span = records.steps.append, records.steps.append_span
         self._append_task = records.tasks.append
         self.runs_model = not hasattr(perf, "demand")
         #: the host whose cores and memory its steps share with others, and what they ask of it
         self.shares: Host | None = None
-        #: device time of steps of so many decodes alone, by the sum of their contexts
-        self._num_timed = 0
-        self._time_of = self._step_time
         self._work: Work | None = None
         self.demand_of: Callable[[Step], Demand] = getattr(perf, "demand", no_demand)
         self.stage_kinds = {kind: i for i, kind in enumerate(records.stage_kinds)}
@@ -144,24 +144,24 @@ class Client:
         """Start the next step at `now`; run ahead of the clock while nothing can reach this client."""
         kernel = self.kernel
         while True:
-            if now + self._took < kernel.horizon() and self._has_span():  # else it would be of one step
+            if now + self.took < kernel.horizon() and self.has_span():  # else it would be of one step
                 now = run_span(self, now)
                 if now < 0:
                     return
             if not self.begin_step(now):
                 return
-            took = self._took = self.price_step()
-            end = now + took
+            self.took = self.price_step()
+            end = now + self.took
             if self.shares is not None:
                 self._work = self.shares.work(self.demand_of(self.step), end - now, self._shared_step_ends, None, now)
                 return
-            if end >= kernel.horizon() or (self.emits and (self._ends_a_task() or self._has_waiting_fetches())):
+            if end >= kernel.horizon() or (self.emits and (self.ends_a_task() or self._has_waiting_fetches())):
                 kernel.step_ends(self, end)
                 return
             self.finish_step(end)
             now = end
 
-    def _has_span(self) -> bool:
+    def has_span(self) -> bool:
         """Whether the next steps are decodes alone, and nobody watches them, or shares their host or their drafts."""
         if self.watcher is not None or self.shares is not None or self.num_drafts or self.front_end.unseen:
             return False
@@ -169,20 +169,10 @@ class Client:
             return False
         return self.offload is None or not (self.offload.waiting or self.offload.evicted)
 
-    def decode_time(self, num_decodes: int) -> Callable[[int], int]:
-        """Device time, ns, of steps of so many decodes alone, by the sum of their contexts, the new tokens included."""
-        if num_decodes != self._num_timed:
-            tabled = getattr(self.perf, "decode_time", None)
-            self._time_of = (tabled(num_decodes) if tabled is not None else None) or self._step_time
-            self._num_timed = num_decodes
-        return self._time_of
-
-    def _step_time(self, decode_context: int) -> int:
-        self.step.decode_context = decode_context
-        return self.perf.step_time(self.step)
-
     def begun(self, now: int, kv_used: int) -> None:
         """A step of decodes alone is in flight since `now`, on `kv_used` blocks."""
+        cohort = self.residents.cohort
+        self.step.decode_context = cohort.sum_context + cohort.count
         self.now, self._kv_used = now, kv_used
         self.idle, self.chunks = False, []
         self.residents.decodes_grown()
@@ -263,10 +253,7 @@ class Client:
         if self.num_drafts:  # they cost the host next to nothing
             step.num_sampled += step.num_decodes * self.num_drafts
             step.decode_context += step.num_decodes * self.num_drafts
-        if step.chunks or self.num_drafts:
-            device = self.perf.step_time(step)
-        else:
-            device = self.decode_time(step.num_decodes)(step.decode_context)
+        device = self.perf.step_time(step)
         if self.watcher is not None:
             self.watcher.step_started(self, step, device, self.now)
         took = host + device if not self._overlapped else max(host, device)
@@ -324,7 +311,8 @@ class Client:
         if not self.runs_model:
             step.kinds = [task.stage.kind for task, num_tokens in chunks for _ in task.sequences(num_tokens)]
 
-    def _ends_a_task(self) -> bool:
+    def ends_a_task(self) -> bool:
+        """Whether the end of the step that has begun ends a task."""
         cohort = self.residents.cohort
         if self.step.num_decodes and cohort.step + 1 in cohort.calendar:
             return True

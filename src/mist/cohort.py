@@ -14,8 +14,8 @@ class Cohort:
 
     `step`: decode steps completed. `count`: sequences. `sum_context`: tokens in their KV caches. `calendar`: step ->
     the tasks whose last token that step generates. A sequence that joined at step j with context c holds c + step - j
-    tokens, so the sequences whose last block is full are those with (c - j) = -step modulo the block size: `boundary`
-    counts the sequences by (c - j) modulo the block size. `tokens_per_decode`: tokens that a step computes for each.
+    tokens, so the sequences whose last block is full are those with step = (j - c) modulo the block size: `boundary`
+    counts the sequences by (j - c) modulo the block size. `tokens_per_decode`: tokens that a step computes for each.
     """
 
     __slots__ = ("block_size", "boundary", "calendar", "count", "step", "sum_context", "tokens_per_decode")
@@ -47,13 +47,13 @@ class Cohort:
 
     def num_new_blocks(self) -> int:
         """KV blocks that the next step needs for all."""
-        return self.boundary[-self.step % self.block_size]  # those whose last block is full
+        return self.boundary[self.step % self.block_size]  # those whose last block is full
 
     def join(self, task: Task, num_tokens: int) -> None:
         """Add a fully computed task that has `num_tokens` >= 1 to go."""
         self._enter(task, num_tokens)
         self.sum_context += task.target_tokens
-        self.boundary[(task.target_tokens - self.step) % self.block_size] += 1
+        self.boundary[(self.step - task.target_tokens) % self.block_size] += 1
 
     def _enter(self, task: Task, num_steps: int) -> None:
         task.join_step = self.step
@@ -94,7 +94,7 @@ class Cohort:
     def _drop(self, task: Task) -> None:
         self.count -= 1
         self.sum_context -= task.target_tokens + self.step - task.join_step
-        self.boundary[(task.target_tokens - task.join_step) % self.block_size] -= 1
+        self.boundary[(task.join_step - task.target_tokens) % self.block_size] -= 1
 
 
 def _by_admission(task: Task) -> int:

@@ -398,7 +398,7 @@ class Ledger:
             self._equal(f"{client.name}: cohort context", cohort.sum_context, sum(contexts))
             boundary = [0] * cohort.block_size
             for context in contexts:
-                boundary[(context - cohort.step) % cohort.block_size] += 1
+                boundary[(cohort.step - context) % cohort.block_size] += 1
             self._equal(f"{client.name}: cohort block boundaries", cohort.boundary, boundary)
         for task in decoding:
             self._check_calendar(client, task)

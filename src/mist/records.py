@@ -41,28 +41,95 @@ NO_CLIENT = -1
 class Table:
     """A table of int64 columns."""
 
-    __slots__ = ("_format", "cells", "columns")
+    __slots__ = ("_format", "_rows", "columns")
 
     def __init__(self, columns: Sequence[str]) -> None:
         self.columns = tuple(columns)
-        self.cells = array("q")
+        self._rows = array("q")
         self._format = f"{len(columns)}q"
 
     def append(self, row: Sequence[int]) -> None:
         """One value per column, in order."""
-        self.cells.frombytes(pack(self._format, *row))  # half the time of `extend`
-
-    def extend(self, rows: Sequence[int]) -> None:
-        """Several rows, one behind the other: whole ones."""
-        self.cells.frombytes(pack(f"{len(rows)}q", *rows))
+        self._rows.frombytes(pack(self._format, *row))  # half the time of `extend`
 
     def __len__(self) -> int:
-        return len(self.cells) // len(self.columns)
+        return len(self._rows) // len(self.columns)
+
+    @property
+    def cells(self) -> array[int]:
+        """All rows, one behind the other."""
+        return self._rows
 
     def as_columns(self) -> dict[str, IntColumn]:
         """Every column as a strided view of the table, without copying."""
         rows = np.frombuffer(self.cells, dtype=np.int64).reshape(-1, len(self.columns))
         return {name: rows[:, i] for i, name in enumerate(self.columns)}
+
+
+#: columns of the table of steps; in the row of a span, `end_ns` is -1 - its number of steps
+_STEPS = (
+    "client", "start_ns", "end_ns", "num_prefills", "num_prefill_tokens", "num_decodes",
+    "decode_context", "kv_blocks", "num_waiting",
+)  # fmt: skip
+
+
+class StepTable(Table):
+    """The table of steps. Decodes alone that follow each other, a span, take one row and two numbers for each step."""
+
+    __slots__ = ("_blocks", "_ends", "_num_spans", "_whole")
+
+    def __init__(self) -> None:
+        super().__init__(_STEPS)
+        #: of each step of a span, in order
+        self._ends = array("q")
+        self._blocks = array("q")
+        self._num_spans = 0
+        self._whole = array("q")
+
+    def append_span(
+        self,
+        client: int,
+        num_decodes: int,
+        decode_context: int,
+        num_waiting: int,
+        start_ns: int,
+        ends_ns: list[int],
+        kv_blocks: list[int],
+    ) -> None:
+        """Steps of decodes alone, from `start_ns` on: `decode_context` in the first, and `num_decodes` more in each."""
+        self._rows.frombytes(
+            pack(self._format, client, start_ns, -1 - len(ends_ns), 0, 0, num_decodes, decode_context, 0, num_waiting)
+        )
+        self._ends.fromlist(ends_ns)
+        self._blocks.fromlist(kv_blocks)
+        self._num_spans += 1
+
+    def __len__(self) -> int:
+        return super().__len__() - self._num_spans + len(self._ends)
+
+    @property
+    def cells(self) -> array[int]:
+        """All rows, one behind the other, those of spans step by step."""
+        if len(self._whole) < len(self) * len(self.columns):
+            self._whole = self._unfold() if self._num_spans else self._rows
+        return self._whole
+
+    def _unfold(self) -> array[int]:
+        rows = np.frombuffer(self._rows, dtype=np.int64).reshape(-1, len(self.columns))
+        is_span = rows[:, 2] < 0
+        sizes = np.where(is_span, -1 - rows[:, 2], 1)
+        whole = np.repeat(rows, sizes, axis=0)
+        in_span = np.repeat(is_span, sizes)
+        first = np.repeat(np.cumsum(sizes) - sizes, sizes)
+        place = (np.arange(len(whole)) - first)[in_span]
+        start_ns, end_ns = whole[in_span, 1], np.frombuffer(self._ends, dtype=np.int64)
+        whole[in_span, 1] = np.where(place > 0, np.roll(end_ns, 1), start_ns)
+        whole[in_span, 2] = end_ns
+        whole[in_span, 6] += place * whole[in_span, 5]
+        whole[in_span, 7] = np.frombuffer(self._blocks, dtype=np.int64)
+        found = array("q")
+        found.frombytes(whole.tobytes())
+        return found
 
 
 def _table(*columns: str) -> Table:
@@ -105,10 +172,7 @@ class Records:
         "request", "stage_index", "kind", "client", "queued_ns", "started_ns", "joined_ns", "end_ns",
         "how", "computed_tokens", "cached_tokens", "join_step", "last_step", "generated_tokens",
     )  # fmt: skip
-    steps: Table = _table(
-        "client", "start_ns", "end_ns", "num_prefills", "num_prefill_tokens", "num_decodes",
-        "decode_context", "kv_blocks", "num_waiting",
-    )  # fmt: skip
+    steps: StepTable = field(default_factory=StepTable)
     transfers: Table = _table("request", "kind", "sender", "receiver", "bytes", "queued_ns", "start_ns", "end_ns")
     changes: Table = _table("client", "state", "time_ns")
     loans: Table = _table("client", "start_ns", "end_ns")

@@ -125,8 +125,6 @@ class SwappingResidents(Residents):
 class _WithCopies:
     """A performance model whose steps begin with the copies of a swap space: those of its client, not estimates."""
 
-    decode_time = None  # each step is asked for
-
     def __init__(self, perf: Any, client: Client, space: SwapSpace) -> None:
         self._perf = perf
         self._client = client
@@ -146,4 +144,5 @@ def give_swap_space(client: Client, network: Network, records: Records, num_bloc
     assert isinstance(client.residents, SwappingResidents)
     space = client.residents.swap = SwapSpace(client, network, records, num_blocks)
     client.perf = _WithCopies(client.perf, client, space)
+    client.decode_times = client.decoded = None  # each step is asked for
     return space

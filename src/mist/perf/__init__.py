@@ -193,8 +193,10 @@ class PerfModel(Protocol):
     takes what `shared_tokens` per group take, everything else what the group's own tokens do. So the longest part is
     the common step. Without `shared_tokens` the others have as many tokens.
 
-    One may have `decode_time(num_decodes)` too, which gives `step_time` of decodes alone as a function of the sum of
-    their contexts, or None: most steps are such, and it can look up beforehand what all of them share.
+    Most steps are decodes alone that follow each other, so one may price them at once by
+    `decode_times(num_decodes, decode_context, num_steps, host_ns)`: a list of `host_ns` + `step_time` of `num_steps`
+    such steps at most, which attend to `decode_context` tokens in all and then `num_decodes` more in each; or None, where
+    they must be asked for one by one. By `decoded(num_decodes, decode_context, num_steps)` it is told how many were run.
     """
 
     def supports(self, deployment: Deployment) -> str | None:

@@ -6,9 +6,11 @@ step from lists. What isn't measured a fallback prices, operator by operator; it
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import Literal
 
 import numpy as np
@@ -25,6 +27,8 @@ from mist.request import Step
 FRAMEWORKS = ("vllm", "sglang", "trtllm")
 #: Tokens that are tabulated at least; steps beyond the tables are computed by the same rules.
 MIN_TABULATED_TOKENS = 8192
+#: a context beyond all others
+FOREVER = 1 << 62
 #: Tokens of context, all prefills of a step together, up to which their expansion (latent attention) is tabulated.
 _MAX_PREFILL_CONTEXT = 2**18
 
@@ -57,9 +61,12 @@ class Kernels:
     _prefill_rows: RowTable | None = field(init=False, repr=False)
     _prefill: list[tuple[PrefillTable, float]] = field(init=False, repr=False)
     _decode: list[DecodeTable] = field(init=False, repr=False)
-    _decode_lists: list[tuple[int, list[DecodeRow], list[float], list[tuple[float, int]], DecodeTable]] = field(
-        init=False, repr=False
+    _decode_lists: list[tuple[int, list[DecodeRow], list[float], list[int], list[tuple[float, int]], DecodeTable]] = (
+        field(init=False, repr=False)
     )
+    _num_alike: int = field(init=False, repr=False)
+    #: steps of decodes alone that were run and aren't counted yet: decodes, Σ context of the first, steps
+    _ran: MutableSequence[int] = field(init=False, repr=False)
     _attention_ns: list[float] = field(init=False, repr=False)
     _is_eager: bool = field(init=False, repr=False)
 
@@ -96,7 +103,15 @@ class Kernels:
         self._decode_rows = rows("decodes", num_seqs) if is_latent else None
         self._prefill_rows = rows("prefill_context", _MAX_PREFILL_CONTEXT) if is_latent else None
         self._decode = [DecodeTable(price, found, num_seqs) for found in self._by_window("decodes")]
-        self._decode_lists = [(d.window, d.rows, d.nodes, d.full, d) for d in self._decode]
+        self._decode_lists = [
+            (d.window, d.rows, d.nodes, [*map(ceil, d.nodes[1:]), FOREVER], d.full, d) for d in self._decode
+        ]
+        is_alike = len(self._decode) == 1 and not (
+            self._decode[0].window or self._shared or self._decode_rows or self._is_eager
+        )
+        num_tabled = min(len(self._dense.ns), len(self._classifier.ns), *(len(d.rows) for d in self._decode))
+        self._num_alike = num_tabled if is_alike else 0
+        self._ran = array("q")
         self._prefill = []
         for found in self._by_window("prefill_tokens"):
             p = PrefillTable(price, found, num_tokens, self._decode)
@@ -122,7 +137,7 @@ class Kernels:
             by_origin, context = self._attention_ns, step.decode_context
             if self._decode_rows:
                 ns += self._decode_rows.time(num_decodes)
-            for window, rows, nodes, full, table in self._decode_lists:
+            for window, rows, nodes, _, full, table in self._decode_lists:
                 if num_decodes >= len(rows):
                     attention_ns, origin = table.time(num_decodes, context)
                 elif window and context >= window * num_decodes:
@@ -155,27 +170,24 @@ class Kernels:
             ns += idle_ns
         return int(ns) + 1
 
-    def decode_time(self, num_decodes: int) -> Callable[[int], int] | None:
-        """`step_time` of steps of so many decodes alone, by Σ context; None where it isn't of one table each."""
-        dense, classifier, by_origin = self._dense, self._classifier, self._attention_ns
-        if self._shared or self._decode_rows or self._is_eager or len(self._decode_lists) != 1:
+    def decode_times(self, num_decodes: int, decode_context: int, num_steps: int, host_ns: int) -> list[int] | None:
+        """`step_time` of steps of so many decodes alone that follow each other: up to the next node of a table."""
+        if num_decodes >= self._num_alike:
             return None
-        ((window, rows, nodes, _, _),) = self._decode_lists
-        if window or num_decodes >= min(len(rows), len(dense.ns), len(classifier.ns)):
-            return None
-        times, rates, origins = rows[num_decodes]
-        fixed_ns = dense.ns[num_decodes] + classifier.ns[num_decodes]
-        dense_uses, classifier_uses = dense.uses, classifier.uses
+        _, rows, nodes, ends, _, _ = self._decode_lists[0]
+        fixed_ns = self._dense.ns[num_decodes] + self._classifier.ns[num_decodes]
+        times, rates, _ = rows[num_decodes]
+        k = bisect_right(nodes, decode_context) - 1
+        node_ns, node, rate, end = times[k], nodes[k], rates[k], ends[k]
+        last = decode_context + num_steps * num_decodes
+        contexts = range(decode_context, last if last < end else end, num_decodes)
+        host_ns += 1
+        return [int(fixed_ns + (node_ns + (context - node) * rate)) + host_ns for context in contexts]
 
-        def time(context: int) -> int:
-            dense_uses[num_decodes] += 1
-            classifier_uses[num_decodes] += 1
-            k = bisect_right(nodes, context) - 1
-            attention_ns = times[k] + (context - nodes[k]) * rates[k]
-            by_origin[origins[k]] += attention_ns
-            return int(fixed_ns + attention_ns) + 1
-
-        return time
+    def decoded(self, num_decodes: int, decode_context: int, num_steps: int) -> None:
+        """So many steps that follow each other were run; those that `decode_times` told of are counted in the end."""
+        if num_decodes < self._num_alike:
+            self._ran.extend((num_decodes, decode_context, num_steps))
 
     def explain(self, step: Step) -> list[OperatorTime]:
         """The operators of `step` in order, and last what the host adds where it launches every kernel itself.
@@ -202,12 +214,31 @@ class Kernels:
 
     def provenance(self) -> dict[str, float]:
         """Share of the answered device time by origin; before the first step all of it counts as measured."""
+        self._count_decoded()
         tables = (self._dense, self._shared, self._classifier, self._decode_rows, self._prefill_rows)
         totals = np.array(self._attention_ns) + np.sum([t.used_ns() for t in tables if t], axis=0)
         total = float(totals.sum())
         if not total:
             return {"measured": 1.0}
         return {name: float(ns) / total for name, ns in zip(ORIGINS, totals, strict=True)}
+
+    def _count_decoded(self) -> None:
+        num_decodes, contexts, num_steps = np.array(self._ran, dtype=np.int64).reshape(-1, 3).T
+        self._ran = array("q")
+        if not len(num_steps):
+            return
+        steps = np.bincount(num_decodes, num_steps)
+        for n in np.flatnonzero(steps).tolist():
+            self._dense.uses[n] += int(steps[n])
+            self._classifier.uses[n] += int(steps[n])
+            here = num_decodes == n
+            _, rows, nodes, _, _, _ = self._decode_lists[0]
+            times, rates, origins = (np.array(each) for each in rows[n])
+            k = np.searchsorted(nodes, contexts[here], side="right") - 1
+            mean = contexts[here] + n * (num_steps[here] - 1) / 2
+            spent = num_steps[here] * (times[k] + (mean - np.array(nodes)[k]) * rates[k])
+            for origin, ns in enumerate(np.bincount(origins[k], spent).tolist()):
+                self._attention_ns[origin] += ns
 
     def _open(self, deployment: Deployment) -> OperatorTables | str:
         """The tables for a deployment's device, or why there are none."""

@@ -6,7 +6,7 @@ classifier by rows, attention from sums. It never models the engine's host time,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -137,8 +137,8 @@ class Roofline:
             ns = max(ns, self._eager_ns(StepSums.of(step)))
         return int(ns) + 1
 
-    def decode_time(self, num_decodes: int) -> Callable[[int], int] | None:
-        """`step_time` of steps of so many decodes alone, by Σ context; None where it isn't of one kind of attention."""
+    def decode_times(self, num_decodes: int, decode_context: int, num_steps: int, host_ns: int) -> list[int] | None:
+        """`step_time` of steps of so many decodes alone that follow each other; None where attention is of kinds."""
         if self._shared or self._is_eager or len(self._decode) != 1:
             return None
         ((window, flop, kv, row),) = self._decode
@@ -146,12 +146,11 @@ class Roofline:
             return None
         fixed_ns = self._dense[num_decodes] + self._classifier[num_decodes] + self._decode_rows[num_decodes]
         rows_ns = num_decodes * row
+        contexts = range(decode_context, decode_context + num_steps * num_decodes, num_decodes)
+        return [int(fixed_ns + max(context * kv + rows_ns, context * flop)) + 1 + host_ns for context in contexts]
 
-        def time(context: int) -> int:
-            memory, compute = context * kv + rows_ns, context * flop
-            return int(fixed_ns + (memory if memory > compute else compute)) + 1
-
-        return time
+    def decoded(self, num_decodes: int, decode_context: int, num_steps: int) -> None:
+        """All of the time comes from the roofline, whatever was run."""
 
     def floor_time(self, step: Step) -> int:
         """max(FLOP / peak, bytes / bandwidth) of the whole step, ns, rounded down.
