@@ -63,6 +63,7 @@ class Client:
         self.index = index
         self.name = name
         self.serves = serves
+        steps = records.steps
         self.batching = batching
         self.perf = perf
         self.engine = engine
@@ -111,8 +112,8 @@ class Client:
         #: where the model prices steps of decodes alone that follow each other at once: it, and whom it tells what ran
         self.decode_times: Callable[[int, int, int, int], list[int] | None] | None = getattr(perf, "decode_times", None)
         self.decoded: Callable[[int, int, int], None] | None = getattr(perf, "decoded", None)
-        self._append_step, self.append_span = records.steps.append, records.steps.append_span
-        self._append_task = records.tasks.append
+        self._write_step, self._pack_step, self.append_span = steps.write, steps.pack, steps.append_span
+        self._write_task, self._pack_task = records.tasks.write, records.tasks.pack
         self.runs_model = not hasattr(perf, "demand")
         #: the host whose cores and memory its steps share with others, and what they ask of it
         self.shares: Host | None = None
@@ -163,9 +164,9 @@ class Client:
 
     def has_span(self) -> bool:
         """Whether the next steps are decodes alone, and nobody watches them, or shares their host or their drafts."""
-        if self.watcher is not None or self.shares is not None or self.num_drafts or self.front_end.unseen:
+        if not self._only_decodes() or self.front_end.unseen or self._cancelled:
             return False
-        if self.merges_shared_reads or self._cancelled or not self._only_decodes():
+        if self.watcher is not None or self.shares is not None or self.num_drafts or self.merges_shared_reads:
             return False
         return self.offload is None or not (self.offload.waiting or self.offload.evicted)
 
@@ -226,7 +227,7 @@ class Client:
     def _only_decodes(self) -> bool:
         """Whether decodes are all that can run, under a policy that then decides nothing."""
         residents, offload = self.residents, self.offload
-        if not self._decodes_alone or residents.prefilling_tasks or residents.handed_over or not residents.cohort.count:
+        if residents.prefilling_tasks or residents.handed_over or not (residents.cohort.count and self._decodes_alone):
             return False
         if offload is not None and offload.waiting and offload.has_room_for_first():
             return False
@@ -266,10 +267,10 @@ class Client:
     def finish_step(self, now: int) -> None:
         """The step in flight ends at `now`: its tokens exist, tasks move on."""
         step, residents = self.step, self.residents
-        self._append_step(
-            (self.index, self.now, now, len(step.chunks), step.num_prefill_tokens, step.num_decodes,
-             step.decode_context, self._kv_used, len(residents.waiting) + len(residents.handed_over))
-        )  # fmt: skip
+        self._write_step(self._pack_step(
+            self.index, self.now, now, len(step.chunks), step.num_prefill_tokens, step.num_decodes,
+            step.decode_context, self._kv_used, len(residents.waiting) + len(residents.handed_over),
+        ))  # fmt: skip
         if self.watcher is not None:
             self.watcher.step_finished(self, now)
         if step.num_decodes:
@@ -409,7 +410,7 @@ class Client:
         if work is not None and self.shares is not None:
             self.shares.stop(work, now)
         if work is not None or self.waker.void(self, now):
-            self._append_step((self.index, self.now, now, 0, 0, 0, 0, self._kv_used, 0))
+            self._write_step(self._pack_step(self.index, self.now, now, 0, 0, 0, 0, self._kv_used, 0))
             if self.watcher is not None:
                 self.watcher.step_lost(self, now)
 
@@ -428,15 +429,15 @@ class Client:
 
     def record_segment(self, task: Task, now: int, how: int) -> None:
         computed = task.computed_tokens - task.cached_tokens - task.inherited_tokens
-        cohort = self.residents.cohort
-        has_joined = task.join_step >= 0
-        last_step = cohort.step if has_joined else -1
-        generated = (task.joined_ns >= 0) + (cohort.generated(task) if has_joined else 0)
-        self._append_task(
-            (task.request.index, task.stage_index, self.stage_kinds[task.stage.kind], self.index,
-             task.queued_ns, task.started_ns, task.joined_ns, now, how,
-             computed, task.cached_tokens, task.join_step, last_step, generated)
-        )  # fmt: skip
+        cohort, generated, last_step = self.residents.cohort, int(task.joined_ns >= 0), -1
+        if task.join_step >= 0:
+            generated += cohort.generated(task)
+            last_step = cohort.step
+        self._write_task(self._pack_task(
+            task.request.index, task.stage_index, self.stage_kinds[task.stage.kind], self.index,
+            task.queued_ns, task.started_ns, task.joined_ns, now, how,
+            computed, task.cached_tokens, task.join_step, last_step, generated,
+        ))  # fmt: skip
 
 
 def no_demand(step: Step) -> Demand:

@@ -119,7 +119,7 @@ class Coordinator:
             request.gate_ns = now
         request.num_tasks -= 1
         self.num_tasks -= 1
-        if client is not None:
+        if client is not None and (self.lending is not None or self.handing.awaiting or self.handing.early):
             self._left(task, client, now)
         return self.advance(branch, result, client, now)
 
@@ -427,18 +427,17 @@ class Coordinator:
             first_token_ns = request.gate_ns
         if self.on_progress is not None and not self.num_left & 0xFF:
             self.on_progress(self.num_left)
-        self.records.requests.append(
-            (request.index, request.arrival_ns, first_token_ns, now, status, self._reason(reason),
-             request.prompt_tokens or request.input_tokens, request.output_tokens, request.cached_tokens,
-             request.num_preemptions)
-        )  # fmt: skip
+        table = self.records.requests
+        table.write(table.pack(
+            request.index, request.arrival_ns, first_token_ns, now, status, self._reason(reason) if reason else -1,
+            request.prompt_tokens or request.input_tokens, request.output_tokens, request.cached_tokens,
+            request.num_preemptions,
+        ))  # fmt: skip
         if status == UNFINISHED:
             return
         self.tenants[request.tenant].left(request, now)
 
     def _reason(self, reason: str) -> int:
-        if not reason:
-            return -1
         index = self._reasons.setdefault(reason, len(self._reasons))
         if index == len(self.records.reasons):
             self.records.reasons.append(reason)

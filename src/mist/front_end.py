@@ -38,7 +38,8 @@ class FrontEnd:
             client.coordinator.rejected(task, client, reason, now)
             return False
         client.view.num_outstanding += 1
-        self._take(task, is_back=False)
+        self.incoming[task] = False
+        self.incoming_tokens += task.target_tokens - task.computed_tokens
         return True
 
     def fits(self, following: Task, context: int, now: int) -> bool:
@@ -58,11 +59,12 @@ class FrontEnd:
         if task not in self.incoming:
             return
         engine = self._client.engine
-        self._free_ns = begin = max(now, self._free_ns)
-        self._free_ns += engine.request_serial_ns
+        begin = self._free_ns if self._free_ns > now else now
+        self._free_ns = begin + engine.request_serial_ns
         num_tokens = task.stage.input_tokens or task.request.input_tokens
-        took = engine.request_overhead_ns + engine.prompt_token_overhead_ns * num_tokens
-        ready = max(begin + took, self._free_ns)
+        ready = begin + engine.request_overhead_ns + engine.prompt_token_overhead_ns * num_tokens
+        if ready < self._free_ns:
+            ready = self._free_ns
         if ready > now:
             self._client.kernel.at(ready, self._fetch, task)
         else:
@@ -84,7 +86,8 @@ class FrontEnd:
         if not task.is_known or client.offload is None or not client.offload.fetch(task, self._enqueue, client.now):
             return False
         client.residents.drop(task)
-        self._take(task, is_back=True)
+        self.incoming[task] = True
+        self.incoming_tokens += task.remaining_tokens
         return True
 
     def clear(self) -> None:
@@ -102,7 +105,8 @@ class FrontEnd:
     def _fetch(self, task: Task, now: int) -> None:
         if task not in self.incoming:
             return
-        offload, reads = self._client.offload, task.is_known and task.remaining_tokens > 0
+        offload = self._client.offload
+        reads = offload is not None and task.is_known and task.remaining_tokens > 0
         if offload is None or not reads or not offload.fetch(task, self._enqueue, now):
             self._enqueue(task, now)
 
@@ -117,13 +121,9 @@ class FrontEnd:
         if client.idle:
             client.waker.wake(client)
 
-    def _take(self, task: Task, *, is_back: bool) -> None:
-        self.incoming[task] = is_back
-        self.incoming_tokens += task.remaining_tokens
-
     def _let_in(self, task: Task) -> None:
         is_back, residents = self.incoming.pop(task), self._client.residents
-        self.incoming_tokens -= task.remaining_tokens
+        self.incoming_tokens -= task.target_tokens - task.computed_tokens
         if is_back:
             residents.put_back(task)
         else:

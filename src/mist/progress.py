@@ -148,8 +148,9 @@ class Progress:
         client = self._client
         cohort = client.residents.cohort
         client.record_segment(task, now, DONE)
-        client.residents.leave(task, cohort.context(task), cohort.reserved_tokens(task, False))
-        task.generated_tokens += cohort.generated(task)
+        generated = cohort.generated(task)
+        client.residents.leave(task, task.target_tokens + generated, cohort.reserved_tokens(task, False))
+        task.generated_tokens += generated
         client.view.num_outstanding -= 1
         result = StageResult(task.started_ns, now, task.generated_tokens)
         client.coordinator.stage_done(task, result, client, now)

@@ -72,7 +72,7 @@ class Stage:
 
     def seen_by_user(self, num_tokens: int) -> int:
         """Of the first `num_tokens` that it generates, those that the user sees."""
-        return max(0, num_tokens - self.hidden_tokens) if self.visible else 0
+        return num_tokens - self.hidden_tokens if self.visible and num_tokens > self.hidden_tokens else 0
 
     @property
     def has_work(self) -> bool:

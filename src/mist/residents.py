@@ -124,23 +124,24 @@ class Residents:
 
     def admit(self, task: Task, max_tokens: int, *, whole: bool = False) -> int:
         """Admit a waiting task with its first chunk; the chunk's tokens, or 0 and nothing has changed."""
-        if self._has_preempted or self.comes_after_a_fetch(task):
+        if self._has_preempted or (self._first_to_fetch is not None and self.comes_after_a_fetch(task)):
             return 0
         if self.ranks is not None and self.running and self.handed_over and self.handed_over[0].rank < task.rank:
             return 0  # the room that comes back is for that one
         kv = self.kv
         hit = kv.match(task)
-        fetched = min(task.found_tokens, task.target_tokens - 1) if hit.num_tokens >= task.found_from else 0
-        found = max(hit.num_tokens, kv.stated_hit(task), fetched)
+        found = max(hit.num_tokens, kv.stated_hit(task))
+        if task.found_tokens > found and hit.num_tokens >= task.found_from:
+            found = max(found, min(task.found_tokens, task.target_tokens - 1))
         remaining = task.target_tokens - found
-        chunk = min(remaining, max_tokens)
+        chunk = remaining if remaining < max_tokens else max_tokens
         if chunk <= 0 or (whole and chunk < remaining):
             return 0
         reserved = found + chunk
         needed = kv.blocks_for(reserved) - kv.blocks_for(hit.num_tokens)
         if needed + hit.num_unreferenced + kv.watermark_blocks > kv.available:
             return 0
-        if not self.keeps_promises(task):
+        if self.reserves_output and not self.keeps_promises(task):
             return 0
         if hit.num_tokens < task.found_from and self.on_loss is not None and self.on_loss(task):
             return 0
@@ -170,9 +171,10 @@ class Residents:
 
     def enqueue(self, task: Task) -> None:
         """A task arrives: it waits behind the others."""
-        if task.remaining_tokens:
+        remaining = task.target_tokens - task.computed_tokens
+        if remaining:
             self.waiting.append(task)
-            self.pending_tokens += task.remaining_tokens
+            self.pending_tokens += remaining
         else:
             self.handed_over.append(task)
 

@@ -157,16 +157,17 @@ class KVCache:
                     unreferenced += common * self.unit_blocks
                 units += common
         tokens = units * self.hash_block_size
-        run = self._runs.get(task.run)
+        run = self._runs.get(task.run) if self._runs else None
         if run is not None and run.start == tokens:
             run_blocks = min(run.full_blocks, self._evictable[run.entry], (most - tokens) // self.block_size)
         return Hit(tokens + run_blocks * self.block_size, units, run_blocks, unreferenced + run_blocks)
 
     def stated_hit(self, task: Task) -> int:
         """Tokens of `task`'s target that the workload says are cached; at least one token is left to compute."""
-        if not (self.prefix_caching and self.holds_stated_hits and task.reads_prompt):
+        num_tokens = task.request.hit_tokens
+        if not num_tokens or not (self.prefix_caching and self.holds_stated_hits and task.reads_prompt):
             return 0
-        return min(task.request.hit_tokens, task.target_tokens - 1)
+        return min(num_tokens, task.target_tokens - 1)
 
     def refer(self, task: Task, hit: Hit) -> None:
         """Let `task` refer to what `match` just found."""
@@ -225,7 +226,7 @@ class KVCache:
         if not self.prefix_caching:
             self.free += num_blocks
             return
-        if task.run in self._runs:
+        if self._runs and task.run in self._runs:
             del self._run_of[self._runs.pop(task.run).entry]
         private = num_blocks - task.num_indexed * self.unit_blocks
         if private:

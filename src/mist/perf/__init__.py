@@ -195,8 +195,9 @@ class PerfModel(Protocol):
 
     Most steps are decodes alone that follow each other, so one may price them at once by
     `decode_times(num_decodes, decode_context, num_steps, host_ns)`: a list of `host_ns` + `step_time` of `num_steps`
-    such steps at most, which attend to `decode_context` tokens in all and then `num_decodes` more in each; or None, where
-    they must be asked for one by one. By `decoded(num_decodes, decode_context, num_steps)` it is told how many were run.
+    such steps at most, which attend to `decode_context` tokens in all and then `num_decodes` more in each; or None,
+    where they must be asked for one by one. By `decoded(num_decodes, decode_context, num_steps)` it is told how many
+    were run.
     """
 
     def supports(self, deployment: Deployment) -> str | None:
