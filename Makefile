@@ -26,8 +26,9 @@ check: $(READY)  ## all that must hold before a change lands
 docs: $(READY)  ## run every example of the documentation
 	$(BIN)/pytest -n 2 -q -m docs
 
-bench: $(READY)
+bench: $(READY)  ## exact counts and this machine's times of benchmarks/scenarios; `python benchmarks/run.py --all` for the slow ones too
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/start_up.py
 
 validate: $(READY)  ## docs/validation.md and the bands of results, from the measured points of MIST_DATA
 	$(BIN)/python benchmarks/validate.py

@@ -26,7 +26,7 @@ def parsed_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         return parse(text, place)
 
     monkeypatch.setattr(catalogue, "parse", counting)
-    caches = (catalogue._catalogue, catalogue._index)
+    caches = (catalogue._read, catalogue._catalogue, catalogue._index)
     for cache in caches:
         cache.cache_clear()
     yield parsed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import random
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -230,6 +231,28 @@ def test_a_damaged_cache_is_written_anew(tmp_path: Path, cache: Path, content: b
     file.write_bytes(content)
     assert opened(root).table("gemm") is not None
     assert len(file.read_bytes()) == len(whole)
+
+
+def test_no_damage_to_a_cached_file_changes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, size, rng = BY_NAME["gemm"], 4000, random.Random(1)
+    arrays = {name: np.arange(size) for name in family.columns} | {"ns": np.arange(1.0, size), "shift": np.zeros(2)}
+    monkeypatch.setattr(tables, "convert", lambda *_: dict(arrays))
+    (source := tmp_path / "gemm.parquet").touch()
+    tables.load(family, source, tmp_path)
+    (file,) = tmp_path.glob("gemm-*.npz")
+    whole = file.read_bytes()
+    header = whole.index(b"\x93NUMPY", whole.index(b"ns.npy"))  # where a flipped bit is another dtype or shape
+    flips = [(at, bit) for at in range(header, header + 72) for bit in range(8)]
+    flips += [(rng.randrange(len(whole)), rng.randrange(9)) for _ in range(200)]
+    for at, bit in flips:
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << bit & 255
+        if bit == 8:
+            del damaged[at:]
+        file.write_bytes(damaged)
+        table = tables.load(family, source, tmp_path)
+        assert np.array_equal(table.ns, arrays["ns"])
+        assert all(np.array_equal(table.columns[name], arrays[name]) for name in family.columns)
 
 
 def test_a_cache_that_cant_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

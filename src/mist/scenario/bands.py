@@ -119,4 +119,5 @@ def _is_shipped(kind: str, name: str, value: object) -> bool:
 def _bands() -> Mapping[str, Mapping[str, Any]]:
     """{engine profile: {device: band}}."""
     text = (files("mist") / "data" / "bands.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)["bands"] or {}
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
+    return yaml.load(text, Loader=loader)["bands"] or {}

@@ -69,7 +69,7 @@ def read(kind: str, given: str | Mapping[str, Any], folder: Path) -> tuple[Any, 
     """
     if isinstance(given, Mapping):
         return _build(kind, given, "inline"), dict(given)
-    entry = _index(kind).get(given.lower())
+    entry = _entry(kind, given)
     if entry is not None:
         value = _build_from(kind, entry.source, entry.name)
         if dtype := entry.checkpoint_dtype(given):
@@ -83,7 +83,12 @@ def read(kind: str, given: str | Mapping[str, Any], folder: Path) -> tuple[Any, 
 
 def mapping(kind: str, given: str | Mapping[str, Any]) -> dict[str, Any]:
     """The mapping behind a name of the catalogue; one written in place is itself."""
-    return dict(given) if isinstance(given, Mapping) else _index(kind)[given.lower()].source.data()
+    if isinstance(given, Mapping):
+        return dict(given)
+    entry = _entry(kind, given)
+    if entry is None:
+        raise KeyError(given)
+    return entry.source.data()
 
 
 def key_of(message: str, data: Any) -> tuple[KeyPath, str]:
@@ -96,18 +101,32 @@ def key_of(message: str, data: Any) -> tuple[KeyPath, str]:
     return (), rest if colon and " " not in title else message
 
 
+def _entry(kind: str, given: str) -> Entry | None:
+    """The entry of that name or alias, in any case; None if there is none.
+
+    A file is called by one of its entry's names, so that for those no other file is read.
+    """
+    file = f"{given.lower()}.yaml"
+    return _read(kind, file) if file in _files(kind) else _index(kind).get(given.lower())
+
+
+@functools.cache
+def _files(kind: str) -> frozenset[str]:
+    return frozenset(file.name for file in (files("mist") / "data" / kind).iterdir() if file.name.endswith(".yaml"))
+
+
+@functools.cache
+def _read(kind: str, file: str) -> Entry:
+    text = (files("mist") / "data" / kind / file).read_text(encoding="utf-8")
+    source = Source(parse(text, f"mist/data/{kind}/{file}"), Path())
+    data = source.data()
+    name, checkpoints = str(data.get("id") or data["name"]), data.get("checkpoints") or {}
+    return Entry(name, (*(data.get("aliases") or ()), *checkpoints), source, checkpoints)
+
+
 @functools.cache
 def _catalogue(kind: str) -> tuple[Entry, ...]:
-    folder = files("mist") / "data" / kind
-    found = []
-    for file in sorted(folder.iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".yaml"):
-            place = f"mist/data/{kind}/{file.name}"
-            source = Source(parse(file.read_text(encoding="utf-8"), place), Path())
-            data = source.data()
-            name = str(data.get("id") or data["name"])
-            checkpoints = data.get("checkpoints") or {}
-            found.append(Entry(name, (*(data.get("aliases") or ()), *checkpoints), source, checkpoints))
+    found = [_read(kind, file) for file in sorted(_files(kind))]
     return tuple(sorted(found, key=lambda entry: entry.name))
 
 

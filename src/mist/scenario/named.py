@@ -33,6 +33,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, cor
 
 from mist import registry
 from mist.errors import Problem, nearest
+from mist.scenario.field_docs import field_docs
 
 #: what a kind of the registry is called in a sentence
 NOUNS = {
@@ -51,8 +52,7 @@ Located = tuple[tuple[str | int, ...], Problem]
 class Section(BaseModel):
     """A mapping of a scenario: frozen, typed strictly, no foreign keys; the docstrings of its fields are their help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True,
-                              allow_inf_nan=False)  # fmt: skip
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -74,6 +74,20 @@ class Section(BaseModel):
         if details := cls._conflict_details(data):
             raise ValidationError.from_exception_data(cls.__name__, details)
         return section
+
+    @classmethod
+    def help_of(cls, name: str) -> str:
+        """What the field `name` is for, by the docstring below it; "" where it has none."""
+        sections = (base for base in cls.__mro__ if issubclass(base, Section))
+        return next((docs[name] for docs in map(field_docs, sections) if name in docs), "")
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        whole = handler(schema)
+        for name, field in handler.resolve_ref_schema(whole).get("properties", {}).items():
+            if help_text := cls.help_of(name):
+                field["description"] = help_text
+        return whole
 
     @classmethod
     def conflicts(cls, given: Set[str]) -> Iterator[Located]:
@@ -331,7 +345,7 @@ def _below(loc: tuple[str, ...], error: ValidationError, more: Iterable[Located]
 
 
 def _help(model: type[Section]) -> str:
-    described = any(field.description for field in model.model_fields.values())
+    described = any(map(model.help_of, model.model_fields))
     names = ", ".join(name if described else _field_in_words(model, name) for name in model.model_fields)
     return f"its keys: {names}" if names else "it takes no parameters"
 
@@ -392,13 +406,13 @@ def _details(
 
 
 def _hint(model: type[Section], loc: tuple[str | int, ...]) -> str:
-    field = model.model_fields.get(str(loc[0])) if loc else None
-    return _field_in_words(model, str(loc[0])) if field and field.description else _help(model)
+    name = str(loc[0]) if loc else ""
+    return _field_in_words(model, name) if name in model.model_fields and model.help_of(name) else _help(model)
 
 
 def _field_in_words(model: type[Section], name: str) -> str:
     field = model.model_fields[name]
-    text = f"{name}: {field.description}" if field.description else name
+    text = f"{name}: {help_text}" if (help_text := model.help_of(name)) else name
     plain = isinstance(field.default, _PLAIN) and not field.is_required() and field.default is not None
     return f"{text} (default {short(field.default)})" if plain else text
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import sys
 import uuid
@@ -126,13 +127,25 @@ def load(family: Family, path: Path, cache: Path) -> Table:
     stat = path.stat()
     identity = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{family.name}"
     cached = cache / f"{family.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
-    try:
-        with np.load(cached) as arrays:
-            return _table(family, {name: arrays[name] for name in arrays.files})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    table = _cached(family, cached)
+    if table is None:
         arrays = convert(family, path)
         _store(arrays, cached)
-        return _table(family, arrays)
+        table = _table(family, arrays)
+    return table
+
+
+def _cached(family: Family, path: Path) -> Table | None:
+    """The table in a cached file; None if there is no such file, or its checksums say that it is damaged.
+
+    Members are read whole: `np.load` reads as much as an array's header says, so that a damaged header may pass.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {name.removesuffix(".npy"): io.BytesIO(archive.read(name)) for name in archive.namelist()}
+        return _table(family, {name: np.lib.format.read_array(member) for name, member in members.items()})
+    except Exception:  # a damaged archive breaks in many ways, and all that it holds can be converted again
+        return None
 
 
 def convert(family: Family, path: Path, *, clean: bool = True) -> Arrays:
