@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mist.client import Client
 from mist.kernel import Kernel
 from mist.network import Network
 from mist.records import KV_TRANSFER
-from mist.request import DECODE, PREFILL, ClientView, Stage, Task
+from mist.request import DECODE, PREFILL, Stage, Task
 from mist.residents import share_prefix
 from mist.streams import Stream, Streaming
 
@@ -48,12 +47,7 @@ class Terms:
 
 
 class Chooser(Protocol):
-    def __call__(
-        self, task: Task, now: int, among: Sequence[Client] | None = None, adjust: Adjust | None = None
-    ) -> Client | None: ...
-
-
-Adjust = Callable[[ClientView], ClientView]
+    def __call__(self, task: Task, now: int, among: Sequence[Client] | None = None) -> Client | None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -135,15 +129,14 @@ class HandOver:
         Where nobody can be chosen now, it is as its prefill ends.
         """
         decode = Task(task.request, Stage(DECODE), -1, task.target_tokens, now)
-        among = self._within_reach(decode, here)
-        promised = {client.index: client.reservations.num_promised for client in among}
-        there = self._choose(decode, now, among, partial(_with_promises, promised))
+        there = self._choose(decode, now, self._within_reach(decode, here))
         if there is None:
             then(task, now)
             return
         self.early[task] = _Early(here, there)
         there.reservations.num_promised += 1
-        if self.terms.reserves_early and not there.front_end.never_fits(task):
+        has_room_ever = there.reservations.has_room_ever(task.target_tokens)  # else its first token must be its last
+        if self.terms.reserves_early and has_room_ever and not there.front_end.never_fits(task):
             self._reserve(Order(task, here, there, queued_ns=now, then=then), now)
         else:
             then(task, now)
@@ -369,11 +362,6 @@ class HandOver:
                     early.stream.stop()
                 self.forget(task, now)
         return broken
-
-
-def _with_promises(promised: Mapping[int, int], view: ClientView) -> ClientView:
-    num = promised[view.index]
-    return replace(view, num_outstanding=view.num_outstanding + num, num_waiting=view.num_waiting + num)
 
 
 def _is_held_by(order: Order, clients: Sequence[Client]) -> bool:
