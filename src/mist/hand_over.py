@@ -6,7 +6,7 @@ reserved, and the cache is converted and sent. It never decides what runs, and k
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -67,6 +67,11 @@ class Order:
     stream: Stream | None = None
     has_arrived: bool = False
 
+    @property
+    def next(self) -> Task:
+        """Who goes on where it comes, or the prompt while that is still to begin."""
+        return self.followings[0] if self.followings else self.task
+
 
 @dataclass(slots=True, eq=False)
 class _Early:
@@ -101,8 +106,8 @@ class HandOver:
         self._again = again
         #: all that are under way, or will be
         self.orders: dict[Order, None] = {}
-        #: by the index of a client without room: those that wait for it, first come first
-        self.awaiting: dict[int, deque[Order]] = {}
+        #: by the index of a client without room: those that wait for it, in its order
+        self.awaiting: dict[int, list[Order]] = {}
         #: under way between two dtypes
         self.converting: dict[Order, None] = {}
         #: by prefills that aren't over
@@ -169,7 +174,7 @@ class HandOver:
         if early.stream is not None:
             early.stream.abandon(now)
             self._streams_of(early.here).pop(task, None)
-        queue = self.awaiting.get(early.there.index, deque())
+        queue = self.awaiting.get(early.there.index, [])
         for order in [each for each in queue if each.task is task]:
             queue.remove(order)
             del self.orders[order]
@@ -252,21 +257,20 @@ class HandOver:
         """Go on once there is room: now, or when tasks have left, whose ends can then reach others."""
         there = order.there
         self.orders[order] = None
-        queue = self.awaiting.get(there.index)
-        if not queue and self._has_reserved(order):
+        queue = self.awaiting.get(there.index, [])
+        place = bisect_right(queue, _key(order), key=_key)
+        if not place and self._has_reserved(order):
             self._go_on(order, now)
             return
-        if queue is None:
-            queue = self.awaiting[there.index] = deque()
-        queue.append(order)
+        queue.insert(place, order)
+        self.awaiting[there.index] = queue
         if not there.emits:
             there.emits = True
             self._made_to_emit.add(there)
             self._kernel.surface(there, there.waker)
 
     def _has_reserved(self, order: Order) -> bool:
-        task = order.followings[0] if order.followings else order.task
-        return order.there.reservations.make(task, order.task.target_tokens)
+        return order.there.reservations.make(order.next, order.task.target_tokens)
 
     def _go_on(self, order: Order, now: int) -> None:
         if order.followings:
@@ -282,7 +286,7 @@ class HandOver:
     def _let_in(self, client: Client, now: int) -> None:
         queue = self.awaiting.get(client.index)
         while queue and self._has_reserved(queue[0]):
-            self._go_on(queue.popleft(), now)
+            self._go_on(queue.pop(0), now)
         if queue is not None and not queue:
             del self.awaiting[client.index]
             client.emits = client not in self._made_to_emit
@@ -362,6 +366,12 @@ class HandOver:
                     early.stream.stop()
                 self.forget(task, now)
         return broken
+
+
+def _key(order: Order) -> tuple[int, ...]:
+    """Its place among those that wait for the same client; the same for all where first come is first served."""
+    ranks = order.there.residents.ranks
+    return () if ranks is None else ranks.order.key(order.next)
 
 
 def _is_held_by(order: Order, clients: Sequence[Client]) -> bool:

@@ -16,6 +16,7 @@ from mist.hand_over import Conversion, Terms
 from mist.metrics import ClientInfo
 from mist.request import DECODE, PREFILL
 from mist.scenario.named import Located, Section
+from mist.scenario.unserved import unserved
 from mist.streams import Streaming
 from mist.units import NS_PER_S
 
@@ -114,6 +115,9 @@ def lending_conflicts(scenario: Scenario) -> Iterator[Located]:
         if DECODE not in pool.serves:
             message = f"{name} takes prompts while it is lent, and decodes what it computes"
             yield ("clients", name, "lending"), Problem(message, hint="add decode to serves, or leave lending out")
+        elif any(unserved(pool.batching, [PREFILL])):
+            message = f"{name} computes prompts while it is lent, and {pool.batching.name} computes none"
+            yield ("clients", name, "batching"), Problem(message, hint="take chunked or mixed, or leave lending out")
         if not any(PREFILL in other.serves and other.lending is None for other in scenario.pools.values()):
             message = "nobody takes prompts as long as nobody is lent"
             yield ("clients", name, "lending"), Problem(message, hint="let another client serve prefill")
