@@ -1,23 +1,23 @@
-"""Prefill and decode apart: reservations, early choice, groups, layer-wise transfers, conversions, lending; their laws.
+"""Prefill and decode apart: reservations, early choice, groups, conversions, any ratio under any terms; their laws.
 
-Guards what `hand_over`, `reservations`, `streams` and `lending` add; plain hand-overs have tests of their own.
+Guards what `hand_over` and `reservations` add; plain hand-overs, layers, lending and scenarios have tests of their own.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 
+from apart import EARLY, LATE, LAYERWISE, LINK, STEPS, D, P, by_request, column, pair
 from kit import LinearSteps, Run, engine, play, rows, table
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
-from mist.errors import InvariantError, ScenarioError
+from mist.errors import InvariantError
 from mist.hand_over import Conversion, HandOver, Terms
 from mist.kernel import Kernel
 from mist.records import FINISHED
@@ -26,33 +26,8 @@ from mist.reservations import Reservations
 from mist.routing.join_shortest_queue import JoinShortestQueue
 from mist.routing.least_outstanding import LeastOutstanding
 from mist.routing.round_robin import RoundRobin
-from mist.scenario import load
-from mist.scenario.result import Result
 from mist.testing import random_scenario
 from mist.testing.cluster import KVLink
-
-P, D = ("prefill",), ("decode",)
-EARLY, LATE = Terms(at_arrival=True), Terms(at_arrival=True, reserves_early=False)
-LAYERWISE = Terms(at_arrival=True, layerwise=True)
-#: 10 bytes a token at one byte per ns
-LINK = KVLink(10, 1e9, 500)
-#: a prompt of n tokens takes 100 n ns, a step of decodes 1000
-STEPS = LinearSteps(base=0, per_prefill_token=100, per_decode=1000, per_context=0, per_prefill=0)
-
-
-def pair(workload: Any, **options: Any) -> Run:
-    return play(workload, **{"num_clients": 2, "serves": [P, D], "nic": LINK, **options})
-
-
-def column(run: Run | Result, name: str, key: str) -> list[int]:
-    return list(getattr(run.records, name).as_columns()[key].tolist())
-
-
-def by_request(run: Run, kind: int, key: str) -> dict[int, int]:
-    tasks = run.records.tasks.as_columns()
-    mine = tasks["kind"] == kind
-    return dict(zip(tasks["request"][mine].tolist(), tasks[key][mine].tolist(), strict=True))
-
 
 # --- room on the decode side ---
 
@@ -92,65 +67,6 @@ def test_room_for_nobody_is_given_back(terms: Terms, output: int) -> None:
     assert not run.clients[1].residents.kv.used
 
 
-# --- layer by layer ---
-
-
-def after_the_prefill(chunks: list[tuple[int, int]], num_layers: int, ns_per_byte: Fraction) -> Fraction:
-    """How long after the last chunk the last byte leaves: chunks are (bytes, ns that it is computed in)."""
-    left = now = Fraction(0)
-    for num_bytes, took in chunks:
-        but_last = num_bytes * (num_layers - 1) // num_layers
-        begin = max(left, now + Fraction(took, num_layers))
-        now += took
-        left = max(begin + but_last * ns_per_byte, now if but_last and begin < now else Fraction(0))
-        left = max(left, now) + (num_bytes - but_last) * ns_per_byte
-    return left - now
-
-
-@pytest.mark.parametrize("num_layers", [1, 2, 8, 80])
-@pytest.mark.parametrize("ns_per_byte", [1, 4, 10, 40, 200])
-def test_alone_a_layerwise_transfer_is_exposed_by_its_formula(num_layers: int, ns_per_byte: int) -> None:
-    link = KVLink(10, 1e9 / ns_per_byte, 700)
-    run = pair(table([50], [320], [3]), terms=LAYERWISE, num_layers=num_layers, nic=link, perf=STEPS)
-    compute, transfer = 32_000, 3200 * ns_per_byte
-    prefill_end = 50 + compute
-    exposed = max(transfer // num_layers, transfer - compute * (num_layers - 1) // num_layers)
-    assert column(run, "transfers", "end_ns") == [prefill_end + exposed + 700]
-    assert column(run, "transfers", "start_ns") == [50 + compute // num_layers]
-    assert column(run, "transfers", "bytes") == [3200]
-    assert exposed == after_the_prefill([(3200, compute)], num_layers, Fraction(ns_per_byte))
-
-
-@pytest.mark.parametrize("num_layers", [1, 4])
-@pytest.mark.parametrize("ns_per_byte", [1, 8, 12, 50])
-def test_chunks_travel_while_later_ones_are_computed(num_layers: int, ns_per_byte: int) -> None:
-    link = KVLink(10, 1e9 / ns_per_byte)
-    run = pair(table([0], [240], [3]), terms=LAYERWISE, num_layers=num_layers, nic=link, perf=STEPS,
-               policy=lambda: Chunked(max_num_batched_tokens=80, max_num_seqs=8))  # fmt: skip
-    exposed = after_the_prefill([(800, 8000)] * 3, num_layers, Fraction(ns_per_byte))
-    assert column(run, "transfers", "end_ns") == [24_000 + exposed]
-    assert column(run, "transfers", "bytes") == [2400]
-
-
-def test_over_infinite_links_layers_change_nothing() -> None:
-    for seed in range(40):
-        scenario = random_scenario(seed, roomy=True)
-        options: dict[str, Any] = {"num_clients": 3, "serves": [P, D, D], "nic": KVLink(10)}
-        whole, layered = (scenario.play(Chunked, terms=terms, **options) for terms in (EARLY, LAYERWISE))
-        for name in ("requests", "tasks", "steps"):
-            assert rows(whole.records)[name] == rows(layered.records)[name]
-
-
-def test_layers_of_two_prompts_share_the_link() -> None:
-    """Bound by the link: both are under way from the first layer on, and end when all bytes have crossed it."""
-    link = KVLink(10, 1e7)
-    run = pair(table([0, 0], [320, 320], [3, 3]), terms=LAYERWISE, nic=link, perf=STEPS,
-               policy=lambda: Chunked(2048, 8))  # fmt: skip
-    start = 64_000 // 4
-    assert column(run, "transfers", "start_ns") == [start] * 2
-    assert column(run, "transfers", "end_ns") == [start + 6400 * 100] * 2
-
-
 # --- groups and dtypes ---
 
 
@@ -175,50 +91,6 @@ def test_a_conversion_takes_its_time_once(is_before: bool) -> None:
     assert column(run, "transfers", "start_ns") == [sent]
     assert column(run, "transfers", "end_ns") == [sent + num_bytes + 500]
     assert by_request(run, 1, "started_ns") == {0: 30_000 + 750 + num_bytes + 500}
-
-
-# --- lending ---
-
-LOAN = {2: 100}
-
-
-def burst(lending: Mapping[int, int], num: int = 12, gap_ns: int = 0) -> Run:
-    """One prefill client, one that decodes, and one that decodes and is lent."""
-    workload = table([gap_ns * i for i in range(num)], [80] * num, [6] * num)
-    return play(workload, num_clients=3, serves=[P, D, D], nic=LINK, lending=lending, perf=STEPS,
-                policy=lambda: Chunked(80, 8), router=LeastOutstanding())  # fmt: skip
-
-
-def test_a_lending_pool_converts_drains_and_returns() -> None:
-    run = burst(LOAN)
-    ((lent, since, until),) = zip(*(column(run, "loans", k) for k in ("client", "start_ns", "end_ns")), strict=True)
-    tasks = run.records.tasks.as_columns()
-    prompts = (tasks["kind"] == 0) & (tasks["client"] == 2)
-    assert (lent, since) == (2, 0)
-    assert 0 < prompts.sum() < 12
-    assert until == tasks["end_ns"][prompts].max() < max(column(run, "requests", "end_ns"))
-    assert (tasks["queued_ns"][prompts] <= until).all()
-    assert max(column(run, "requests", "end_ns")) < max(column(burst({}), "requests", "end_ns"))
-    decoded_there = (tasks["kind"] == 1) & np.isin(tasks["request"], tasks["request"][prompts])
-    assert set(tasks["client"][decoded_there].tolist()) == {2}
-    assert run.coordinator.lending is not None
-    assert not run.coordinator.lending._since_ns
-    assert column(run, "requests", "status") == [FINISHED] * 12
-
-
-def test_nobody_is_lent_below_the_threshold() -> None:
-    quiet = burst(LOAN, gap_ns=9_000)
-    assert not len(quiet.records.loans)
-    assert rows(quiet.records) == rows(burst({}, gap_ns=9_000).records)
-
-
-def test_a_second_burst_lends_again() -> None:
-    at = [0] * 10 + [10**6] * 10
-    run = play(table(at, [80] * 20, [6] * 20), num_clients=3, serves=[P, D, D], nic=LINK, lending=LOAN, perf=STEPS,
-               policy=lambda: Chunked(80, 8))  # fmt: skip
-    starts, ends = column(run, "loans", "start_ns"), column(run, "loans", "end_ns")
-    assert starts == [0, 10**6]
-    assert ends[0] < 10**6 < ends[1]
 
 
 # --- any ratio, any terms ---
@@ -340,145 +212,6 @@ def test_constant_steps_are_stations_in_series(x: int, y: int, terms: Terms) -> 
         free[server] = max(ready, free[server]) + decode_ns
         ends[i] = free[server]
     assert dict(zip(column(run, "requests", "request"), column(run, "requests", "end_ns"), strict=True)) == ends
-
-
-# --- scenarios ---
-
-POOL = {"model": "llama-3.1-8b", "count": 2}
-APART: dict[str, Any] = {
-    "seed": 2,
-    "workload": {"arrivals": {"poisson": {"rate_per_s": 6}}, "num_requests": 60,
-                 "input_tokens": {"uniform": {"low": 10, "high": 3000}}, "output_tokens": 20},
-    "clients": {"prefill": POOL | {"device": "h100-sxm", "serves": ["prefill"]},
-                "decode": POOL | {"device": "h100-sxm", "serves": ["decode"]}},
-    "perf": "roofline",
-    "network": {"kv_transfer": {"bandwidth": "50 GB/s", "latency": "1 ms"}},
-}  # fmt: skip
-NODES = {"preset": "h100-nvl8", "nodes": {"gpu": {"count": 2, "devices": 2}}}
-
-
-def apart(*, hand_over: Any = None, network: Any = None, **changes: Mapping[str, Any]) -> Result:
-    """The scenario with `changes` to its pools."""
-    clients = {name: {**pool, **changes.get(name, {})} for name, pool in APART["clients"].items()}
-    more = {"hand_over": hand_over} if hand_over else {}
-    return load(APART | {"clients": clients} | ({"network": network} if network else {}) | more).run(check=True)
-
-
-def of_client(result: Result, pool: str, name: str) -> list[tuple[int, ...]]:
-    mine = [i for i, client in enumerate(result.records.client_names) if client.startswith(pool)]
-    columns = getattr(result.records, name).as_columns()
-    here = np.isin(columns["client"], mine)
-    return list(zip(*(c[here].tolist() for c in columns.values()), strict=True))
-
-
-def test_another_decode_device_changes_decodes_and_nothing_else() -> None:
-    same, other = apart(), apart(decode={"device": "mi300x", "tp": 2})
-    for name in ("steps", "tasks"):
-        assert of_client(same, "prefill", name) == of_client(other, "prefill", name)
-    for key in ("request", "sender", "bytes", "queued_ns", "start_ns", "end_ns"):
-        assert sorted(column(same, "transfers", key)) == sorted(column(other, "transfers", key))
-    assert of_client(same, "decode", "steps") != of_client(other, "decode", "steps")
-
-
-def test_swapped_vendors_swap_results() -> None:
-    """Requests one at a time: what a prompt takes, and what its decodes take, is its own pool's alone."""
-
-    def took(prefill: str, decode: str) -> tuple[list[int], list[int]]:
-        workload = {"arrivals": {"constant": {"rate_per_s": 0.5}}, "num_requests": 10, "input_tokens":
-                    {"uniform": {"low": 10, "high": 3000}}, "output_tokens": 20}  # fmt: skip
-        clients = {name: {**APART["clients"][name], "device": device, "count": 1}
-                   for name, device in (("prefill", prefill), ("decode", decode))}  # fmt: skip
-        result = load(APART | {"workload": workload, "clients": clients}).run(check=True)
-        return tuple(  # type: ignore[return-value]
-            [end - start for _, start, end, *_ in of_client(result, pool, "steps")] for pool in ("prefill", "decode")
-        )
-
-    nvidia, amd = took("h100-sxm", "h100-sxm"), took("mi300x", "mi300x")
-    assert took("h100-sxm", "mi300x") == (nvidia[0], amd[1])
-    assert took("mi300x", "h100-sxm") == (amd[0], nvidia[1])
-    assert nvidia[0] != amd[0]
-
-
-@pytest.mark.parametrize(("within", "network"), [("node", NODES), ("rack", NODES | {"nodes_per_rack": 1})])
-def test_within_a_node_or_a_rack(within: str, network: dict[str, Any]) -> None:
-    network = network | {"placement": {"prefill": ["gpu-0", "gpu-1"], "decode": ["gpu-0", "gpu-1"]}}
-    result = apart(hand_over={"within": within}, network=network)
-    ways = set(zip(result.transfers["sender"], result.transfers["receiver"], strict=True))
-    assert ways == {("prefill-0", "decode-0"), ("prefill-1", "decode-1")}
-
-
-def test_groups_of_pools() -> None:
-    clients = {f"{stage}-{group}": {**APART["clients"][stage], "count": 1, "group": group}
-               for group in "ab" for stage in ("prefill", "decode")}  # fmt: skip
-    result = load(APART | {"clients": clients}).run(check=True)
-    ways = set(zip(result.transfers["sender"], result.transfers["receiver"], strict=True))
-    assert ways == {("prefill-a", "decode-a"), ("prefill-b", "decode-b")}
-
-
-def test_layers_hide_transfers_and_move_as_many_bytes() -> None:
-    early = {"choose_decode": "at_arrival"}
-    whole, layered = apart(hand_over=early), apart(hand_over=early | {"layerwise": True})
-    assert sum(column(whole, "transfers", "bytes")) == sum(column(layered, "transfers", "bytes"))
-    waits = [r.summary()["stages"]["decode"]["transfer_s"]["mean"] for r in (whole, layered)]
-    assert 1e-3 < waits[1] < 0.6 * waits[0]
-    assert load(layered.scenario) == load(load(layered.scenario).resolved())
-
-
-@pytest.mark.parametrize("convert", ["before", "after"])
-def test_another_dtype_costs_a_read_and_a_write(convert: str) -> None:
-    plain, narrow = apart(), apart(decode={"kv_dtype": "fp8"}, hand_over={"convert": convert})
-    bytes_per_token = 131_072
-    assert sum(column(narrow, "transfers", "bytes")) * (2 if convert == "before" else 1) == sum(
-        column(plain, "transfers", "bytes")
-    )
-    first = column(plain, "transfers", "request").index(0)
-    tokens = column(plain, "transfers", "bytes")[first] // bytes_per_token
-    took = round(tokens * 1.5 * bytes_per_token / 3352e9 * 1e9)
-    start = column(narrow, "transfers", "start_ns")[first] - column(plain, "transfers", "start_ns")[first]
-    assert start == pytest.approx(took if convert == "before" else 0, rel=0.01)
-    notes = [note for note in narrow.metrics["notes"] if "converted from bf16 to fp8" in note]
-    assert notes == [f"prefill, decode: KV caches are converted from bf16 to fp8 on "
-                     f"{'prefill' if convert == 'before' else 'decode'}, at its memory bandwidth."]  # fmt: skip
-
-
-def test_a_lending_pool_of_a_scenario() -> None:
-    crowd = {"arrivals": {"poisson": {"rate_per_s": 80}}, "num_requests": 300, "input_tokens": 3000,
-             "output_tokens": 20}  # fmt: skip
-    clients = {**APART["clients"], "decode": {**APART["clients"]["decode"], "lending": {"threshold_tokens": 6000}}}
-    result = load(APART | {"workload": crowd, "clients": clients}).run(check=True)
-    assert len(result.records.loans) > 0
-    assert min(column(result, "loans", "end_ns")) > 0
-    tasks = result.records.tasks.as_columns()
-    assert ((tasks["kind"] == 0) & (tasks["client"] >= 2)).sum() > 0
-
-
-def test_each_tenant_has_somebody_within_reach() -> None:
-    clients = {f"{stage}-{group}": {**APART["clients"][stage], "count": 1, "group": group}
-               for group in "ab" for stage in ("prefill", "decode")}  # fmt: skip
-    own = {"workload": APART["workload"], "clients": ["prefill-a", "decode-b"]}
-    rest = {key: value for key, value in APART.items() if key != "workload"}
-    with pytest.raises(ScenarioError, match="nobody decodes what prefill-a computes"):
-        load(rest | {"clients": clients, "tenants": {"one": own, "two": {"workload": APART["workload"]}}})
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"hand_over": {"layerwise": True}}, "layers are sent before the prefill ends"),
-        ({"hand_over": {"layerwise": True, "choose_decode": "at_prefill_end"}}, "to a client that has room"),
-        ({"hand_over": {"within": "node"}}, "the network has no nodes"),
-        ({"hand_over": {"within": "node"}, "network": NODES}, "prefill-0 has no decode client in its node"),
-        ({"hand_over": {"within": "rack"}, "network": NODES | {"nodes_per_rack": 1}}, "no decode client in its rack"),
-        ({"decode": {"group": "a"}}, "nobody decodes what prefill computes"),
-        ({"prefill": {"lending": {}}}, "decodes what it computes"),
-        ({"prefill": {"serves": ["prefill", "decode"], "lending": {}}}, "nobody takes prompts"),
-        ({"hand_over": {"layerwise": True, "choose_decode": "at_arrival", "convert": "before"},
-          "decode": {"kv_dtype": "fp8"}}, "converted where it arrives"),
-    ],
-)  # fmt: skip
-def test_terms_that_do_not_go_together_are_refused(change: dict[str, Any], says: str) -> None:
-    with pytest.raises(ScenarioError, match=says):
-        apart(**change)
 
 
 # --- planted bugs ---
