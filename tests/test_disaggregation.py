@@ -17,15 +17,21 @@ from apart import EARLY, LATE, LAYERWISE, LINK, STEPS, D, P, by_request, column,
 from kit import LinearSteps, Run, engine, play, rows, table
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
+from mist.batching.orders.fcfs import FCFS
+from mist.batching.orders.priority import Priority
 from mist.errors import InvariantError
 from mist.hand_over import Conversion, HandOver, Terms
 from mist.kernel import Kernel
+from mist.memory.kv_cache import KVCache
 from mist.records import FINISHED
 from mist.request import ClientView, Task
 from mist.reservations import Reservations
+from mist.routing.chunked_balancer import ChunkedBalancer
+from mist.routing.decode_balancer import DecodeBalancer
 from mist.routing.join_shortest_queue import JoinShortestQueue
 from mist.routing.least_outstanding import LeastOutstanding
 from mist.routing.round_robin import RoundRobin
+from mist.routing.runtime_estimate import RuntimeEstimate
 from mist.testing import random_scenario
 from mist.testing.cluster import KVLink
 
@@ -51,12 +57,46 @@ def test_with_early_room_a_prompt_is_not_computed_before_there_is_some() -> None
     assert column(run, "transfers", "queued_ns") == column(run, "transfers", "start_ns")
 
 
-def test_an_early_choice_sees_those_made_before() -> None:
+@pytest.mark.parametrize("router", [LeastOutstanding, DecodeBalancer, ChunkedBalancer, RuntimeEstimate])
+def test_an_early_choice_sees_those_made_before(router: Any) -> None:
     """All arrive at once, before anybody decodes: counting what has come alone would send all to one client."""
     for terms in (EARLY, LATE, LAYERWISE):
         run = play(table([0] * 6, [20] * 6, [5] * 6), num_clients=4, serves=[P, D, D, D], nic=LINK, terms=terms,
-                   router=LeastOutstanding())  # fmt: skip
+                   router=router())  # fmt: skip
         assert sorted(column(run, "transfers", "receiver")) == [1, 1, 2, 2, 3, 3]
+
+
+def test_early_choices_within_a_period_of_the_views_do_not_see_one_another() -> None:
+    """As all decisions by views of an age: only those of the next period know what was promised."""
+    workload = table([0, 1, 2, 5000, 5001], [20] * 5, [5] * 5)
+    run = play(workload, num_clients=3, serves=[P, D, D], nic=KVLink(10, 1e6), terms=LATE, view_refresh_ns=5000,
+               router=LeastOutstanding())  # fmt: skip
+    to = dict(zip(column(run, "transfers", "request"), column(run, "transfers", "receiver"), strict=True))
+    assert to == {0: 1, 1: 1, 2: 1, 3: 2, 4: 2}
+
+
+def test_a_prompt_that_fills_the_decode_client_and_ends_with_its_first_token_holds_up_nobody() -> None:
+    """Room for its next token will never be there, and isn't needed; how long its answer is nobody knows early."""
+    run = pair(table([0, 10], [64, 40], [1, 5]), num_blocks=4, terms=EARLY)
+    assert column(run, "requests", "status") == [FINISHED] * 2
+    assert column(run, "transfers", "request") == [1]
+
+
+def shrink(kv: KVCache, num_blocks: int) -> None:
+    kv.free = kv.num_blocks = num_blocks
+
+
+@pytest.mark.parametrize("terms", [Terms(), LATE, EARLY])
+def test_room_is_given_in_the_order_of_the_decode_client(terms: Terms) -> None:
+    """One context at a time: the first has it as the others come, of whom the most urgent is next."""
+    workload = table([0, 10, 20, 30], [60] * 4, [30] * 4)
+    workload.sizes["priority"] = np.array([9, 5, 1, 5])
+    for order, expected in ((Priority(), [0, 2, 1, 3]), (FCFS(), [0, 1, 2, 3])):
+        made = iter([FCFS(), order])  # of the prefill and of the decode client
+        run = play(workload, num_clients=2, serves=[P, D], nic=LINK, terms=terms,
+                   policy=lambda made=made: Chunked(2048, 4, next(made)),
+                   prepare=lambda _, clients: shrink(clients[1].residents.kv, 6))  # fmt: skip
+        assert column(run, "transfers", "request") == expected
 
 
 @pytest.mark.parametrize("terms", [EARLY, LAYERWISE])
@@ -248,6 +288,12 @@ def test_a_planted_bug_is_caught(sabotage: Any, says: str, monkeypatch: pytest.M
     sabotage(monkeypatch)
     with pytest.raises(InvariantError, match=says):
         pair(table([0, 0, 9000], [64, 64, 50], [5, 5, 9]), num_blocks=8)
+
+
+def test_a_promise_that_is_not_kept_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HandOver, "_end_early", lambda self, task: self.early.pop(task))
+    with pytest.raises(InvariantError, match="gpu-1: promises: 1 is not 0"):
+        pair(table([0], [64], [5]), terms=EARLY)
 
 
 def test_who_is_forgotten_is_still_in_the_system(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,7 @@ def test_each_tenant_has_somebody_within_reach() -> None:
         ({"hand_over": {"within": "rack"}, "network": NODES | {"nodes_per_rack": 1}}, "no decode client in its rack"),
         ({"decode": {"group": "a"}}, "nobody decodes what prefill computes"),
         ({"prefill": {"lending": {}}}, "decodes what it computes"),
+        ({"decode": {"batching": "decode_only", "lending": {}}}, "decode_only computes none"),
         ({"prefill": {"serves": ["prefill", "decode"], "lending": {}}}, "nobody takes prompts"),
         ({"hand_over": {"layerwise": True, "choose_decode": "at_arrival", "convert": "before"},
           "decode": {"kv_dtype": "fp8"}}, "converted where it arrives"),

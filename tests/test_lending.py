@@ -5,14 +5,17 @@ Guards `lending`; on clusters of made-up step times.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from apart import LINK, STEPS, D, P, column
 from kit import Run, play, rows, table
 from mist.batching.chunked import Chunked
+from mist.client import Client
+from mist.kernel import Kernel
 from mist.records import FINISHED
+from mist.request import ClientView, Task
 from mist.routing.least_outstanding import LeastOutstanding
 
 LOAN = {2: 100}
@@ -55,3 +58,26 @@ def test_a_second_burst_lends_again() -> None:
     starts, ends = column(run, "loans", "start_ns"), column(run, "loans", "end_ns")
     assert starts == [0, 10**6]
     assert ends[0] < 10**6 < ends[1]
+
+
+def test_nobody_is_lent_who_can_never_serve_the_prompt() -> None:
+    """The lender has room for 96 tokens, the other decode client for any: long prompts wait where they were sent."""
+
+    def shrink(_: Kernel, clients: list[Client]) -> None:
+        clients[2].max_model_len = 96
+
+    workload = table([0] * 12, [80, 120] * 6, [6] * 12)
+    run = play(workload, num_clients=3, serves=[P, D, D], nic=LINK, lending=LOAN, perf=STEPS, prepare=shrink,
+               policy=lambda: Chunked(80, 8), router=ToTheRoomy())  # fmt: skip
+    assert column(run, "requests", "status") == [FINISHED] * 12
+    tasks = run.records.tasks.as_columns()
+    lent = tasks["request"][(tasks["kind"] == 0) & (tasks["client"] == 2)]
+    assert len(lent)
+    assert not (lent % 2).any()
+
+
+class ToTheRoomy:
+    """The first client of a kind."""
+
+    def choose(self, task: Task, views: Sequence[ClientView], now: int) -> ClientView:
+        return views[0]
