@@ -144,7 +144,7 @@ def test_a_window_bounds_the_wait_and_batches_more() -> None:
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
 def test_a_delay_is_of_the_last_prefill_step_alone(factor: float) -> None:
-    """It took 2000 ns, and 98 decode steps of 1000 ns since then change nothing: a new prompt waits longer than that."""
+    """It took 2000 ns, and 98 decode steps of 1000 ns since then change nothing: a prompt waits longer than that."""
     steps = LinearSteps(base=1000, per_prefill_token=10, per_decode=0, per_context=0, per_prefill=0)
     run = play(table([0, 100_000], [100, 100], [200, 3]), policy=lambda: Continuous(delay_factor=factor), perf=steps)
     tasks = run.records.tasks.as_columns()
