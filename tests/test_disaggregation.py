@@ -30,6 +30,7 @@ from mist.routing.chunked_balancer import ChunkedBalancer
 from mist.routing.decode_balancer import DecodeBalancer
 from mist.routing.join_shortest_queue import JoinShortestQueue
 from mist.routing.least_outstanding import LeastOutstanding
+from mist.routing.random_choice import RandomChoice
 from mist.routing.round_robin import RoundRobin
 from mist.routing.runtime_estimate import RuntimeEstimate
 from mist.testing import random_scenario
@@ -64,6 +65,24 @@ def test_an_early_choice_sees_those_made_before(router: Any) -> None:
         run = play(table([0] * 6, [20] * 6, [5] * 6), num_clients=4, serves=[P, D, D, D], nic=LINK, terms=terms,
                    router=router())  # fmt: skip
         assert sorted(column(run, "transfers", "receiver")) == [1, 1, 2, 2, 3, 3]
+
+
+def test_an_early_choice_is_that_of_a_decode() -> None:
+    """Its router sees no prompt to compute, and one that draws does so as at the end of the prefill."""
+    seen: list[int] = []
+
+    class Drawing(RandomChoice):
+        def choose(self, task: Task, views: Any, now: int) -> ClientView:
+            seen.append(task.remaining_tokens)
+            return super().choose(task, views, now)
+
+    options: dict[str, Any] = {"num_clients": 4, "serves": [P, D, D, D], "nic": LINK}
+    workload = table([1000 * i for i in range(20)], [20] * 20, [5] * 20)
+    early, late = (play(workload, terms=terms, router=Drawing(7), **options) for terms in (EARLY, Terms()))
+    assert not any(seen)
+    ways = [dict(zip(column(run, "transfers", "request"), column(run, "transfers", "receiver"), strict=True))
+            for run in (early, late)]  # fmt: skip
+    assert ways[0] == ways[1]
 
 
 def test_early_choices_within_a_period_of_the_views_do_not_see_one_another() -> None:

@@ -133,6 +133,16 @@ def test_each_tenant_has_somebody_within_reach() -> None:
         load(rest | {"clients": clients, "tenants": {"one": own, "two": {"workload": APART["workload"]}}})
 
 
+def test_each_tenant_has_somebody_who_takes_prompts_while_nobody_is_lent() -> None:
+    mixed = APART["clients"]["decode"] | {"serves": ["prefill", "decode"], "lending": {}}
+    clients = {"prefill": APART["clients"]["prefill"], "mixed": mixed}
+    rest = {key: value for key, value in APART.items() if key != "workload"}
+    tenants = {name: {"workload": APART["workload"], "clients": ["mixed", *more]} for name, more in
+               (("one", ["prefill"]), ("two", []))}  # fmt: skip
+    with pytest.raises(ScenarioError, match="nobody takes prompts of two as long as nobody is lent"):
+        load(rest | {"clients": clients, "tenants": tenants})
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

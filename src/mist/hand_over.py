@@ -133,7 +133,8 @@ class HandOver:
 
         Where nobody can be chosen now, it is as its prefill ends.
         """
-        decode = Task(task.request, Stage(DECODE), -1, task.target_tokens, now)
+        tokens, following = task.target_tokens, task.stage_index + 1  # as if its prefill were over, and it came next
+        decode = Task(task.request, Stage(DECODE), following, tokens, now, computed_tokens=tokens)
         there = self._choose(decode, now, self._within_reach(decode, here))
         if there is None:
             then(task, now)
