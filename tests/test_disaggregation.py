@@ -101,6 +101,29 @@ def test_a_prompt_that_fills_the_decode_client_and_ends_with_its_first_token_hol
     assert column(run, "transfers", "request") == [1]
 
 
+class BySize:
+    """Long prompts to the first client of a kind, short ones and all decodes to the last."""
+
+    def choose(self, task: Task, views: Any, now: int) -> ClientView:
+        chosen: ClientView = views[0 if task.stage.kind == "prefill" and task.target_tokens > 50 else -1]
+        return chosen
+
+
+@pytest.mark.parametrize(("order", "priority"), [(FCFS, 0), (Priority, 0), (Priority, 1), (Priority, 2)])
+def test_prompts_that_come_later_do_not_take_the_room_that_a_kv_cache_waits_for(order: Any, priority: int) -> None:
+    """Short prompts of priority 1 without end on a client that computes them too: room for all blocks but three."""
+    n = 100
+    workload = table([0, *range(100, 100 + n * 600, 600)], [96] + [20] * n, [10] + [20] * n)
+    workload.sizes["priority"] = np.array([priority] + [1] * n)
+    run = play(workload, num_clients=2, serves=[P, P + D], nic=LINK, num_blocks=10, router=BySize(),
+               policy=lambda: Chunked(512, 16, order()))  # fmt: skip
+    ((queued, start),) = zip(*(column(run, "transfers", key) for key in ("queued_ns", "start_ns")), strict=True)
+    ends = dict(zip(column(run, "requests", "request"), column(run, "requests", "end_ns"), strict=True))
+    came = {i: workload.arrival_ns[i] for i in range(1, n + 1)}
+    num_passed = sum(came[i] > queued and ends[i] <= start for i in came)
+    assert num_passed < 10 if priority < 2 else num_passed > 80
+
+
 def shrink(kv: KVCache, num_blocks: int) -> None:
     kv.free = kv.num_blocks = num_blocks
 

@@ -265,6 +265,7 @@ class HandOver:
             return
         queue.insert(place, order)
         self.awaiting[there.index] = queue
+        there.residents.hand_over_waits((queue[0].queued_ns, _key(queue[0])))
         if not there.emits:
             there.emits = True
             self._made_to_emit.add(there)
@@ -288,7 +289,10 @@ class HandOver:
         queue = self.awaiting.get(client.index)
         while queue and self._has_reserved(queue[0]):
             self._go_on(queue.pop(0), now)
-        if queue is not None and not queue:
+        if queue:
+            client.residents.hand_over_waits((queue[0].queued_ns, _key(queue[0])))
+        elif queue is not None:
+            client.residents.hand_over_waits(None)
             del self.awaiting[client.index]
             client.emits = client not in self._made_to_emit
             self._made_to_emit.discard(client)
