@@ -23,7 +23,7 @@ from mist.errors import InvariantError
 from mist.hand_over import Conversion, HandOver, Terms
 from mist.kernel import Kernel
 from mist.memory.kv_cache import KVCache
-from mist.records import FINISHED
+from mist.records import CANCELLED, FINISHED
 from mist.request import ClientView, Task
 from mist.reservations import Reservations
 from mist.routing.chunked_balancer import ChunkedBalancer
@@ -33,6 +33,7 @@ from mist.routing.least_outstanding import LeastOutstanding
 from mist.routing.random_choice import RandomChoice
 from mist.routing.round_robin import RoundRobin
 from mist.routing.runtime_estimate import RuntimeEstimate
+from mist.tenant import Patience
 from mist.testing import random_scenario
 from mist.testing.cluster import KVLink
 
@@ -173,6 +174,16 @@ def test_a_conversion_takes_its_time_once(is_before: bool) -> None:
     assert column(run, "transfers", "start_ns") == [sent]
     assert column(run, "transfers", "end_ns") == [sent + num_bytes + 500]
     assert by_request(run, 1, "started_ns") == {0: 30_000 + 750 + num_bytes + 500}
+
+
+def test_what_was_cancelled_while_it_was_converted_is_not_sent() -> None:
+    """And the prefill client has its blocks back, which the next prompt waits for."""
+    terms = Terms(conversions={(0, 1): Conversion(100, is_before=True)})
+    run = pair(table([0, 10], [300, 300], [9, 1]), terms=terms, perf=STEPS, num_blocks=30, block_size=16,
+               patience=Patience([35_000, 10**9], [CANCELLED] * 2))  # fmt: skip
+    assert not len(run.records.transfers)
+    assert by_request(run, 0, "started_ns")[1] == 60_000
+    assert not run.coordinator.handing.orders
 
 
 # --- any ratio, any terms ---

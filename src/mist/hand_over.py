@@ -321,6 +321,10 @@ class HandOver:
         self._kernel.at(now + took, is_done, order)
 
     def _send(self, order: Order, now: int) -> None:
+        if not order.followings:  # they were cancelled while it was converted
+            del self.orders[order]
+            order.here.sent(order.task)
+            return
         conversion = self._conversion(order)
         sent_as = order.there if conversion is not None and conversion.is_before else order.here
         num_bytes = order.task.computed_tokens * sent_as.kv_bytes_per_token
