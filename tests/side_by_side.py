@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,3 +112,19 @@ def same(
     for i in range(len(run.records.requests)):
         assert tuple(int(rows[n][i]) for n in names) == reference.done[int(rows["request"][i])]
     return reference
+
+
+def campaign(
+    compare: Callable[..., Counter[str]], seeds: range, often: Mapping[str, float], *case: Any
+) -> Counter[str]:
+    """`compare(seed, *case)` for all `seeds`: what happened, of which each in `often` must so often in 100 of them."""
+    events: Counter[str] = Counter()
+    for seed in seeds:
+        try:
+            events += compare(seed, *case)
+        except BaseException:
+            print(f"reproduce: compare({', '.join(map(repr, (seed, *case)))})")
+            raise
+    rare = {each: events[each] for each, least in often.items() if events[each] * 100 < least * len(seeds)}
+    assert not rare, f"these hardly happen, so this proves little: {rare}"
+    return events

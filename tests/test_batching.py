@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kit import Run, play, rows, table
+from kit import LinearSteps, Run, play, rows, table
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
 from mist.batching.decode_only import DecodeOnly
@@ -140,6 +140,16 @@ def test_a_window_bounds_the_wait_and_batches_more() -> None:
         assert int((tasks["started_ns"] - tasks["queued_ns"]).max()) <= delay_ms * 1e6 + longest
         num_steps.append(len(steps["start_ns"]))
     assert num_steps[0] > 2 * num_steps[1] > 4 * num_steps[2]
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_a_delay_is_of_the_last_prefill_step_alone(factor: float) -> None:
+    """It took 2000 ns, and 98 decode steps of 1000 ns since then change nothing: a prompt waits longer than that."""
+    steps = LinearSteps(base=1000, per_prefill_token=10, per_decode=0, per_context=0, per_prefill=0)
+    run = play(table([0, 100_000], [100, 100], [200, 3]), policy=lambda: Continuous(delay_factor=factor), perf=steps)
+    tasks = run.records.tasks.as_columns()
+    (started,) = tasks["started_ns"][(tasks["request"] == 1) & (tasks["kind"] == 0)]
+    assert started == 101_000 + 2000 * factor  # the first step that begins after it
 
 
 def test_a_delay_factor_of_nothing_changes_nothing_and_a_large_one_saves_prefill_steps() -> None:

@@ -1,58 +1,41 @@
-"""Prefill and decode apart: reservations, early choice, groups, layer-wise transfers, conversions, lending; their laws.
+"""Prefill and decode apart: reservations, early choice, groups, conversions, any ratio under any terms; their laws.
 
-Guards what `hand_over`, `reservations`, `streams` and `lending` add; plain hand-overs have tests of their own.
+Guards what `hand_over` and `reservations` add; plain hand-overs, layers, lending and scenarios have tests of their own.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 
+from apart import EARLY, LATE, LAYERWISE, LINK, STEPS, D, P, by_request, column, pair
 from kit import LinearSteps, Run, engine, play, rows, table
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
-from mist.errors import InvariantError, ScenarioError
+from mist.batching.orders.fcfs import FCFS
+from mist.batching.orders.priority import Priority
+from mist.errors import InvariantError
 from mist.hand_over import Conversion, HandOver, Terms
 from mist.kernel import Kernel
-from mist.records import FINISHED
+from mist.memory.kv_cache import KVCache
+from mist.records import CANCELLED, FINISHED
 from mist.request import ClientView, Task
 from mist.reservations import Reservations
+from mist.routing.chunked_balancer import ChunkedBalancer
+from mist.routing.decode_balancer import DecodeBalancer
 from mist.routing.join_shortest_queue import JoinShortestQueue
 from mist.routing.least_outstanding import LeastOutstanding
+from mist.routing.random_choice import RandomChoice
 from mist.routing.round_robin import RoundRobin
-from mist.scenario import load
-from mist.scenario.result import Result
+from mist.routing.runtime_estimate import RuntimeEstimate
+from mist.tenant import Patience
 from mist.testing import random_scenario
 from mist.testing.cluster import KVLink
-
-P, D = ("prefill",), ("decode",)
-EARLY, LATE = Terms(at_arrival=True), Terms(at_arrival=True, reserves_early=False)
-LAYERWISE = Terms(at_arrival=True, layerwise=True)
-#: 10 bytes a token at one byte per ns
-LINK = KVLink(10, 1e9, 500)
-#: a prompt of n tokens takes 100 n ns, a step of decodes 1000
-STEPS = LinearSteps(base=0, per_prefill_token=100, per_decode=1000, per_context=0, per_prefill=0)
-
-
-def pair(workload: Any, **options: Any) -> Run:
-    return play(workload, **{"num_clients": 2, "serves": [P, D], "nic": LINK, **options})
-
-
-def column(run: Run | Result, name: str, key: str) -> list[int]:
-    return list(getattr(run.records, name).as_columns()[key].tolist())
-
-
-def by_request(run: Run, kind: int, key: str) -> dict[int, int]:
-    tasks = run.records.tasks.as_columns()
-    mine = tasks["kind"] == kind
-    return dict(zip(tasks["request"][mine].tolist(), tasks[key][mine].tolist(), strict=True))
-
 
 # --- room on the decode side ---
 
@@ -76,12 +59,87 @@ def test_with_early_room_a_prompt_is_not_computed_before_there_is_some() -> None
     assert column(run, "transfers", "queued_ns") == column(run, "transfers", "start_ns")
 
 
-def test_an_early_choice_sees_those_made_before() -> None:
+@pytest.mark.parametrize("router", [LeastOutstanding, DecodeBalancer, ChunkedBalancer, RuntimeEstimate])
+def test_an_early_choice_sees_those_made_before(router: Any) -> None:
     """All arrive at once, before anybody decodes: counting what has come alone would send all to one client."""
     for terms in (EARLY, LATE, LAYERWISE):
         run = play(table([0] * 6, [20] * 6, [5] * 6), num_clients=4, serves=[P, D, D, D], nic=LINK, terms=terms,
-                   router=LeastOutstanding())  # fmt: skip
+                   router=router())  # fmt: skip
         assert sorted(column(run, "transfers", "receiver")) == [1, 1, 2, 2, 3, 3]
+
+
+def test_an_early_choice_is_that_of_a_decode() -> None:
+    """Its router sees no prompt to compute, and one that draws does so as at the end of the prefill."""
+    seen: list[int] = []
+
+    class Drawing(RandomChoice):
+        def choose(self, task: Task, views: Any, now: int) -> ClientView:
+            seen.append(task.remaining_tokens)
+            return super().choose(task, views, now)
+
+    options: dict[str, Any] = {"num_clients": 4, "serves": [P, D, D, D], "nic": LINK}
+    workload = table([1000 * i for i in range(20)], [20] * 20, [5] * 20)
+    early, late = (play(workload, terms=terms, router=Drawing(7), **options) for terms in (EARLY, Terms()))
+    assert not any(seen)
+    ways = [dict(zip(column(run, "transfers", "request"), column(run, "transfers", "receiver"), strict=True))
+            for run in (early, late)]  # fmt: skip
+    assert ways[0] == ways[1]
+
+
+def test_early_choices_within_a_period_of_the_views_do_not_see_one_another() -> None:
+    """As all decisions by views of an age: only those of the next period know what was promised."""
+    workload = table([0, 1, 2, 5000, 5001], [20] * 5, [5] * 5)
+    run = play(workload, num_clients=3, serves=[P, D, D], nic=KVLink(10, 1e6), terms=LATE, view_refresh_ns=5000,
+               router=LeastOutstanding())  # fmt: skip
+    to = dict(zip(column(run, "transfers", "request"), column(run, "transfers", "receiver"), strict=True))
+    assert to == {0: 1, 1: 1, 2: 1, 3: 2, 4: 2}
+
+
+def test_a_prompt_that_fills_the_decode_client_and_ends_with_its_first_token_holds_up_nobody() -> None:
+    """Room for its next token will never be there, and isn't needed; how long its answer is nobody knows early."""
+    run = pair(table([0, 10], [64, 40], [1, 5]), num_blocks=4, terms=EARLY)
+    assert column(run, "requests", "status") == [FINISHED] * 2
+    assert column(run, "transfers", "request") == [1]
+
+
+class BySize:
+    """Long prompts to the first client of a kind, short ones and all decodes to the last."""
+
+    def choose(self, task: Task, views: Any, now: int) -> ClientView:
+        chosen: ClientView = views[0 if task.stage.kind == "prefill" and task.target_tokens > 50 else -1]
+        return chosen
+
+
+@pytest.mark.parametrize(("order", "priority"), [(FCFS, 0), (Priority, 0), (Priority, 1), (Priority, 2)])
+def test_prompts_that_come_later_do_not_take_the_room_that_a_kv_cache_waits_for(order: Any, priority: int) -> None:
+    """Short prompts of priority 1 without end on a client that computes them too: room for all blocks but three."""
+    n = 100
+    workload = table([0, *range(100, 100 + n * 600, 600)], [96] + [20] * n, [10] + [20] * n)
+    workload.sizes["priority"] = np.array([priority] + [1] * n)
+    run = play(workload, num_clients=2, serves=[P, P + D], nic=LINK, num_blocks=10, router=BySize(),
+               policy=lambda: Chunked(512, 16, order()))  # fmt: skip
+    ((queued, start),) = zip(*(column(run, "transfers", key) for key in ("queued_ns", "start_ns")), strict=True)
+    ends = dict(zip(column(run, "requests", "request"), column(run, "requests", "end_ns"), strict=True))
+    came = {i: workload.arrival_ns[i] for i in range(1, n + 1)}
+    num_passed = sum(came[i] > queued and ends[i] <= start for i in came)
+    assert num_passed < 10 if priority < 2 else num_passed > 80
+
+
+def shrink(kv: KVCache, num_blocks: int) -> None:
+    kv.free = kv.num_blocks = num_blocks
+
+
+@pytest.mark.parametrize("terms", [Terms(), LATE, EARLY])
+def test_room_is_given_in_the_order_of_the_decode_client(terms: Terms) -> None:
+    """One context at a time: the first has it as the others come, of whom the most urgent is next."""
+    workload = table([0, 10, 20, 30], [60] * 4, [30] * 4)
+    workload.sizes["priority"] = np.array([9, 5, 1, 5])
+    for order, expected in ((Priority(), [0, 2, 1, 3]), (FCFS(), [0, 1, 2, 3])):
+        made = iter([FCFS(), order])  # of the prefill and of the decode client
+        run = play(workload, num_clients=2, serves=[P, D], nic=LINK, terms=terms,
+                   policy=lambda made=made: Chunked(2048, 4, next(made)),
+                   prepare=lambda _, clients: shrink(clients[1].residents.kv, 6))  # fmt: skip
+        assert column(run, "transfers", "request") == expected
 
 
 @pytest.mark.parametrize("terms", [EARLY, LAYERWISE])
@@ -90,65 +148,6 @@ def test_room_for_nobody_is_given_back(terms: Terms, output: int) -> None:
     run = pair(table([0, 0, 9], [300] * 3, [output] * 3), terms=terms, num_blocks=40)
     assert column(run, "requests", "status") == [FINISHED] * 3
     assert not run.clients[1].residents.kv.used
-
-
-# --- layer by layer ---
-
-
-def after_the_prefill(chunks: list[tuple[int, int]], num_layers: int, ns_per_byte: Fraction) -> Fraction:
-    """How long after the last chunk the last byte leaves: chunks are (bytes, ns that it is computed in)."""
-    left = now = Fraction(0)
-    for num_bytes, took in chunks:
-        but_last = num_bytes * (num_layers - 1) // num_layers
-        begin = max(left, now + Fraction(took, num_layers))
-        now += took
-        left = max(begin + but_last * ns_per_byte, now if but_last and begin < now else Fraction(0))
-        left = max(left, now) + (num_bytes - but_last) * ns_per_byte
-    return left - now
-
-
-@pytest.mark.parametrize("num_layers", [1, 2, 8, 80])
-@pytest.mark.parametrize("ns_per_byte", [1, 4, 10, 40, 200])
-def test_alone_a_layerwise_transfer_is_exposed_by_its_formula(num_layers: int, ns_per_byte: int) -> None:
-    link = KVLink(10, 1e9 / ns_per_byte, 700)
-    run = pair(table([50], [320], [3]), terms=LAYERWISE, num_layers=num_layers, nic=link, perf=STEPS)
-    compute, transfer = 32_000, 3200 * ns_per_byte
-    prefill_end = 50 + compute
-    exposed = max(transfer // num_layers, transfer - compute * (num_layers - 1) // num_layers)
-    assert column(run, "transfers", "end_ns") == [prefill_end + exposed + 700]
-    assert column(run, "transfers", "start_ns") == [50 + compute // num_layers]
-    assert column(run, "transfers", "bytes") == [3200]
-    assert exposed == after_the_prefill([(3200, compute)], num_layers, Fraction(ns_per_byte))
-
-
-@pytest.mark.parametrize("num_layers", [1, 4])
-@pytest.mark.parametrize("ns_per_byte", [1, 8, 12, 50])
-def test_chunks_travel_while_later_ones_are_computed(num_layers: int, ns_per_byte: int) -> None:
-    link = KVLink(10, 1e9 / ns_per_byte)
-    run = pair(table([0], [240], [3]), terms=LAYERWISE, num_layers=num_layers, nic=link, perf=STEPS,
-               policy=lambda: Chunked(max_num_batched_tokens=80, max_num_seqs=8))  # fmt: skip
-    exposed = after_the_prefill([(800, 8000)] * 3, num_layers, Fraction(ns_per_byte))
-    assert column(run, "transfers", "end_ns") == [24_000 + exposed]
-    assert column(run, "transfers", "bytes") == [2400]
-
-
-def test_over_infinite_links_layers_change_nothing() -> None:
-    for seed in range(40):
-        scenario = random_scenario(seed, roomy=True)
-        options: dict[str, Any] = {"num_clients": 3, "serves": [P, D, D], "nic": KVLink(10)}
-        whole, layered = (scenario.play(Chunked, terms=terms, **options) for terms in (EARLY, LAYERWISE))
-        for name in ("requests", "tasks", "steps"):
-            assert rows(whole.records)[name] == rows(layered.records)[name]
-
-
-def test_layers_of_two_prompts_share_the_link() -> None:
-    """Bound by the link: both are under way from the first layer on, and end when all bytes have crossed it."""
-    link = KVLink(10, 1e7)
-    run = pair(table([0, 0], [320, 320], [3, 3]), terms=LAYERWISE, nic=link, perf=STEPS,
-               policy=lambda: Chunked(2048, 8))  # fmt: skip
-    start = 64_000 // 4
-    assert column(run, "transfers", "start_ns") == [start] * 2
-    assert column(run, "transfers", "end_ns") == [start + 6400 * 100] * 2
 
 
 # --- groups and dtypes ---
@@ -177,48 +176,14 @@ def test_a_conversion_takes_its_time_once(is_before: bool) -> None:
     assert by_request(run, 1, "started_ns") == {0: 30_000 + 750 + num_bytes + 500}
 
 
-# --- lending ---
-
-LOAN = {2: 100}
-
-
-def burst(lending: Mapping[int, int], num: int = 12, gap_ns: int = 0) -> Run:
-    """One prefill client, one that decodes, and one that decodes and is lent."""
-    workload = table([gap_ns * i for i in range(num)], [80] * num, [6] * num)
-    return play(workload, num_clients=3, serves=[P, D, D], nic=LINK, lending=lending, perf=STEPS,
-                policy=lambda: Chunked(80, 8), router=LeastOutstanding())  # fmt: skip
-
-
-def test_a_lending_pool_converts_drains_and_returns() -> None:
-    run = burst(LOAN)
-    ((lent, since, until),) = zip(*(column(run, "loans", k) for k in ("client", "start_ns", "end_ns")), strict=True)
-    tasks = run.records.tasks.as_columns()
-    prompts = (tasks["kind"] == 0) & (tasks["client"] == 2)
-    assert (lent, since) == (2, 0)
-    assert 0 < prompts.sum() < 12
-    assert until == tasks["end_ns"][prompts].max() < max(column(run, "requests", "end_ns"))
-    assert (tasks["queued_ns"][prompts] <= until).all()
-    assert max(column(run, "requests", "end_ns")) < max(column(burst({}), "requests", "end_ns"))
-    decoded_there = (tasks["kind"] == 1) & np.isin(tasks["request"], tasks["request"][prompts])
-    assert set(tasks["client"][decoded_there].tolist()) == {2}
-    assert run.coordinator.lending is not None
-    assert not run.coordinator.lending._since_ns
-    assert column(run, "requests", "status") == [FINISHED] * 12
-
-
-def test_nobody_is_lent_below_the_threshold() -> None:
-    quiet = burst(LOAN, gap_ns=9_000)
-    assert not len(quiet.records.loans)
-    assert rows(quiet.records) == rows(burst({}, gap_ns=9_000).records)
-
-
-def test_a_second_burst_lends_again() -> None:
-    at = [0] * 10 + [10**6] * 10
-    run = play(table(at, [80] * 20, [6] * 20), num_clients=3, serves=[P, D, D], nic=LINK, lending=LOAN, perf=STEPS,
-               policy=lambda: Chunked(80, 8))  # fmt: skip
-    starts, ends = column(run, "loans", "start_ns"), column(run, "loans", "end_ns")
-    assert starts == [0, 10**6]
-    assert ends[0] < 10**6 < ends[1]
+def test_what_was_cancelled_while_it_was_converted_is_not_sent() -> None:
+    """And the prefill client has its blocks back, which the next prompt waits for."""
+    terms = Terms(conversions={(0, 1): Conversion(100, is_before=True)})
+    run = pair(table([0, 10], [300, 300], [9, 1]), terms=terms, perf=STEPS, num_blocks=30, block_size=16,
+               patience=Patience([35_000, 10**9], [CANCELLED] * 2))  # fmt: skip
+    assert not len(run.records.transfers)
+    assert by_request(run, 0, "started_ns")[1] == 60_000
+    assert not run.coordinator.handing.orders
 
 
 # --- any ratio, any terms ---
@@ -342,145 +307,6 @@ def test_constant_steps_are_stations_in_series(x: int, y: int, terms: Terms) -> 
     assert dict(zip(column(run, "requests", "request"), column(run, "requests", "end_ns"), strict=True)) == ends
 
 
-# --- scenarios ---
-
-POOL = {"model": "llama-3.1-8b", "count": 2}
-APART: dict[str, Any] = {
-    "seed": 2,
-    "workload": {"arrivals": {"poisson": {"rate_per_s": 6}}, "num_requests": 60,
-                 "input_tokens": {"uniform": {"low": 10, "high": 3000}}, "output_tokens": 20},
-    "clients": {"prefill": POOL | {"device": "h100-sxm", "serves": ["prefill"]},
-                "decode": POOL | {"device": "h100-sxm", "serves": ["decode"]}},
-    "perf": "roofline",
-    "network": {"kv_transfer": {"bandwidth": "50 GB/s", "latency": "1 ms"}},
-}  # fmt: skip
-NODES = {"preset": "h100-nvl8", "nodes": {"gpu": {"count": 2, "devices": 2}}}
-
-
-def apart(*, hand_over: Any = None, network: Any = None, **changes: Mapping[str, Any]) -> Result:
-    """The scenario with `changes` to its pools."""
-    clients = {name: {**pool, **changes.get(name, {})} for name, pool in APART["clients"].items()}
-    more = {"hand_over": hand_over} if hand_over else {}
-    return load(APART | {"clients": clients} | ({"network": network} if network else {}) | more).run(check=True)
-
-
-def of_client(result: Result, pool: str, name: str) -> list[tuple[int, ...]]:
-    mine = [i for i, client in enumerate(result.records.client_names) if client.startswith(pool)]
-    columns = getattr(result.records, name).as_columns()
-    here = np.isin(columns["client"], mine)
-    return list(zip(*(c[here].tolist() for c in columns.values()), strict=True))
-
-
-def test_another_decode_device_changes_decodes_and_nothing_else() -> None:
-    same, other = apart(), apart(decode={"device": "mi300x", "tp": 2})
-    for name in ("steps", "tasks"):
-        assert of_client(same, "prefill", name) == of_client(other, "prefill", name)
-    for key in ("request", "sender", "bytes", "queued_ns", "start_ns", "end_ns"):
-        assert sorted(column(same, "transfers", key)) == sorted(column(other, "transfers", key))
-    assert of_client(same, "decode", "steps") != of_client(other, "decode", "steps")
-
-
-def test_swapped_vendors_swap_results() -> None:
-    """Requests one at a time: what a prompt takes, and what its decodes take, is its own pool's alone."""
-
-    def took(prefill: str, decode: str) -> tuple[list[int], list[int]]:
-        workload = {"arrivals": {"constant": {"rate_per_s": 0.5}}, "num_requests": 10, "input_tokens":
-                    {"uniform": {"low": 10, "high": 3000}}, "output_tokens": 20}  # fmt: skip
-        clients = {name: {**APART["clients"][name], "device": device, "count": 1}
-                   for name, device in (("prefill", prefill), ("decode", decode))}  # fmt: skip
-        result = load(APART | {"workload": workload, "clients": clients}).run(check=True)
-        return tuple(  # type: ignore[return-value]
-            [end - start for _, start, end, *_ in of_client(result, pool, "steps")] for pool in ("prefill", "decode")
-        )
-
-    nvidia, amd = took("h100-sxm", "h100-sxm"), took("mi300x", "mi300x")
-    assert took("h100-sxm", "mi300x") == (nvidia[0], amd[1])
-    assert took("mi300x", "h100-sxm") == (amd[0], nvidia[1])
-    assert nvidia[0] != amd[0]
-
-
-@pytest.mark.parametrize(("within", "network"), [("node", NODES), ("rack", NODES | {"nodes_per_rack": 1})])
-def test_within_a_node_or_a_rack(within: str, network: dict[str, Any]) -> None:
-    network = network | {"placement": {"prefill": ["gpu-0", "gpu-1"], "decode": ["gpu-0", "gpu-1"]}}
-    result = apart(hand_over={"within": within}, network=network)
-    ways = set(zip(result.transfers["sender"], result.transfers["receiver"], strict=True))
-    assert ways == {("prefill-0", "decode-0"), ("prefill-1", "decode-1")}
-
-
-def test_groups_of_pools() -> None:
-    clients = {f"{stage}-{group}": {**APART["clients"][stage], "count": 1, "group": group}
-               for group in "ab" for stage in ("prefill", "decode")}  # fmt: skip
-    result = load(APART | {"clients": clients}).run(check=True)
-    ways = set(zip(result.transfers["sender"], result.transfers["receiver"], strict=True))
-    assert ways == {("prefill-a", "decode-a"), ("prefill-b", "decode-b")}
-
-
-def test_layers_hide_transfers_and_move_as_many_bytes() -> None:
-    early = {"choose_decode": "at_arrival"}
-    whole, layered = apart(hand_over=early), apart(hand_over=early | {"layerwise": True})
-    assert sum(column(whole, "transfers", "bytes")) == sum(column(layered, "transfers", "bytes"))
-    waits = [r.summary()["stages"]["decode"]["transfer_s"]["mean"] for r in (whole, layered)]
-    assert 1e-3 < waits[1] < 0.6 * waits[0]
-    assert load(layered.scenario) == load(load(layered.scenario).resolved())
-
-
-@pytest.mark.parametrize("convert", ["before", "after"])
-def test_another_dtype_costs_a_read_and_a_write(convert: str) -> None:
-    plain, narrow = apart(), apart(decode={"kv_dtype": "fp8"}, hand_over={"convert": convert})
-    bytes_per_token = 131_072
-    assert sum(column(narrow, "transfers", "bytes")) * (2 if convert == "before" else 1) == sum(
-        column(plain, "transfers", "bytes")
-    )
-    first = column(plain, "transfers", "request").index(0)
-    tokens = column(plain, "transfers", "bytes")[first] // bytes_per_token
-    took = round(tokens * 1.5 * bytes_per_token / 3352e9 * 1e9)
-    start = column(narrow, "transfers", "start_ns")[first] - column(plain, "transfers", "start_ns")[first]
-    assert start == pytest.approx(took if convert == "before" else 0, rel=0.01)
-    notes = [note for note in narrow.metrics["notes"] if "converted from bf16 to fp8" in note]
-    assert notes == [f"prefill, decode: KV caches are converted from bf16 to fp8 on "
-                     f"{'prefill' if convert == 'before' else 'decode'}, at its memory bandwidth."]  # fmt: skip
-
-
-def test_a_lending_pool_of_a_scenario() -> None:
-    crowd = {"arrivals": {"poisson": {"rate_per_s": 80}}, "num_requests": 300, "input_tokens": 3000,
-             "output_tokens": 20}  # fmt: skip
-    clients = {**APART["clients"], "decode": {**APART["clients"]["decode"], "lending": {"threshold_tokens": 6000}}}
-    result = load(APART | {"workload": crowd, "clients": clients}).run(check=True)
-    assert len(result.records.loans) > 0
-    assert min(column(result, "loans", "end_ns")) > 0
-    tasks = result.records.tasks.as_columns()
-    assert ((tasks["kind"] == 0) & (tasks["client"] >= 2)).sum() > 0
-
-
-def test_each_tenant_has_somebody_within_reach() -> None:
-    clients = {f"{stage}-{group}": {**APART["clients"][stage], "count": 1, "group": group}
-               for group in "ab" for stage in ("prefill", "decode")}  # fmt: skip
-    own = {"workload": APART["workload"], "clients": ["prefill-a", "decode-b"]}
-    rest = {key: value for key, value in APART.items() if key != "workload"}
-    with pytest.raises(ScenarioError, match="nobody decodes what prefill-a computes"):
-        load(rest | {"clients": clients, "tenants": {"one": own, "two": {"workload": APART["workload"]}}})
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"hand_over": {"layerwise": True}}, "layers are sent before the prefill ends"),
-        ({"hand_over": {"layerwise": True, "choose_decode": "at_prefill_end"}}, "to a client that has room"),
-        ({"hand_over": {"within": "node"}}, "the network has no nodes"),
-        ({"hand_over": {"within": "node"}, "network": NODES}, "prefill-0 has no decode client in its node"),
-        ({"hand_over": {"within": "rack"}, "network": NODES | {"nodes_per_rack": 1}}, "no decode client in its rack"),
-        ({"decode": {"group": "a"}}, "nobody decodes what prefill computes"),
-        ({"prefill": {"lending": {}}}, "decodes what it computes"),
-        ({"prefill": {"serves": ["prefill", "decode"], "lending": {}}}, "nobody takes prompts"),
-        ({"hand_over": {"layerwise": True, "choose_decode": "at_arrival", "convert": "before"},
-          "decode": {"kv_dtype": "fp8"}}, "converted where it arrives"),
-    ],
-)  # fmt: skip
-def test_terms_that_do_not_go_together_are_refused(change: dict[str, Any], says: str) -> None:
-    with pytest.raises(ScenarioError, match=says):
-        apart(**change)
-
-
 # --- planted bugs ---
 
 
@@ -515,6 +341,12 @@ def test_a_planted_bug_is_caught(sabotage: Any, says: str, monkeypatch: pytest.M
     sabotage(monkeypatch)
     with pytest.raises(InvariantError, match=says):
         pair(table([0, 0, 9000], [64, 64, 50], [5, 5, 9]), num_blocks=8)
+
+
+def test_a_promise_that_is_not_kept_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HandOver, "_end_early", lambda self, task: self.early.pop(task))
+    with pytest.raises(InvariantError, match="gpu-1: promises: 1 is not 0"):
+        pair(table([0], [64], [5]), terms=EARLY)
 
 
 def test_who_is_forgotten_is_still_in_the_system(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,24 @@ def test_what_a_preempted_task_lost_is_fetched(caching: bool) -> None:
     assert tasks["started_ns"][again] == come
 
 
+def test_a_decode_that_waited_behind_it_goes_on_as_its_prefix_is_fetched_again() -> None:
+    """Eight blocks: 1 takes the cached prefix of 3, which is next, and the place of 2, which is swapped out.
+
+    As 1 ends, 3 leaves the queue to be fetched for, and whoever waited behind it joins that very step.
+    """
+    workload = table([0, FAR_APART, FAR_APART + 1, FAR_APART + 5000], [33, 48, 15, 33], [1, 40, 60, 1],
+                     [(1, 2), (), (), (1, 2)])  # fmt: skip
+    workload.sizes["priority"] = np.array([0, 0, 5, 1])
+    run = play(workload, policy=lambda: Chunked(1 << 20, 2, Priority()), perf=WHOLE, caching=True, unit_tokens=UNIT,
+               num_blocks=8, swap_blocks=8, connect=behind(memory()))  # fmt: skip
+    ends = dict(zip(column(run, "requests", "request"), column(run, "requests", "end_ns"), strict=True))
+    ((request, _, begun, come),) = sent(run, PREFIX_FETCH)
+    assert (request, begun) == (3, ends[1])
+    tasks = run.records.tasks.as_columns()
+    assert tasks["started_ns"][tasks["request"] == 2][-1] == begun
+    assert begun < come < ends[3]
+
+
 # --- many at once ---
 
 

@@ -56,7 +56,7 @@ class Checked:
 
 
 class Forking(StageList):
-    """Two decodes of one prompt."""
+    """Two decodes of one prompt, of which the second is the longer."""
 
     def __init__(self) -> None:
         super().__init__((PREFILL, DECODE))
@@ -65,7 +65,8 @@ class Forking(StageList):
     def __call__(self, request: Any, rng: Any) -> Pipeline:
         yield Stage(PREFILL, request.input_tokens)
         if request.oracle_output_tokens:
-            yield All([Stage(DECODE, oracle_output_tokens=request.oracle_output_tokens) for _ in range(2)])
+            lengths = (1 + request.oracle_output_tokens // 2, request.oracle_output_tokens)
+            yield All([Stage(DECODE, oracle_output_tokens=each) for each in lengths])
 
 
 PLACES = [
@@ -74,10 +75,11 @@ PLACES = [
     {"num_clients": 4, "serves": [(PREFILL,), (PREFILL,), (DECODE,), (DECODE,)]},
     {"num_clients": 3, "serves": [(PREFILL, DECODE), (PREFILL, DECODE), (DECODE,)]},
     {"num_clients": 2, "pipeline": Forking()},
+    {"num_clients": 4, "serves": [(PREFILL,), (PREFILL,), (DECODE,), (DECODE,)], "pipeline": Forking()},
 ]
 
 
-@pytest.mark.parametrize("place", PLACES, ids=["mixed", "front end", "apart", "partly", "forks"])
+@pytest.mark.parametrize("place", PLACES, ids=["mixed", "front end", "apart", "partly", "forks", "forks apart"])
 def test_the_longest_decode_is_a_recount(place: dict[str, Any]) -> None:
     """With preemptions, queues, hand-overs and predictions that are too short or too long."""
     num_checked = num_preemptions = 0

@@ -28,8 +28,8 @@ from mist.speculation import Speculation
 from mist.swap import SwappingResidents, SwapSpace
 from mist.testing import record_bytes, with_hints
 from mist.testing.cluster import KVLink
+from ordered import pressed
 from scenarios import problems, read
-from test_orders import pressed
 
 #: 10 bytes a token at one byte per ns
 LINK = KVLink(10, 1e9, 500)

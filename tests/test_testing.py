@@ -167,9 +167,18 @@ class Unreserved(Chunked):
         return Batch([], decode=True) if cohort.count else super().next_batch(queue, cohort, budget, now)
 
 
+class Homebound(Chunked):
+    """Decodes once it has had a prompt of its own."""
+
+    def next_batch(self, queue: Any, cohort: Any, budget: Any, now: int) -> Batch | Wait:
+        self.had_one = getattr(self, "had_one", False) or len(queue) > 0
+        return super().next_batch(queue, cohort, budget, now) if self.had_one else Wait()
+
+
 @pytest.mark.parametrize(
     ("policy", "check", "says"),
     [
+        (Homebound, "test_it_serves_decodes_that_are_handed_over", "idles with"),
         (Lazy, "test_it_serves_every_request_within_its_limits", "idles with 0 running tasks"),
         (Greedy, "test_it_serves_every_request_within_its_limits", "tokens of"),
         (Unreserved, "test_it_serves_every_request_within_its_limits", "KV blocks"),

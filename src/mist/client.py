@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from mist.batching import DECODES_ALONE, BatchingPolicy
+from mist.batching import DECODES_ALONE, BatchingPolicy, is_timing
 from mist.batching.orders.fcfs import FCFS
 from mist.engine import EngineProfile
 from mist.errors import InvariantError
@@ -97,7 +97,7 @@ class Client:
         #: room for decodes that come with a KV cache
         self.reservations = Reservations(self.residents)
         self.front_end = FrontEnd(self)
-        self._decodes_alone = getattr(batching.next_batch, DECODES_ALONE, False)
+        self._decodes_alone = getattr(batching.next_batch, DECODES_ALONE, False) and not is_timing(batching)
         self.now = 0
         self.idle = True
         self.step = Step(tokens_per_decode=1 + self.num_drafts)

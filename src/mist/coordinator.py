@@ -12,7 +12,7 @@ from functools import partial
 from mist.client import Client
 from mist.delays import Delays
 from mist.errors import InvariantError
-from mist.hand_over import Adjust, HandOver, Terms
+from mist.hand_over import HandOver, Terms
 from mist.kernel import Kernel
 from mist.lending import Lending
 from mist.network import Network
@@ -63,7 +63,9 @@ class Coordinator:
         self.views = views or Views()
         for tenant in tenants:
             tenant.ask(self.views)
-        self.handing = HandOver(kernel, network, terms or Terms(), self._decoders, self._choose, self.again)
+        terms = terms or Terms()
+        self.views.count_promises = terms.at_arrival
+        self.handing = HandOver(kernel, network, terms, self._decoders, self._choose, self.again)
         self.lending = lending
         self.in_system: dict[int, Request] = {}
         #: called with the number of requests that have left, now and then
@@ -291,7 +293,8 @@ class Coordinator:
         """The KV cache of `task` goes from `client` to one that decodes on; False: it can't, and others have them."""
         if self._turned_away(followings, client, now) or not self.handing.begin(task, followings, client, now):
             return False
-        self.views.placed(followings[0], self.clients[followings[0].branch.client])  # type: ignore[union-attr]
+        for following in followings:
+            self.views.placed(following, self.clients[following.branch.client])  # type: ignore[union-attr]
         return True
 
     def _turned_away(self, followings: Sequence[Task], client: Client, now: int) -> bool:
@@ -315,20 +318,13 @@ class Coordinator:
             raise InvariantError(f"the pipeline yielded a stage {kind!r} that it did not announce")
         return route
 
-    def _choose(
-        self, task: Task, now: int, among: Sequence[Client] | None = None, adjust: Adjust | None = None
-    ) -> Client | None:
-        """One of the clients that take such tasks now, or `among` some of them, whose views `adjust` may change.
-
-        None where there is none.
-        """
+    def _choose(self, task: Task, now: int, among: Sequence[Client] | None = None) -> Client | None:
+        """One of the clients that take such tasks now, or `among` some of them; None where there is none."""
         route = self._route(task)
         candidates = route.candidates if among is None else among
         if len(candidates) < 2:
             return candidates[0] if candidates else None
         views = self.views.of(candidates, now)
-        if adjust is not None:
-            views = [adjust(view) for view in views]
         chosen = route.router.choose(task, views, now)
         if not isinstance(chosen, ClientView) or self.clients[chosen.index] not in candidates:
             name = type(route.router).__name__

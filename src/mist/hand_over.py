@@ -6,17 +6,16 @@ reserved, and the cache is converted and sent. It never decides what runs, and k
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mist.client import Client
 from mist.kernel import Kernel
 from mist.network import Network
 from mist.records import KV_TRANSFER
-from mist.request import DECODE, PREFILL, ClientView, Stage, Task
+from mist.request import DECODE, PREFILL, Stage, Task
 from mist.residents import share_prefix
 from mist.streams import Stream, Streaming
 
@@ -48,12 +47,7 @@ class Terms:
 
 
 class Chooser(Protocol):
-    def __call__(
-        self, task: Task, now: int, among: Sequence[Client] | None = None, adjust: Adjust | None = None
-    ) -> Client | None: ...
-
-
-Adjust = Callable[[ClientView], ClientView]
+    def __call__(self, task: Task, now: int, among: Sequence[Client] | None = None) -> Client | None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +66,11 @@ class Order:
     then: Callable[[Task, int], None] | None = None
     stream: Stream | None = None
     has_arrived: bool = False
+
+    @property
+    def next(self) -> Task:
+        """Who goes on where it comes, or the prompt while that is still to begin."""
+        return self.followings[0] if self.followings else self.task
 
 
 @dataclass(slots=True, eq=False)
@@ -107,8 +106,8 @@ class HandOver:
         self._again = again
         #: all that are under way, or will be
         self.orders: dict[Order, None] = {}
-        #: by the index of a client without room: those that wait for it, first come first
-        self.awaiting: dict[int, deque[Order]] = {}
+        #: by the index of a client without room: those that wait for it, in its order
+        self.awaiting: dict[int, list[Order]] = {}
         #: under way between two dtypes
         self.converting: dict[Order, None] = {}
         #: by prefills that aren't over
@@ -134,16 +133,16 @@ class HandOver:
 
         Where nobody can be chosen now, it is as its prefill ends.
         """
-        decode = Task(task.request, Stage(DECODE), -1, task.target_tokens, now)
-        among = self._within_reach(decode, here)
-        promised = {client.index: client.reservations.num_promised for client in among}
-        there = self._choose(decode, now, among, partial(_with_promises, promised))
+        tokens, following = task.target_tokens, task.stage_index + 1  # as if its prefill were over, and it came next
+        decode = Task(task.request, Stage(DECODE), following, tokens, now, computed_tokens=tokens)
+        there = self._choose(decode, now, self._within_reach(decode, here))
         if there is None:
             then(task, now)
             return
         self.early[task] = _Early(here, there)
         there.reservations.num_promised += 1
-        if self.terms.reserves_early and not there.front_end.never_fits(task):
+        has_room_ever = there.reservations.has_room_ever(task.target_tokens)  # else its first token must be its last
+        if self.terms.reserves_early and has_room_ever and not there.front_end.never_fits(task):
             self._reserve(Order(task, here, there, queued_ns=now, then=then), now)
         else:
             then(task, now)
@@ -176,7 +175,7 @@ class HandOver:
         if early.stream is not None:
             early.stream.abandon(now)
             self._streams_of(early.here).pop(task, None)
-        queue = self.awaiting.get(early.there.index, deque())
+        queue = self.awaiting.get(early.there.index, [])
         for order in [each for each in queue if each.task is task]:
             queue.remove(order)
             del self.orders[order]
@@ -259,21 +258,21 @@ class HandOver:
         """Go on once there is room: now, or when tasks have left, whose ends can then reach others."""
         there = order.there
         self.orders[order] = None
-        queue = self.awaiting.get(there.index)
-        if not queue and self._has_reserved(order):
+        queue = self.awaiting.get(there.index, [])
+        place = bisect_right(queue, _key(order), key=_key)
+        if not place and self._has_reserved(order):
             self._go_on(order, now)
             return
-        if queue is None:
-            queue = self.awaiting[there.index] = deque()
-        queue.append(order)
+        queue.insert(place, order)
+        self.awaiting[there.index] = queue
+        there.residents.hand_over_waits((queue[0].queued_ns, _key(queue[0])))
         if not there.emits:
             there.emits = True
             self._made_to_emit.add(there)
             self._kernel.surface(there, there.waker)
 
     def _has_reserved(self, order: Order) -> bool:
-        task = order.followings[0] if order.followings else order.task
-        return order.there.reservations.make(task, order.task.target_tokens)
+        return order.there.reservations.make(order.next, order.task.target_tokens)
 
     def _go_on(self, order: Order, now: int) -> None:
         if order.followings:
@@ -289,8 +288,11 @@ class HandOver:
     def _let_in(self, client: Client, now: int) -> None:
         queue = self.awaiting.get(client.index)
         while queue and self._has_reserved(queue[0]):
-            self._go_on(queue.popleft(), now)
-        if queue is not None and not queue:
+            self._go_on(queue.pop(0), now)
+        if queue:
+            client.residents.hand_over_waits((queue[0].queued_ns, _key(queue[0])))
+        elif queue is not None:
+            client.residents.hand_over_waits(None)
             del self.awaiting[client.index]
             client.emits = client not in self._made_to_emit
             self._made_to_emit.discard(client)
@@ -319,6 +321,10 @@ class HandOver:
         self._kernel.at(now + took, is_done, order)
 
     def _send(self, order: Order, now: int) -> None:
+        if not order.followings:  # they were cancelled while it was converted
+            del self.orders[order]
+            order.here.sent(order.task)
+            return
         conversion = self._conversion(order)
         sent_as = order.there if conversion is not None and conversion.is_before else order.here
         num_bytes = order.task.computed_tokens * sent_as.kv_bytes_per_token
@@ -371,9 +377,10 @@ class HandOver:
         return broken
 
 
-def _with_promises(promised: Mapping[int, int], view: ClientView) -> ClientView:
-    num = promised[view.index]
-    return replace(view, num_outstanding=view.num_outstanding + num, num_waiting=view.num_waiting + num)
+def _key(order: Order) -> tuple[int, ...]:
+    """Its place among those that wait for the same client; the same for all where first come is first served."""
+    ranks = order.there.residents.ranks
+    return () if ranks is None else ranks.order.key(order.next)
 
 
 def _is_held_by(order: Order, clients: Sequence[Client]) -> bool:

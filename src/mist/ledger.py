@@ -14,7 +14,6 @@ import numpy as np
 from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.errors import InvariantError
-from mist.hand_over import Order
 from mist.kernel import FOREVER, Kernel
 from mist.lanes import Lane
 from mist.laws import breaches
@@ -25,8 +24,6 @@ from mist.pipeline.stages import StageList
 from mist.records import (
     CANCELLED,
     FINISHED,
-    HAND_OFF,
-    KV_SWAP,
     KV_WRITE,
     NO_CLIENT,
     PREEMPTED,
@@ -39,7 +36,7 @@ from mist.speculation import PACE_BITS, SpeculativeCohort
 from mist.streams import Streaming
 from mist.swap import SwappingResidents
 from mist.tenant import Tenant
-from mist.units import NS_PER_S
+from mist.transfer_laws import hand_over_breaches, transfer_breaches, under_way_of
 
 #: waiting tasks, or requests, above which they are recounted only every that many steps or instants
 LONG_QUEUE = 256
@@ -100,8 +97,10 @@ class Ledger:
         work: no client sleeps through what came in, unless it is next in a lane whose common step is in flight.
         """
         coordinator = self.coordinator
-        under_way, leaving = self._under_way()
+        under_way, leaving = under_way_of(coordinator, self.clients)
         self._now = now
+        for breach in hand_over_breaches(coordinator.handing, coordinator.network, self.clients):
+            self._true(False, breach)
         self._equal("arrived", coordinator.num_arrived, coordinator.num_left + len(coordinator.in_system))
         for client in self.clients:
             residents = client.residents
@@ -239,7 +238,8 @@ class Ledger:
             allowed = {client.index for route in tenant.routes.values() for client in route.clients} | {NO_CLIENT}
             elsewhere = set(np.unique(its_tasks["client"]).tolist()) - allowed
             self._true(not elsewhere, f"tenant {tenant.index} was on clients {sorted(elsewhere)}, which aren't its own")
-        self._check_transfers(tasks)
+        for breach in transfer_breaches(self.records, self.coordinator.network, self._rounding_ns):
+            self._true(False, breach)
         self._check_memories()
         if not self.coordinator.in_system:
             integral, sojourns = littles_identity(requests, int(requests["end_ns"].max(initial=0)))
@@ -298,33 +298,6 @@ class Ledger:
         as_wanted = (done[requests["request"]] == wanted)[plain]
         self._true(bool(np.all(as_wanted)), "computed and found tokens of a request are not those of its prompt")
 
-    def _check_transfers(self, tasks: dict[str, np.ndarray]) -> None:
-        """transfers: none beats its path; a decode goes on elsewhere only with its KV cache."""
-        rows = self.records.transfers.as_columns()
-        network = self.coordinator.network
-        for sender, receiver in np.unique(np.stack((rows["sender"], rows["receiver"])), axis=1).T.tolist():
-            mine = (rows["sender"] == sender) & (rows["receiver"] == receiver) & (rows["end_ns"] >= 0)
-            path = network.path(sender, receiver)
-            slowest = min((channel.rated_per_s for channel in path.channels), default=np.inf)
-            took = (rows["end_ns"] - rows["start_ns"])[mine] - path.latency_ns
-            least = rows["bytes"][mine] / slowest * NS_PER_S - self._rounding_ns
-            self._true(bool(np.all(took >= least)), f"a transfer from {sender} to {receiver} beats its path")
-        came = set(zip(*(rows[name].tolist() for name in ("request", "receiver", "end_ns")), strict=True))
-        came |= set(
-            zip(*(tasks[name].tolist() for name in ("request", "client", "end_ns")), strict=True)
-        )  # or was here
-        kinds = self.records.stage_kinds
-        on = (tasks["join_step"] >= 0) & (tasks["kind"] == (kinds.index(DECODE) if DECODE in kinds else -1))
-        on &= tasks["computed_tokens"] + tasks["cached_tokens"] == 0
-        went = set(zip(*(tasks[name][on].tolist() for name in ("request", "client", "queued_ns")), strict=True))
-        self._true(went <= came, f"decodes went on without their KV cache: {sorted(went - came)[:3]}")
-        swaps = rows["kind"] == KV_SWAP
-        out, back = (
-            Counter(zip(rows["request"][way].tolist(), rows["bytes"][way].tolist(), strict=True))
-            for way in (swaps & (rows["receiver"] < 0), swaps & (rows["sender"] < 0))
-        )
-        self._true(back <= out, f"more came back than was swapped out: {(back - out).most_common(3)}")
-
     def _check_memories(self) -> None:
         """memories: all that was to be fetched was sent, or will be, and all that a tier got was written to it."""
         rows = self.records.transfers.as_columns()
@@ -358,34 +331,6 @@ class Ledger:
             self._true(
                 pending <= under_way, f"{name}: {pending} bytes can't be found, and {under_way} are on their way"
             )
-
-    def _under_way(self) -> tuple[list[int], list[int]]:
-        """Transfers that tasks wait for on their way to each client, and KV caches on their way from each."""
-        to, leaving = [0] * len(self.clients), [0] * len(self.clients)
-        for client in self.clients:
-            if client.offload is not None:
-                to[client.index] = sum(task in client.front_end.incoming for task in client.offload.tasks)
-        for transfer in self.coordinator.network.in_flight:
-            if transfer.receiver >= 0 and transfer.kind == HAND_OFF:
-                expected = self.clients[transfer.receiver].front_end.incoming
-                to[transfer.receiver] += sum(part in expected for part in transfer.argument)
-        handing = self.coordinator.handing
-        for order in self._orders():
-            if not order.followings and order.then is not None:
-                to[order.here.index] += 1  # its prompt waits for room where it will be decoded
-                continue
-            to[order.there.index] += sum(task in order.there.front_end.incoming for task in order.followings)
-            leaving[order.here.index] += not order.has_arrived
-            if order not in handing.awaited and order.followings:
-                told = f"{order.there.name}: request {order.task.request.index} comes, and there is no room for it"
-                self._true(order.followings[0] in order.there.reservations.blocks, told)
-        return to, leaving
-
-    def _orders(self) -> set[Order]:
-        """KV caches that wait for room, are converted or are on a link."""
-        handing, in_flight = self.coordinator.handing, self.coordinator.network.in_flight
-        moving = {transfer.argument for transfer in in_flight if isinstance(transfer.argument, Order)}
-        return handing.awaited | handing.converting.keys() | moving
 
     def _check_cohort(self, client: Client) -> None:
         cohort, residents = client.residents.cohort, client.residents

@@ -37,6 +37,7 @@ class Lending:
             return chosen
         pending = _pending(chosen)
         lenders = [client for client in decoders if pending > self.thresholds.get(client.index, pending)]
+        lenders = [client for client in lenders if not client.front_end.never_fits(task)]
         if not lenders:
             return chosen
         lent = [client for client in lenders if client.index in self._since_ns]

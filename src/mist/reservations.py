@@ -26,6 +26,11 @@ class Reservations:
         #: of the blocks, what engines that reserve the output keep free for it besides
         self._promised: dict[Task, int] = {}
 
+    def has_room_ever(self, num_tokens: int) -> bool:
+        """Whether a context of `num_tokens` and its next token fit here at all, alone."""
+        kv = self._residents.kv
+        return self._blocks_for(num_tokens) + kv.watermark_blocks <= kv.num_blocks
+
     def make(self, task: Task, num_tokens: int) -> bool:
         """Reserve room for a context of `num_tokens`; False, and nothing has changed, where there is none now.
 
@@ -38,7 +43,7 @@ class Reservations:
             return False
         if any(each not in self.blocks for each in who.handed_over):
             return False
-        needed = kv.blocks_for(num_tokens + cohort.tokens_per_decode)
+        needed = self._blocks_for(num_tokens)
         if cohort.num_new_blocks() + needed + kv.watermark_blocks > kv.available or not who.keeps_promises(task):
             return False
         kv.take(needed)
@@ -104,6 +109,9 @@ class Reservations:
     def are_here(self) -> bool:
         """Whether a decode waits that has room."""
         return bool(self.blocks) and any(task in self.blocks for task in self._residents.handed_over)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return self._residents.kv.blocks_for(num_tokens + self._residents.cohort.tokens_per_decode)
 
     def _end(self, task: Task) -> int:
         self._residents.promised -= self._promised.pop(task, 0)

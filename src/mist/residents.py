@@ -28,9 +28,10 @@ class Residents:
     """
 
     __slots__ = (
-        "_admissions", "_fetches_since_ns", "_first_to_fetch", "_generates", "_grown", "_has_preempted", "_promises",
-        "_scheduled", "cohort", "handed_over", "kv", "num_preemptions", "on_loss", "on_preempt", "pending_tokens",
-        "prefilling_tasks", "prefixes", "promised", "ranks", "reserves_output", "running", "sending", "waiting",
+        "_admissions", "_fetches_since_ns", "_first_to_fetch", "_generates", "_grown", "_hand_over", "_has_preempted",
+        "_promises", "_scheduled", "cohort", "handed_over", "kv", "num_preemptions", "on_loss", "on_preempt",
+        "pending_tokens", "prefilling_tasks", "prefixes", "promised", "ranks", "reserves_output", "running", "sending",
+        "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -69,6 +70,8 @@ class Residents:
         self.on_loss: Callable[[Task], bool] | None = None
         self._first_to_fetch: Task | None = None
         self._fetches_since_ns = -1
+        #: since when, and with which key, the first KV cache waits elsewhere for room here
+        self._hand_over: tuple[int, tuple[int, ...]] | None = None
         self._grown = False
         self._has_preempted = False
         self._scheduled: dict[int, int] = {}
@@ -125,6 +128,8 @@ class Residents:
     def admit(self, task: Task, max_tokens: int, *, whole: bool = False) -> int:
         """Admit a waiting task with its first chunk; the chunk's tokens, or 0 and nothing has changed."""
         if self._has_preempted or (self._first_to_fetch is not None and self.comes_after_a_fetch(task)):
+            return 0
+        if self._hand_over is not None and self._comes_after(task, *self._hand_over):
             return 0
         if self.ranks is not None and self.running and self.handed_over and self.handed_over[0].rank < task.rank:
             return 0  # the room that comes back is for that one
@@ -199,6 +204,18 @@ class Residents:
         if self.ranks is not None:
             return self.ranks.of(first) < task.rank
         return task.queued_ns > self._fetches_since_ns and not task.request.num_preemptions
+
+    def hand_over_waits(self, first: tuple[int, tuple[int, ...]] | None) -> None:
+        """Since when, and with which key, the first KV cache waits elsewhere for room here; None: none does."""
+        self._hand_over = first
+
+    def _comes_after(self, task: Task, since_ns: int, key: tuple[int, ...]) -> bool:
+        """Whether `task` would take the room that an earlier one waits for; nobody has to while nothing runs."""
+        if not self.running:
+            return False
+        if self.ranks is not None:
+            return key < task.rank[:-1]
+        return task.queued_ns > since_ns and not task.request.num_preemptions
 
     def comes_before(self, waiting: Task, handed_over: Task) -> bool:
         """Whether `waiting` is to be admitted before a decode that was handed over."""

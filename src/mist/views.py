@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import copy
+from dataclasses import replace
 
 from mist.client import Client
 from mist.forecast import LongestDecode, Prices, predicted_tokens, true_tokens
@@ -25,6 +26,8 @@ class Views:
 
     def __init__(self, refresh_ns: int = 0) -> None:
         self._refresh_ns = refresh_ns
+        #: whether decodes are promised to clients while their prompts are under way elsewhere
+        self.count_promises = False
         self._outlooks: dict[int, _Outlook] = {}
         #: by performance model, which the replicas of a pool have in common
         self._prices: dict[int, Prices] = {}
@@ -44,7 +47,7 @@ class Views:
         """The views of `clients`, in their order."""
         if self._refresh_ns:
             return [self._last(client, now // self._refresh_ns) for client in clients]
-        if self._outlooks:
+        if self._outlooks or self.count_promises:
             return [self._fresh(client) for client in clients]
         return [client.refresh_view() for client in clients]
 
@@ -57,6 +60,8 @@ class Views:
         view = client.refresh_view()
         if outlook := self._outlooks.get(client.index):
             outlook.fill(view)
+        if num := client.reservations.num_promised:
+            view = replace(view, num_outstanding=view.num_outstanding + num, num_waiting=view.num_waiting + num)
         return view
 
     def _last(self, client: Client, period: int) -> ClientView:
@@ -97,7 +102,7 @@ class _Outlook:
         if self._counts_decodes or self._prices is not None:
             residents, incoming = self._client.residents, self._client.front_end.incoming
             coming = [*residents.handed_over, *(task for task in incoming if not task.remaining_tokens)]
-            view.num_decodes = residents.cohort.count + len(coming)
+            view.num_decodes = residents.cohort.count + len(coming) + self._client.reservations.num_promised
             if self._prices is not None:
                 context = residents.cohort.sum_context + sum(task.target_tokens for task in coming)
                 self._prices.fill(view, view.num_decodes, context)

@@ -98,7 +98,8 @@ class BatchingPolicy(Protocol):
 
     One that takes tasks from the front of the queue may have a field `order` (`mist.batching.orders`), which the
     client then keeps; without it, first come is first served. A class attribute `serves` names the stage kinds that it
-    can serve, where these aren't all; one `reserves_output`, a bool, goes before that of the engine's profile.
+    can serve, where these aren't all; one `reserves_output`, a bool, goes before that of the engine's profile;
+    `times_steps`, a bool, has it asked before every step, whatever is marked.
     """
 
     max_num_seqs: int
@@ -117,6 +118,11 @@ def decodes_alone(next_batch: Decision) -> Decision:
     """
     setattr(next_batch, DECODES_ALONE, True)
     return next_batch
+
+
+def is_timing(policy: BatchingPolicy) -> bool:
+    """Whether `policy` tells how long steps take by when it is asked."""
+    return bool(getattr(policy, "times_steps", False))
 
 
 def admit_whole(queue: Queue, budget: Budget, max_num_seqs: int, max_tokens: int) -> list[tuple[Task, int]]:

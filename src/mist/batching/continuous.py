@@ -44,6 +44,11 @@ class Continuous:
         if self.delay_factor < 0 or self.max_queue_delay_ms < 0:
             raise ValueError("delay_factor and max_queue_delay_ms must be at least 0")
 
+    @property
+    def times_steps(self) -> bool:
+        """Whether it has to be asked before each step: one of decodes must not count for the prefill before it."""
+        return self.delay_factor > 0
+
     @decodes_alone
     def next_batch(self, queue: Queue, cohort: CohortView, budget: Budget, now: int) -> Batch | Wait:
         held_until = self._held_until(queue, budget, now) if self.delay_factor or self.max_queue_delay_ms else 0

@@ -16,6 +16,7 @@ from mist.hand_over import Conversion, Terms
 from mist.metrics import ClientInfo
 from mist.request import DECODE, PREFILL
 from mist.scenario.named import Located, Section
+from mist.scenario.unserved import unserved
 from mist.streams import Streaming
 from mist.units import NS_PER_S
 
@@ -114,9 +115,15 @@ def lending_conflicts(scenario: Scenario) -> Iterator[Located]:
         if DECODE not in pool.serves:
             message = f"{name} takes prompts while it is lent, and decodes what it computes"
             yield ("clients", name, "lending"), Problem(message, hint="add decode to serves, or leave lending out")
-        if not any(PREFILL in other.serves and other.lending is None for other in scenario.pools.values()):
-            message = "nobody takes prompts as long as nobody is lent"
-            yield ("clients", name, "lending"), Problem(message, hint="let another client serve prefill")
+        elif any(unserved(pool.batching, [PREFILL])):
+            message = f"{name} computes prompts while it is lent, and {pool.batching.name} computes none"
+            yield ("clients", name, "batching"), Problem(message, hint="take chunked or mixed, or leave lending out")
+    for tenant, section in scenario.tenants.items():
+        takers = scenario.clients_of(tenant, PREFILL) if PREFILL in section.stages else {}
+        lent = [name for name in takers if name in scenario.pools and scenario.pools[name].lending is not None]
+        if lent and len(lent) == len(takers):
+            message = f"nobody takes prompts{f' of {tenant}' if tenant else ''} as long as nobody is lent"
+            yield ("clients", lent[0], "lending"), Problem(message, hint="let another client serve prefill")
 
 
 def hand_over_conflicts(scenario: Scenario) -> Iterator[Located]:

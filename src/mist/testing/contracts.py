@@ -38,7 +38,7 @@ from mist.request import (
     Wait,
 )
 from mist.routing import RoutingPolicy
-from mist.testing.cluster import Run, SmallScenario, random_scenario, record_bytes, with_hints
+from mist.testing.cluster import KVLink, Run, SmallScenario, random_scenario, record_bytes, with_hints
 from mist.units import GB, GIB, NS_PER_S
 
 #: A run of a small scenario that isn't over by then (tens of thousands of steps) will never be.
@@ -130,6 +130,21 @@ class BatchingContract:
     def test_it_serves_every_request_within_its_limits(self) -> None:
         for seed in range(self.num_scenarios):
             _all_leave(self._play(random_scenario(seed)), f"random_scenario({seed})")
+
+    def test_it_serves_decodes_that_are_handed_over(self) -> None:
+        """They join what runs without passing its queue; it decodes for them, and computes again who was preempted."""
+        if DECODE not in getattr(self.policy(max_num_seqs=9, max_num_batched_tokens=9), "serves", (DECODE,)):
+            return
+        for seed in range(self.num_scenarios):
+            clients = iter((Chunked, lambda **limits: _Checked(self.policy(**limits))))
+            run = random_scenario(seed).play(
+                lambda clients=clients, **limits: next(clients)(**limits),
+                num_clients=2,
+                serves=[(PREFILL,), (DECODE,)],
+                nic=KVLink(bytes_per_token=8, bytes_per_s=1e9),
+                until_ns=LIVELOCK_NS,
+            )
+            _all_leave(run, f"random_scenario({seed})")
 
     def test_the_same_scenario_gives_the_same_records(self) -> None:
         for seed in range(self.num_scenarios // 4):
