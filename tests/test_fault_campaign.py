@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mist.availability.events import Down, Event, Events, LinkChange, Up
+from mist.availability.outages import FAIL, RETRY, Outages, Replica
+from mist.availability.scaling import Pool, Rule, Scaling
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
 from mist.batching.orders.priority import Priority
 from mist.batching.static import Static
 from mist.client import Client
 from mist.coordinator import Coordinator
-from mist.events import Down, Event, Events, LinkChange, Up
 from mist.fabric import Path
 from mist.hand_over import Conversion, Terms
 from mist.kernel import Kernel
@@ -31,7 +33,6 @@ from mist.memory.hierarchy import Hierarchy
 from mist.memory.tier import MemoryTier, Tier
 from mist.network import Network
 from mist.offload import Memory, Offload
-from mist.outages import FAIL, RETRY, Outages, Replica
 from mist.pipeline import RequestRandom
 from mist.records import CANCELLED, DONE, FINISHED, REJECTED, STATUSES, TIMED_OUT, UNFINISHED
 from mist.request import DECODE, NO_DEADLINE, PREFILL, All, FirstOf, Pipeline, Request, Stage
@@ -39,7 +40,6 @@ from mist.routing.join_shortest_queue import JoinShortestQueue
 from mist.routing.least_outstanding import LeastOutstanding
 from mist.routing.prefix_affinity import PrefixAffinity
 from mist.routing.round_robin import RoundRobin
-from mist.scaling import Pool, Rule, Scaling
 from mist.sharing import Channel
 from mist.speculation import Speculation
 from mist.tenant import Patience

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from kit import rows
+from mist.availability.events import Down, Event, Events, LinkChange, Up
+from mist.availability.laws import breaches
+from mist.availability.outages import FAIL, Outages, Replica
+from mist.availability.scaling import Pool, Rule, Scaling
 from mist.batching.chunked import Chunked
 from mist.coordinator import Coordinator
-from mist.events import Down, Event, Events, LinkChange, Up
 from mist.hand_over import Conversion, Terms
-from mist.laws import breaches
-from mist.outages import FAIL, Outages, Replica
 from mist.records import CANCELLED, DRAINING, FINISHED, LOST, REJECTED, STARTING, TIMED_OUT, UP
 from mist.request import NO_DEADLINE, ClientView, Task
 from mist.routing.least_outstanding import LeastOutstanding
-from mist.scaling import Pool, Rule, Scaling
 from mist.tenant import Patience
 from mist.testing.cluster import KVLink, LinearSteps, Run, play, table
 

@@ -10,17 +10,17 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from mist.availability.events import Down, Event, Events, LinkChange, Up
+from mist.availability.outages import RETRY, Outages, Replica
+from mist.availability.scaling import Pool as Elastic
+from mist.availability.scaling import Rule, Scaling
 from mist.coordinator import Coordinator
 from mist.errors import ScenarioError, nearest
-from mist.events import Down, Event, Events, LinkChange, Up
 from mist.fabric import Fabric, PlainLinks
 from mist.metrics.words import counted
 from mist.network import HOST, Network
-from mist.outages import RETRY, Outages, Replica
 from mist.records import CANCELLED, CLIENT_STATES, LOST, TIMED_OUT, Records
 from mist.request import NO_DEADLINE
-from mist.scaling import Pool as Elastic
-from mist.scaling import Rule, Scaling
 from mist.scenario.clients import Pool
 from mist.scenario.events import EventSection
 from mist.scenario.fleet import Fleet

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from mist.outages import Outages, Replica
+from mist.availability.outages import Outages, Replica
 from mist.units import NS_PER_S
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mist.availability.outages import RETRY, Outages, Replica
 from mist.kernel import Kernel
-from mist.outages import RETRY, Outages, Replica
 from mist.sharing import Channel, Sharing
 
 #: what is left of a link that is cut: less than any run sees, and more than nothing, by which one can't divide
