@@ -203,7 +203,11 @@ class Campaign:
         found: list[Event] = []
         for _ in range(rng.randint(0, 8)):
             at, name = rng.randint(0, HORIZON), rng.choice(names)
-            found.append(Down(at, name, rng.choice([RETRY, RETRY, FAIL])))
+            on_loss = rng.choice([RETRY, RETRY, FAIL])
+            if rng.random() < 0.3:
+                found.append(Down(at, name, on_loss, at + rng.choice([1, 100, rng.randint(1, 20_000)])))
+                continue
+            found.append(Down(at, name, on_loss))
             if rng.random() < 0.85:
                 found.append(Up(at + rng.choice([0, 1, 100, rng.randint(1, 20_000)]), name))
         if "nic" in self.options:
@@ -225,6 +229,8 @@ class Campaign:
         by_kind: dict[tuple[str, ...], list[Replica]] = {}
         for replica in replicas:
             by_kind.setdefault(replica.clients[0].serves, []).append(replica)
+        for tenant in coordinator.tenants:
+            tenant.deadline_after_ns = rng.choice([NO_DEADLINE, 500, 20_000])
         pools = []
         for members in by_kind.values():
             if rng.random() < 0.5:
@@ -232,7 +238,8 @@ class Campaign:
             most = len(members)
             first = rng.randint(1, most)
             schedule = [(rng.randint(0, HORIZON), rng.randint(1, most)) for _ in range(rng.randint(0, 4))]
-            rule = Rule(rng.choice(["queue", "wait_s"]), rng.choice([0.0, 1e-6, 2.0]), 1e-7, rng.randint(200, 3000))
+            measure = rng.choice(["queue", "wait_s", "deadline_share"])
+            rule = Rule(measure, rng.choice([0.0, 1e-6, 2.0]), 1e-7, rng.randint(200, 3000))
             pools.append(Pool(members, first, 1, rng.choice([0, 500]), schedule, rule if rng.random() < 0.5 else None))
         Scaling(made.outages, pools, lambda: coordinator.num_left == total).start()
 
