@@ -89,6 +89,22 @@ def test_scaling_that_makes_no_sense_is_refused(scaling: dict[str, Any], told: s
     assert told in refused(clients={"gpu": {**GPU, "count": 2, "scaling": scaling}})
 
 
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        ({"clients.gpu.order": "fcfs"}, "it is a key of a batching policy: batching: {chunked: {order: ...}}"),
+        ({"clients.gpu.block_size": 16}, "it is a key of kv_cache: {block_size: ...}"),
+        ({"num_requests": 3}, "it is a key of workload: {num_requests: ...}"),
+        ({"routing": "least_loaded"}, "its keys: measure (one of outstanding, waiting, pending_prefill_tokens"),
+        ({"routing": {"prefill": {"least_loaded": "most"}}}, "must be one of 'outstanding', 'waiting'"),
+    ],
+)
+def test_what_is_wrong_is_told_with_a_remedy(sets: dict[str, Any], told: str) -> None:
+    with pytest.raises(ScenarioError) as caught:
+        load(scenario(), **sets)
+    assert told in str(caught.value)
+
+
 # --- what a result tells ---
 
 

@@ -45,7 +45,7 @@ class RuleSection(Section):
     wait_s: Thresholds | None = None
     """for how long whoever waits longest has"""
     deadline_share: Thresholds | None = None
-    """how much of the time to the deadline of its first token has passed for whoever waits, at most; 1: all of it"""
+    """how much of the time to the deadline of its first token has passed, the most of those that wait; 1: all"""
     every_s: Annotated[float, Field(ge=1e-3, le=MAX_SECONDS)] = 15.0
     """seconds from one look to the next"""
     step: Annotated[int, Field(ge=1, le=100_000)] = 1
