@@ -29,7 +29,6 @@ from pydantic import (
     create_model,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from mist import registry
@@ -378,8 +377,9 @@ def _in_words(error: Any, model: type[Section]) -> InitErrorDetails:
     else:
         ctx = error.get("ctx", {})
         message = f"must be {wanted(ctx) if callable(wanted) else wanted}, not {short(given)}"
-    told = kind == "literal_error" and not model.model_fields[str(loc[0])].description
-    return _details(message, "" if told else _hint(model, loc), loc, given)
+    # the message has the choices, which is all that is known of a parameter
+    says_all = kind == "literal_error" and bool(loc) and not model.model_fields[str(loc[0])].description
+    return _details(message, "" if says_all else _hint(model, loc), loc, given)
 
 
 def _elsewhere(model: type[Section], key: str) -> str:
@@ -414,14 +414,11 @@ def _hint(model: type[Section], loc: tuple[str | int, ...]) -> str:
 
 def _field_in_words(model: type[Section], name: str) -> str:
     field = model.model_fields[name]
-    choices = f" (one of {', '.join(map(str, get_args(field.annotation)))})" if _is_choice(field) else ""
-    text = f"{name}: {field.description}" if field.description else f"{name}{choices if field.is_required() else ''}"
+    text = f"{name}: {field.description}" if field.description else name
+    if field.is_required() and get_origin(field.annotation) is Literal:
+        text += f" (one of {', '.join(map(str, get_args(field.annotation)))})"
     plain = isinstance(field.default, _PLAIN) and not field.is_required() and field.default is not None
     return f"{text} (default {short(field.default)})" if plain else text
-
-
-def _is_choice(field: FieldInfo) -> bool:
-    return get_origin(field.annotation) is Literal
 
 
 def short(value: Any) -> str:
