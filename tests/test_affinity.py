@@ -58,6 +58,17 @@ def test_requests_of_no_session_go_by_load() -> None:
     assert [router.choose(turn_of(-1), views(*n), 0).index for n in ((1, 0), (0, 1), (1, 0))] == [1, 0, 1]
 
 
+@pytest.mark.parametrize(("weight", "there"), [(0.0, 0), (0.5, 0), (2.0, 0), (2.01, 1), (9.0, 1)])
+def test_work_that_waits_is_held_against_the_session(weight: float, there: int) -> None:
+    """Client 0 has 60 tokens of the session, and 50 wait there; elsewhere, 20: a tie at a weight of 2."""
+    router = SessionAffinity(load_weight=weight)
+    first, second = turn_of(7), turn_of(7)
+    first.target_tokens, second.target_tokens = 60, 90
+    assert router.choose(first, views(0, 0, 0, pending=(0, 9, 9)), 0).index == 0
+    assert router.choose(second, views(0, 9, 0, pending=(50, 20, 30)), 0).index == there
+    assert router.choose(turn_of(7), views(0, 0, 0), 0).index == there
+
+
 # --- prefixes ---
 
 
@@ -128,5 +139,6 @@ def test_what_is_remembered_is_a_prefix_whatever_was_forgotten() -> None:
 def test_parameters_out_of_range_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         PrefixAffinity(**changes)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="max_num_outstanding"):
-        SessionAffinity(max_num_outstanding=0)
+    for wrong in ({"max_num_outstanding": 0}, {"load_weight": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            SessionAffinity(**wrong)  # type: ignore[arg-type]

@@ -337,6 +337,7 @@ def test_what_it_resolves_to_reads_back() -> None:
         ({"sub_agents": -1}, "sub_agents is -1"),
         ({"sub_agents": 2, "fan_out": 1.5}, "fan_out is 1.5"),
         ({"fan_out_turns": [2]}, "fan_out_turns are turns"),
+        ({"turns": 3, "sub_agents": 2, "fan_out_turns": [1, 3]}, "turn 3, the last, answers: give turns below 3"),
         ({"tool_stage": "decode"}, "tool_stage is 'decode'"),
         ({"hash_block_size": 0}, "hash_block_size is 0"),
     ],

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mist.availability.events import Down, Event, Events, LinkChange, Up
+from mist.availability.outages import FAIL, RETRY, Outages, Replica
+from mist.availability.scaling import Pool, Rule, Scaling
 from mist.batching.chunked import Chunked
 from mist.batching.continuous import Continuous
 from mist.batching.orders.priority import Priority
 from mist.batching.static import Static
 from mist.client import Client
 from mist.coordinator import Coordinator
-from mist.events import Down, Event, Events, LinkChange, Up
 from mist.fabric import Path
 from mist.hand_over import Conversion, Terms
 from mist.kernel import Kernel
@@ -31,7 +33,6 @@ from mist.memory.hierarchy import Hierarchy
 from mist.memory.tier import MemoryTier, Tier
 from mist.network import Network
 from mist.offload import Memory, Offload
-from mist.outages import FAIL, RETRY, Outages, Replica
 from mist.pipeline import RequestRandom
 from mist.records import CANCELLED, DONE, FINISHED, REJECTED, STATUSES, TIMED_OUT, UNFINISHED
 from mist.request import DECODE, NO_DEADLINE, PREFILL, All, FirstOf, Pipeline, Request, Stage
@@ -39,7 +40,6 @@ from mist.routing.join_shortest_queue import JoinShortestQueue
 from mist.routing.least_outstanding import LeastOutstanding
 from mist.routing.prefix_affinity import PrefixAffinity
 from mist.routing.round_robin import RoundRobin
-from mist.scaling import Pool, Rule, Scaling
 from mist.sharing import Channel
 from mist.speculation import Speculation
 from mist.tenant import Patience
@@ -203,7 +203,11 @@ class Campaign:
         found: list[Event] = []
         for _ in range(rng.randint(0, 8)):
             at, name = rng.randint(0, HORIZON), rng.choice(names)
-            found.append(Down(at, name, rng.choice([RETRY, RETRY, FAIL])))
+            on_loss = rng.choice([RETRY, RETRY, FAIL])
+            if rng.random() < 0.3:
+                found.append(Down(at, name, on_loss, at + rng.choice([1, 100, rng.randint(1, 20_000)])))
+                continue
+            found.append(Down(at, name, on_loss))
             if rng.random() < 0.85:
                 found.append(Up(at + rng.choice([0, 1, 100, rng.randint(1, 20_000)]), name))
         if "nic" in self.options:
@@ -225,6 +229,8 @@ class Campaign:
         by_kind: dict[tuple[str, ...], list[Replica]] = {}
         for replica in replicas:
             by_kind.setdefault(replica.clients[0].serves, []).append(replica)
+        for tenant in coordinator.tenants:
+            tenant.deadline_after_ns = rng.choice([NO_DEADLINE, 500, 20_000])
         pools = []
         for members in by_kind.values():
             if rng.random() < 0.5:
@@ -232,7 +238,8 @@ class Campaign:
             most = len(members)
             first = rng.randint(1, most)
             schedule = [(rng.randint(0, HORIZON), rng.randint(1, most)) for _ in range(rng.randint(0, 4))]
-            rule = Rule(rng.choice(["queue", "wait_s"]), rng.choice([0.0, 1e-6, 2.0]), 1e-7, rng.randint(200, 3000))
+            measure = rng.choice(["queue", "wait_s", "deadline_share"])
+            rule = Rule(measure, rng.choice([0.0, 1e-6, 2.0]), 1e-7, rng.randint(200, 3000))
             pools.append(Pool(members, first, 1, rng.choice([0, 500]), schedule, rule if rng.random() < 0.5 else None))
         Scaling(made.outages, pools, lambda: coordinator.num_left == total).start()
 

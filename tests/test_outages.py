@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 from kit import rows
+from mist.availability.events import Down, Event, Events, LinkChange, Up
+from mist.availability.laws import breaches
+from mist.availability.outages import FAIL, Outages, Replica
+from mist.availability.scaling import Pool, Rule, Scaling
 from mist.batching.chunked import Chunked
 from mist.coordinator import Coordinator
-from mist.events import Down, Event, Events, LinkChange, Up
 from mist.hand_over import Conversion, Terms
-from mist.laws import breaches
-from mist.outages import FAIL, Outages, Replica
-from mist.records import CANCELLED, DRAINING, FINISHED, LOST, REJECTED, STARTING, TIMED_OUT, UP
+from mist.kernel import FOREVER
+from mist.records import CANCELLED, DOWN, FINISHED, LOST, OFF, REJECTED, STARTING, TIMED_OUT, UP
 from mist.request import NO_DEADLINE, ClientView, Task
 from mist.routing.least_outstanding import LeastOutstanding
-from mist.scaling import Pool, Rule, Scaling
 from mist.tenant import Patience
 from mist.testing.cluster import KVLink, LinearSteps, Run, play, table
 
@@ -248,7 +249,45 @@ def test_a_rule_follows_the_queue() -> None:
     result = play(workload, perf=STEPS, num_clients=2, disturb=disturb, policy=lambda: Chunked(max_num_seqs=1))
     assert set(column(result, "requests", "status")) == {FINISHED}
     changes = list(zip(column(result, "changes", "state"), column(result, "changes", "time_ns"), strict=True))
-    assert changes[:3] == [(DRAINING, 0), (STARTING, 100), (UP, 150)]
+    assert changes[:3] == [(OFF, 0), (STARTING, 100), (UP, 150)]
+
+
+@pytest.mark.parametrize(("deadline_ms", "starts"), [(1, 600_000), (4, 2_200_000), (None, None)])
+def test_a_rule_follows_the_deadline(deadline_ms: int | None, starts: int | None) -> None:
+    """The second waits from 0 on while the first decodes: its share passes 0.5 at the first look after the half."""
+    rule = Rule("deadline_share", above=0.5, below=0.0, every_ns=200_000)
+    disturb = scaled({"initial_count": 1, "start_up_ns": 50, "rule": rule})
+    workload = table([0] * 4, [10] * 4, [50_000] * 4)
+    if deadline_ms is not None:
+        workload.sizes = {"deadline_ms": np.full(4, deadline_ms)}
+    result = play(workload, perf=STEPS, num_clients=2, disturb=disturb, policy=lambda: Chunked(max_num_seqs=1))
+    changes = result.records.changes.as_columns()
+    assert changes["time_ns"][changes["state"] == STARTING].tolist() == ([] if starts is None else [starts])
+    if starts is not None and deadline_ms is not None:
+        cause = result.records.causes[changes["cause"][changes["state"] == STARTING][0]]
+        assert cause == f"rule: deadline_share {starts / (deadline_ms * 1e6):.3g} > 0.5"
+
+
+def test_who_has_a_token_is_past_the_deadline_of_the_first() -> None:
+    """A replica is lost at 450: its decode waits for long on the other one, and no third is wanted for it."""
+    rule = Rule("deadline_share", above=0.5, below=0.0, every_ns=100)
+    disturb = scaled({"initial_count": 2, "rule": rule}, Down(450, "gpu-1"))
+    workload = table([0] * 2, [10] * 2, [20_000, 20_000])
+    workload.sizes = {"deadline_ms": np.full(2, 1)}
+    result = play(workload, perf=STEPS, num_clients=3, router=LeastOutstanding(), disturb=disturb,
+                  policy=lambda: Chunked(max_num_seqs=1), until_ns=1_900_000)  # fmt: skip
+    assert STARTING not in column(result, "changes", "state")
+    assert column(result, "changes", "client").count(2) == 1
+
+
+@pytest.mark.parametrize(("ends", "back"), [((900, 600), 900), ((600, 900), 900), ((600, None), None)])
+def test_outages_that_overlap(ends: tuple[int | None, ...], back: int | None) -> None:
+    """From 450 and from 500 on: the client is there again when both are over."""
+    lasting = zip((450, 500), ends, strict=True)
+    downs = [Down(at, "gpu-0", until_ns=FOREVER if end is None else end) for at, end in lasting]
+    result = run(table([0, 2000], [10, 10], [6, 6]), *downs, num_clients=2)
+    changes = list(zip(column(result, "changes", "state"), column(result, "changes", "time_ns"), strict=True))
+    assert changes == [(DOWN, 450), *([] if back is None else [(UP, back)])]
 
 
 # --- laws ---

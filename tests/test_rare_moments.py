@@ -9,10 +9,10 @@ import pytest
 
 import test_offload
 from kit import rows
+from mist.availability.events import Down, Up
 from mist.batching.chunked import Chunked
 from mist.batching.orders.priority import Priority
 from mist.client import Client
-from mist.events import Down, Up
 from mist.memory.tier import BACK, MemoryTier
 from mist.pipeline import RequestRandom
 from mist.pipeline.agent import Agent

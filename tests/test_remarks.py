@@ -84,3 +84,38 @@ def test_a_rate_of_another_machine(own: dict[str, Any], num_remarks: int) -> Non
         == ["index: its rate with 4 bits is of another machine than that with 8, so the two can't be compared."]
         * num_remarks
     )
+
+
+@pytest.mark.parametrize(
+    ("sections", "remark"),
+    [
+        ({"routing": {"decode": "random"}},
+         "routing.decode: decodes stay where their prefills were, so random changes nothing."),
+        ({"routing": "random"}, ""),
+        ({"routing": {"prefill": "random"}}, ""),
+        ({"routing": {"decode": "random"}, "events": [{"at_s": 1, "client_down": "gpu-0"}]}, ""),
+        ({"routing": {"decode": "random"},
+          "clients": {"a": {**GPU, "serves": ["prefill"]}, "b": {**GPU, "serves": ["decode"], "count": 2}}}, ""),
+    ],
+)  # fmt: skip
+def test_a_policy_for_decodes_that_are_never_routed(sections: dict[str, Any], remark: str) -> None:
+    clients = {"gpu": {**GPU, "count": 2}}
+    assert told("routing.decode", **{"clients": clients, **sections}) == ([remark] if remark else [])
+
+
+def test_scaling_by_nothing() -> None:
+    remark = "clients.gpu.scaling has neither a schedule nor a rule: 1 of 3 replicas serve all the time."
+    assert told("scaling", clients={"gpu": {**GPU, "count": 3, "scaling": {}}}) == [remark]
+    assert not told("scaling", clients={"gpu": {**GPU, "scaling": {"schedule": [{"at_s": 1, "count": 1}]}}})
+
+
+def test_clients_that_come_up_and_are_up() -> None:
+    events = [
+        {"at_s": 9, "client_up": "gpu-0"}, {"at_s": 1, "client_down": "gpu"}, {"at_s": 2, "client_up": "gpu-1"},
+        {"at_s": 3, "client_up": "gpu"}, {"at_s": 4, "client_down": "gpu-1", "for_s": 2},
+        {"at_s": 7, "client_up": "gpu-1"},
+    ]  # fmt: skip
+    assert told("client_up", clients={"gpu": {**GPU, "count": 2}}, events=events) == [
+        "events.5: gpu-1 isn't down at 7 s, so client_up changes nothing.",
+        "events.0: gpu-0 isn't down at 9 s, so client_up changes nothing.",
+    ]

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mist.availability.laws import breaches
 from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.errors import InvariantError
 from mist.kernel import FOREVER, Kernel
 from mist.lanes import Lane
-from mist.laws import breaches
 from mist.memory.hierarchy import Found
 from mist.metrics.load import littles_identity
 from mist.offload import Memory

@@ -30,9 +30,9 @@ SEGMENT_ENDS = ("done", "preempted", "cut", "cancelled", "lost")
 DONE, PREEMPTED, CUT, DROPPED, LOST = range(5)
 
 #: what a client is from an instant on, in this order: it serves; it is down; it takes nothing new and goes when it is
-#: empty; it gets ready to serve
-CLIENT_STATES = ("up", "down", "draining", "starting")
-UP, DOWN, DRAINING, STARTING = range(4)
+#: empty; it gets ready to serve; its pool has no such replica now
+CLIENT_STATES = ("up", "down", "draining", "starting", "off")
+UP, DOWN, DRAINING, STARTING, OFF = range(5)
 
 #: `client` of a segment that no client serves
 NO_CLIENT = -1
@@ -156,7 +156,8 @@ class Records:
     transfers: one row for all of a kind (`TRANSFER_KINDS`) that moved at once, such as a KV cache, written when it is
       there (or at the end: `end_ns`, and `start_ns` if it had not begun, are -1). `sender` and `receiver` are clients,
       or memories as -1 - their index in `memory_names`: -1 is the host memory of the client at the other end.
-    changes: one row per client and instant from which it is in another state (`CLIENT_STATES`); they are up at first.
+    changes: one row per client and instant from which it is in another state (`CLIENT_STATES`), with the index of the
+      reason in `causes`; they are up at first. One that drains is off when it is empty, without a row.
     loans: one row per time that a client was lent to prompts, written when it returned (or at the end: `end_ns` is -1).
     """
 
@@ -164,6 +165,7 @@ class Records:
     memory_names: list[str] = field(default_factory=lambda: ["host memory"])
     stage_kinds: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    causes: list[str] = field(default_factory=list)
     #: the tenants that have names, in order, each with the number of its first request
     tenants: list[tuple[str, int]] = field(default_factory=list)
     requests: Table = _table(
@@ -176,5 +178,5 @@ class Records:
     )  # fmt: skip
     steps: StepTable = field(default_factory=StepTable)
     transfers: Table = _table("request", "kind", "sender", "receiver", "bytes", "queued_ns", "start_ns", "end_ns")
-    changes: Table = _table("client", "state", "time_ns")
+    changes: Table = _table("client", "state", "time_ns", "cause")
     loans: Table = _table("client", "start_ns", "end_ns")

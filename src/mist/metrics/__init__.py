@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mist.metrics.availability import up_times
+from mist.metrics.availability import summarise_availability, up_times
 from mist.metrics.clients import ClientInfo, activity, ratio, summarise_clients
 from mist.metrics.distribution import PERCENTILES, Distribution, FloatColumn, distribution, weighted_distribution
 from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
@@ -76,6 +76,7 @@ def summarise(
             rows_of(pressing, table) if pressing else table for table in (run.requests, run.tasks, run.transfers)
         )
         verdict = judge(requests, tasks, transfers, clients, sums, span)
+    of_clients = summarise_clients(clients, sums, up_times(records, len(clients), span))
     return {
         "schema_version": SCHEMA_VERSION,
         **figures,
@@ -84,7 +85,8 @@ def summarise(
         "fairness": fairness(by_tenant) if tenants else None,
         "duration_s": (span.last_ns - span.first_ns) / NS_PER_S,
         "window": {name: getattr(span, f"{name[:-2]}_ns") / NS_PER_S for name in ("start_s", "end_s", "span_s")},
-        "clients": summarise_clients(clients, sums, up_times(records, len(clients), span)),
+        "clients": of_clients,
+        "availability": summarise_availability(records, of_clients, span),
         "memories": summarise_memories(memories, run.transfers),
         "open_loop": open_loop,
         **verdict,

@@ -1,15 +1,34 @@
-"""For how long each client served, and for how long it was there at all, off the records of its states.
+"""For how long each client served and was there at all, and how a pool's replicas came and went.
 
-An expression over the table of changes for `clients`, which divides by it. It never looks at what a client did but to
-tell when one that drained was empty.
+Expressions over the table of changes, up to the run's last event: what is set for later changed nothing. It never looks
+at what a client did but to tell when one that drained was empty.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
 import numpy as np
 
-from mist.metrics.window import Columns, Window
-from mist.records import DRAINING, STARTING, UP, IntColumn, Records
+from mist.metrics.window import Window
+from mist.records import CLIENT_STATES, DOWN, DRAINING, OFF, STARTING, UP, IntColumn, Records
+from mist.units import NS_PER_S
+
+
+class Change(NamedTuple):
+    """A replica is in another state (of `CLIENT_STATES`) from an instant on."""
+
+    time_ns: int
+    replica: str
+    state: int
+    reason: str
+
+
+def state_changes(records: Records) -> list[Change]:
+    """All changes of a run by time, those to "off" of replicas that had drained among them."""
+    return sorted((each for rows in _by_replica(records).values() for each in rows), key=lambda each: each.time_ns)
 
 
 def up_times(records: Records, num_clients: int, window: Window) -> tuple[IntColumn, IntColumn]:
@@ -18,25 +37,104 @@ def up_times(records: Records, num_clients: int, window: Window) -> tuple[IntCol
     int64[num_clients] each. One that drains serves to the end of its last task, or of what it still sends.
     """
     served, there = (np.full(num_clients, window.span_ns, np.int64) for _ in range(2))
-    changes, tasks, transfers = (t.as_columns() for t in (records.changes, records.tasks, records.transfers))
-    for client in np.unique(changes["client"]).tolist():
-        mine = changes["client"] == client
-        states, begins = (changes[name][mine].tolist() for name in ("state", "time_ns"))
-        bounds = [window.first_ns, *begins, window.last_ns]
-        served[client] = there[client] = 0
-        for state, begin, end in zip([UP, *states], bounds[:-1], bounds[1:], strict=True):
-            if state == DRAINING:
-                end = min(end, _last_end(client, begin, end, tasks, transfers))
-            inside = max(0, min(end, window.end_ns) - max(begin, window.start_ns))
-            served[client] += inside * (state in (UP, DRAINING))
-            there[client] += inside * (state in (UP, DRAINING, STARTING))
+    changes = _by_replica(records)
+    for client, name in enumerate(records.client_names):
+        if rows := changes.get(replica_of(name)):
+            times = np.zeros(len(CLIENT_STATES), np.int64)
+            for state, begin, end in _spans(rows, window):
+                times[state] += end - begin
+            served[client] = times[[UP, DRAINING]].sum()
+            there[client] = served[client] + times[STARTING]
     return served, there
 
 
-def _last_end(client: int, begin: int, end: int, tasks: Columns, transfers: Columns) -> int:
-    """When the last of what was on `client` at `begin` was gone, if that was before `end`."""
+def summarise_availability(
+    records: Records, clients: Mapping[str, Mapping[str, Any]], window: Window
+) -> dict[str, Any] | None:
+    """`pools` that changed, with figures over the window, and all `changes` of the run; None where nothing changed.
+
+    `clients`: the figures of each pool, as `summarise_clients` gives them.
+    """
+    by_replica = _by_replica(records)
+    if not by_replica:
+        return None
+    pools = {}
+    for pool, figures in clients.items():
+        replicas = dict.fromkeys(replica_of(each["name"]) for each in figures["replicas"])
+        if any(name in by_replica for name in replicas):
+            rows = [by_replica.get(name, []) for name in replicas]
+            pools[pool] = {"replica_s": figures["replica_s"], **_numbers_up(rows, window), **_counts(rows, window)}
+    changes = [
+        {"time_s": time_ns / NS_PER_S, "client": replica, "state": CLIENT_STATES[state], "reason": reason}
+        for time_ns, replica, state, reason in state_changes(records)
+    ]
+    return {"pools": pools, "changes": changes}
+
+
+def replica_of(client: str) -> str:
+    """The replica that a client is, or that it is a lane of: gpu-0 of gpu-0.1."""
+    return client.partition(".")[0]
+
+
+def _counts(replicas: Sequence[Sequence[Change]], window: Window) -> dict[str, int]:
+    """How often one went down, and how often more or fewer were wanted by the schedule or a rule."""
+    inside = [each for rows in replicas for each in rows if window.start_ns <= each.time_ns < window.stop_ns]
+    scaled = [each.state for each in inside if each.reason.startswith(("schedule", "rule"))]
+    return {
+        "num_down": sum(each.state == DOWN for each in inside),
+        "num_scaled_up": sum(state in (STARTING, UP) for state in scaled),
+        "num_scaled_down": sum(state in (DRAINING, OFF) for state in scaled),
+    }
+
+
+def _numbers_up(replicas: Sequence[Sequence[Change]], window: Window) -> dict[str, float | None]:
+    """How many replicas took tasks: the mean over time, the fewest and the most."""
+    spans = [(b, e) for rows in replicas for state, b, e in _spans(rows, window) if state == UP and e > b]
+    begins, ends = (np.sort([span[i] for span in spans]).astype(np.int64) for i in (0, 1))
+    at = np.unique(np.concatenate([[window.start_ns], begins, ends[ends < window.end_ns]]).astype(np.int64))
+    numbers = np.searchsorted(begins, at, side="right") - np.searchsorted(ends, at, side="right")
+    mean = int((ends - begins).sum()) / window.span_ns if window.span_ns else None
+    return {"mean_up": mean, "min_up": int(numbers.min()), "max_up": int(numbers.max())}
+
+
+def _spans(rows: Sequence[Change], window: Window) -> Iterator[tuple[int, int, int]]:
+    """(state, begin, end) of a replica within the window; it is up at first."""
+    bounds = [(window.first_ns, UP), *((each.time_ns, each.state) for each in rows), (window.last_ns, UP)]
+    for (begin, state), (end, _) in pairwise(bounds):
+        first, last = max(begin, window.start_ns), min(end, window.end_ns)
+        yield state, first, max(first, last)
+
+
+def _by_replica(records: Records) -> dict[str, list[Change]]:
+    """The changes of each replica that has any, to the run's last event; one that drains is off when it is empty."""
+    if not len(records.changes):
+        return {}
+    last = Window.of(records).last_ns
+    members: dict[str, list[int]] = {}
+    for client, name in enumerate(records.client_names):
+        members.setdefault(replica_of(name), []).append(client)
+    columns = records.changes.as_columns()
+    found = {}
+    for replica, clients in members.items():
+        # the lanes of a replica change together
+        mine = (columns["client"] == clients[0]) & (columns["time_ns"] <= last)
+        times, states, causes = (columns[name][mine].tolist() for name in ("time_ns", "state", "cause"))
+        rows: list[Change] = []
+        ends = [*times, last][1:]
+        for time_ns, state, cause, end in zip(times, states, causes, ends, strict=True):
+            rows.append(Change(time_ns, replica, state, records.causes[cause]))
+            if state == DRAINING and (empty_ns := _last_end(records, clients, time_ns, end)) < end:
+                rows.append(Change(empty_ns, replica, OFF, "drained"))
+        if rows:
+            found[replica] = rows
+    return found
+
+
+def _last_end(records: Records, clients: Sequence[int], begin: int, end: int) -> int:
+    """When the last of what was on `clients` at `begin` was gone, if that was before `end`."""
+    tables = ((records.tasks.as_columns(), "client"), (records.transfers.as_columns(), "sender"))
     ends = [
-        rows["end_ns"][(rows[where] == client) & (rows["queued_ns"] <= end) & (rows["end_ns"] <= end)]
-        for rows, where in ((tasks, "client"), (transfers, "sender"))
+        rows["end_ns"][np.isin(rows[where], clients) & (rows["queued_ns"] <= end) & (rows["end_ns"] <= end)]
+        for rows, where in tables
     ]
     return max(begin, *(int(each.max(initial=begin)) for each in ends))

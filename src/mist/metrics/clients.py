@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mist.metrics.availability import replica_of
 from mist.metrics.distribution import FloatColumn
 from mist.metrics.window import Columns, Window
 from mist.records import LOST, NO_CLIENT, PREEMPTED, IntColumn
@@ -36,7 +37,7 @@ class ClientInfo:
     @property
     def replica(self) -> str:
         """The replica that it is, or that it is a lane of: gpu-0 of gpu-0.1."""
-        return self.name.partition(".")[0]
+        return replica_of(self.name)
 
     @property
     def kv_tokens_capacity(self) -> int:

@@ -18,6 +18,7 @@ from mist.registry import register
 from mist.request import DECODE, PREFILL, TOOL, All, Context, Delay, Pipeline, Request, Stage
 from mist.units import NS_PER_MS
 from mist.workload import Lengths
+from mist.workload.synthetic import Fixed
 
 
 class _Call(NamedTuple):
@@ -70,6 +71,10 @@ class Agent:
             raise ValueError(f"fan_out is {self.fan_out:g}: give the probability that a turn calls sub-agents")
         if self.fan_out_turns and (min(self.fan_out_turns) < 1 or not self.sub_agents):
             raise ValueError("fan_out_turns are turns, counted from 1, that call sub_agents: give at least 1 of both")
+        turns = self.turns.tokens if isinstance(self.turns, Fixed) else self.turns
+        if isinstance(turns, int) and max(self.fan_out_turns, default=0) >= turns:
+            last = f"turn {turns}, the last, answers"
+            raise ValueError(f"fan_out_turns has {max(self.fan_out_turns)}, and {last}: give turns below {turns}")
         if self.tool_stage:
             require_names(tool_stage=self.tool_stage)
 

@@ -90,7 +90,7 @@ def run(
     metrics |= shared(coordinator.network, whole.first_ns, whole.last_ns)
     metrics["notes"] += [
         *cut,
-        *happened(records),
+        *happened(scenario, records),
         *_rejections(records),
         *table_notes(tables),
         *_verified(scenario, fleet, records),

@@ -401,7 +401,7 @@ class Pool(Section):
         if self.kv_cache.num_blocks == 0:
             message = f"less than one block of {self.kv_cache.block_size} tokens"
             yield ("kv_cache", "capacity_tokens"), Problem(message, hint="give more tokens, or a smaller block_size")
-        for place, found in self.scaling.too_many(self.count) if self.scaling else ():
+        for place, found in self.scaling.misfits(self.count) if self.scaling else ():
             yield ("scaling", *place), found
         if len(set(self.serves)) < len(self.serves):
             yield ("serves",), Problem("a stage is here twice", hint="name each stage once")

@@ -19,6 +19,7 @@ from mist.scenario.memory import misfits
 from mist.scenario.memory_groups import forks
 from mist.scenario.named import Located
 from mist.scenario.network import numbered
+from mist.scenario.scaling import without_deadlines
 from mist.scenario.unserved import is_static
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def conflicts(scenario: Scenario, file: ScenarioFile) -> Iterator[Located]:
         for at, found in misfits(client.kv_cache.tiers, scenario.memories):
             yield ("clients", name, "kv_cache", "tiers", *at), found
     yield from _events_of_nobody(scenario)
+    yield from without_deadlines(scenario)
     yield from lending_conflicts(scenario)
     yield from hand_over_conflicts(scenario)
     yield from _memory_conflicts(scenario)

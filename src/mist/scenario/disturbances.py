@@ -6,32 +6,38 @@ nothing that the scenario doesn't say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from mist.availability.events import Down, Event, Events, LinkChange, Up
+from mist.availability.outages import RETRY, Outages, Replica
+from mist.availability.scaling import Pool as Elastic
+from mist.availability.scaling import Rule, Scaling
 from mist.coordinator import Coordinator
 from mist.errors import ScenarioError, nearest
-from mist.events import Down, Event, Events, LinkChange, Up
 from mist.fabric import Fabric, PlainLinks
+from mist.kernel import FOREVER
+from mist.metrics.availability import state_changes
+from mist.metrics.window import Window
 from mist.metrics.words import counted
 from mist.network import HOST, Network
-from mist.outages import RETRY, Outages, Replica
-from mist.records import CANCELLED, CLIENT_STATES, LOST, TIMED_OUT, Records
+from mist.records import CANCELLED, LOST, TIMED_OUT, Records
 from mist.request import NO_DEADLINE
-from mist.scaling import Pool as Elastic
-from mist.scaling import Rule, Scaling
 from mist.scenario.clients import Pool
 from mist.scenario.events import EventSection
 from mist.scenario.fleet import Fleet
 from mist.scenario.network import numbered
-from mist.scenario.scaling import RuleSection
+from mist.scenario.scaling import MEASURES, RuleSection
 from mist.scenario.seeds import random_of
 from mist.scenario.tenancy import Tenancy
 from mist.scenario.value import Scenario
 from mist.sharing import Channel
 from mist.tenant import Patience
-from mist.units import NS_PER_MS, seconds_to_ns
+from mist.units import NS_PER_MS, NS_PER_S, seconds_to_ns
+
+#: events that came too late which a note names, at most
+MAX_LATE = 3
 
 
 def add_disturbances(scenario: Scenario, fleet: Fleet, coordinator: Coordinator, num_requests: int) -> None:
@@ -64,13 +70,19 @@ def patience(scenario: Scenario, tenant: Tenancy, num_requests: int) -> Patience
     return Patience(np.minimum(after, timeout).tolist(), statuses.tolist())
 
 
-def happened(records: Records) -> Iterator[str]:
-    """Sentences on what happened to clients, and to tasks that were there."""
-    states = np.bincount(records.changes.as_columns()["state"], minlength=len(CLIENT_STATES))
-    if not states.any():
-        return
-    told = [f"{number:,} x {name}" for name, number in zip(CLIENT_STATES, states.tolist(), strict=True) if number]
-    yield f"Clients changed state ({', '.join(told)}): utilisation is over the time that each serves."
+def happened(scenario: Scenario, records: Records) -> Iterator[str]:
+    """Sentences on what happened to clients and to tasks that were there, and on what came too late."""
+    last_s = Window.of(records).last_ns / NS_PER_S
+    late = [f"events.{i} at {each.at_s:,g} s" for i, each in enumerate(scenario.events) if each.at_s > last_s]
+    for name, pool in scenario.pools.items():
+        planned = enumerate(pool.scaling.schedule if pool.scaling else ())
+        late += [f"clients.{name}.scaling.schedule.{i} at {p.at_s:,g} s" for i, p in planned if p.at_s > last_s]
+    if late:
+        more = f" and {len(late) - MAX_LATE} more" if len(late) > MAX_LATE else ""
+        told = ", ".join(late[:MAX_LATE])
+        yield f"Changed nothing, for the run's last event was at {last_s:,.4g} s: {told}{more}."
+    if state_changes(records):
+        yield "Some clients didn't serve all the time: their utilisation is over the time that each did."
     tasks = records.tasks.as_columns()
     lost = tasks["how"] == LOST
     if lost.any():
@@ -102,9 +114,7 @@ def _elastic(pool: Pool, replicas: list[Replica]) -> Elastic:
 
 
 def _rule(section: RuleSection) -> Rule:
-    measure = "wait_s" if section.queue is None else "queue"
-    thresholds = section.wait_s if section.queue is None else section.queue
-    assert thresholds is not None
+    (measure, thresholds), *_ = ((name, got) for name in MEASURES if (got := getattr(section, name)) is not None)
     return Rule(measure, thresholds.above, thresholds.below, seconds_to_ns(section.every_s), section.step)
 
 
@@ -120,16 +130,21 @@ def _events(scenario: Scenario, fleet: Fleet, network: Network, replicas: Mappin
         if each.link is not None:
             channel = _channel(scenario, index, each, channels)
             yield LinkChange(at_ns, channel, 1.0 if each.factor is None else each.factor)
-            if end_ns is not None:
+            if end_ns is not None and not _is_overtaken(scenario.events, index, end_ns):
                 yield LinkChange(end_ns, channel, 1.0)
         name = each.client_down or each.client_up
         for replica in () if name is None else scenario.replicas_called(name):
             if each.client_up is not None:
                 yield Up(at_ns, replica)
                 continue
-            yield Down(at_ns, replica, each.on_loss or RETRY)
-            if end_ns is not None:
-                yield Up(end_ns, replica)
+            yield Down(at_ns, replica, each.on_loss or RETRY, FOREVER if end_ns is None else end_ns)
+
+
+def _is_overtaken(events: Sequence[EventSection], index: int, end_ns: int) -> bool:
+    """Whether another event of the same link comes after that at `index` and by its end, which then ends nothing."""
+    ours = events[index]
+    others = [(each.at_s, i) for i, each in enumerate(events) if each.link == ours.link]
+    return any((ours.at_s, index) < (at_s, i) and seconds_to_ns(at_s) <= end_ns for at_s, i in others)
 
 
 def _channels(network: Network, fleet: Fleet) -> dict[str, Channel]:

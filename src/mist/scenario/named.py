@@ -380,7 +380,8 @@ def _in_words(error: Any, model: type[Section]) -> InitErrorDetails:
         ctx = error["ctx"]
         return _details(ctx["message"], ctx["hint"] or _hint(model, loc), loc, given, ctx["key"], ctx["place"])
     if kind == "extra_forbidden" and len(loc) == 1:
-        return _details(f"there is no key {loc[0]!r} here", nearest(str(loc[0]), model.model_fields), loc, given, True)
+        hint = _elsewhere(model, str(loc[0])) or nearest(str(loc[0]), model.model_fields)
+        return _details(f"there is no key {loc[0]!r} here", hint, loc, given, True)
     if kind == "missing" and len(loc) == 1:
         return _details(f"the key {loc[0]!r} is missing", _hint(model, loc), loc, given)
     wanted = _WANTED.get(kind)
@@ -390,7 +391,22 @@ def _in_words(error: Any, model: type[Section]) -> InitErrorDetails:
     else:
         ctx = error.get("ctx", {})
         message = f"must be {wanted(ctx) if callable(wanted) else wanted}, not {short(given)}"
-    return _details(message, _hint(model, loc), loc, given)
+    # the message has the choices, which is all that is known of a parameter
+    says_all = kind == "literal_error" and bool(loc) and not model.model_fields[str(loc[0])].description
+    return _details(message, "" if says_all else _hint(model, loc), loc, given)
+
+
+def _elsewhere(model: type[Section], key: str) -> str:
+    """Where below `model` a key does belong: to a section, or to an implementation that is named there; or ""."""
+    for name, field in model.model_fields.items():
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, Section) and key in inner.model_fields:
+                return f"it is a key of {name}: {{{key}: ...}}"
+        for kind in (mark.kind for mark in field.metadata if isinstance(mark, SpecOf)):
+            for each in registry.names(kind):
+                if key in parameters(kind, each).model_fields:
+                    return f"it is a key of a {NOUNS[kind]}: {name}: {{{each}: {{{key}: ...}}}}"
+    return ""
 
 
 def _details(
@@ -413,6 +429,8 @@ def _hint(model: type[Section], loc: tuple[str | int, ...]) -> str:
 def _field_in_words(model: type[Section], name: str) -> str:
     field = model.model_fields[name]
     text = f"{name}: {help_text}" if (help_text := model.help_of(name)) else name
+    if field.is_required() and get_origin(field.annotation) is Literal:
+        text += f" (one of {', '.join(map(str, get_args(field.annotation)))})"
     plain = isinstance(field.default, _PLAIN) and not field.is_required() and field.default is not None
     return f"{text} (default {short(field.default)})" if plain else text
 

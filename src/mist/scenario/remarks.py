@@ -6,9 +6,11 @@ Beside the checks, which refuse: a remark lets pass. `mist check` prints them an
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import inf
 
 from mist.hardware import GENERIC_EFFICIENCY, Device
-from mist.request import ORDER_SIZES
+from mist.metrics.words import counted
+from mist.request import DECODE, ORDER_SIZES, PREFILL
 from mist.scenario.bands import expected_error
 from mist.scenario.clients import Pool
 from mist.scenario.named import Spec, parameters
@@ -25,7 +27,7 @@ def remarks(scenario: Scenario, priced_by: Mapping[str, str] | None = None, *, s
     found += [remark for name, pool in scenario.pools.items() for remark in _speculation(name, pool)]
     found += [remark for name, host in scenario.hosts.items() for remark in _search(name, host.perf)]
     found += [*_not_modelled(scenario), *_conversions(scenario), *_mixed(scenario), *_priorities(scenario)]
-    found += _of_no_use(scenario)
+    found += [*_of_no_use(scenario), *_never_routed(scenario), *_never_scaled(scenario), *_never_down(scenario)]
     computing = {pool.device.name for pool in scenario.pools.values()}
     devices = {pool.device.name: pool.device for pool in scenario.clients.values() if pool.device}
     found += [remark for name, device in devices.items() for remark in _figures(device, name in computing)]
@@ -64,6 +66,37 @@ def _of_no_use(scenario: Scenario) -> Iterator[str]:
             where = ".".join((*map(str, tenant.place), "workload.sizes"))
             reads = f"reads {', '.join(known)}" if known else "reads none"
             yield f"{where}: {tenant.pipeline.name} {reads}, so the others change nothing: {', '.join(unread)}."
+
+
+def _never_routed(scenario: Scenario) -> Iterator[str]:
+    """A policy that was chosen for decodes which stay where their prefills were."""
+    policy = scenario.routing.get(DECODE)
+    if policy is None or policy.name == "least_outstanding" or policy == scenario.routing.get(PREFILL):
+        return
+    is_lost = any(event.client_down for event in scenario.events)  # such decodes are placed again
+    if not is_lost and not any(map(scenario.decoders_of, scenario.pools)):
+        yield f"routing.decode: decodes stay where their prefills were, so {policy.name} changes nothing."
+
+
+def _never_scaled(scenario: Scenario) -> Iterator[str]:
+    """Pools that scale by nothing."""
+    for name, pool in scenario.pools.items():
+        scaling = pool.scaling
+        if scaling is not None and scaling.rule is None and not scaling.schedule:
+            serving = f"{scaling.initial_count} of {counted(pool.count, 'replica')}"
+            yield f"clients.{name}.scaling has neither a schedule nor a rule: {serving} serve all the time."
+
+
+def _never_down(scenario: Scenario) -> Iterator[str]:
+    """Clients that come up and weren't down."""
+    until: dict[str, float] = {}
+    for number, event in sorted(enumerate(scenario.events), key=lambda pair: pair[1].at_s):
+        replicas = scenario.replicas_called(event.client_down or event.client_up or "")
+        if event.client_down is not None:
+            end = inf if event.for_s is None else event.at_s + event.for_s
+            until |= {replica: max(end, until.get(replica, 0.0)) for replica in replicas}
+        elif replicas and max([until.pop(replica, 0.0) for replica in replicas]) <= event.at_s:
+            yield f"events.{number}: {event.client_up} isn't down at {event.at_s:g} s, so client_up changes nothing."
 
 
 def _priorities(scenario: Scenario) -> Iterator[str]:

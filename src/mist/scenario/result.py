@@ -21,9 +21,10 @@ import numpy.typing as npt
 from rich.console import Console, RenderableType
 
 from mist.errors import Problem, ScenarioError
+from mist.metrics.availability import state_changes
 from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
 from mist.metrics.stages import PARTS, stage_times
-from mist.records import FINISHED, SEGMENT_ENDS, STATUSES, TRANSFER_KINDS, IntColumn, Records
+from mist.records import CLIENT_STATES, FINISHED, SEGMENT_ENDS, STATUSES, TRANSFER_KINDS, IntColumn, Records
 from mist.scenario.result_table import render
 from mist.scenario.value import to_yaml
 from mist.units import NS_PER_S
@@ -31,7 +32,9 @@ from mist.units import NS_PER_S
 Columns = dict[str, npt.NDArray[Any]]
 
 #: what `Result.write` makes
-RESULT_FILES = ("summary.json", "requests.parquet", "steps.parquet", "transfers.parquet", "scenario.yaml")
+RESULT_FILES = (
+    "summary.json", "requests.parquet", "steps.parquet", "transfers.parquet", "changes.parquet", "scenario.yaml"
+)  # fmt: skip
 
 #: width of the printed form where there is no terminal to fill
 PLAIN_WIDTH = 100
@@ -81,6 +84,11 @@ class Result:
         """One row per KV cache that moved: when, and from which client (None: host memory) to which."""
         return transfer_columns(self.records)
 
+    @cached_property
+    def changes(self) -> Columns:
+        """One row per instant at which a replica went down, came up, started or drained, by time, with the reason."""
+        return change_columns(self.records)
+
     def __str__(self) -> str:
         console = Console(width=PLAIN_WIDTH, file=io.StringIO(), color_system=None, legacy_windows=False)
         with console.capture() as capture:
@@ -95,7 +103,7 @@ class Result:
         return render(self.name, self.summary())
 
     def write(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write summary.json, scenario.yaml and the tables of requests, steps and transfers to `folder`; return it.
+        """Write summary.json, scenario.yaml and the tables to `folder` (`RESULT_FILES`); return it.
 
         The files are made in a new folder beside it, which takes its place in the end: whatever goes wrong, earlier
         results stay whole. Other files of an overwritten folder are kept. Raises ScenarioError where `folder` can't be
@@ -120,6 +128,7 @@ class Result:
         _write_parquet(self.requests, folder / "requests.parquet")
         _write_parquet(self.steps, folder / "steps.parquet")
         _write_parquet(self.transfers, folder / "transfers.parquet")
+        _write_parquet(self.changes, folder / "changes.parquet")
 
 
 def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
@@ -201,6 +210,17 @@ def transfer_columns(records: Records) -> Columns:
         **{name: np.array(ends, dtype=object)[rows[name]] for name in ("sender", "receiver")},
         "bytes": rows["bytes"],
         **{f"{event}_s": _seconds(rows[f"{event}_ns"]) for event in ("queued", "start", "end")},
+    }
+
+
+def change_columns(records: Records) -> Columns:
+    """The states of replicas, from when on and why; they are up at first."""
+    changes = state_changes(records)
+    return {
+        "client": np.array([each.replica for each in changes], dtype=object),
+        "time_s": np.array([each.time_ns for each in changes], dtype=np.int64) / NS_PER_S,
+        "state": _names(CLIENT_STATES, np.array([each.state for each in changes], dtype=np.int64)),
+        "reason": np.array([each.reason for each in changes], dtype=object),
     }
 
 

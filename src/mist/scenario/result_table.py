@@ -35,6 +35,7 @@ def render(name: str, summary: Summary) -> RenderableType:
         _latencies(summary),
         *([_tenants(summary)] if summary["tenants"] else []),
         _clients(summary),
+        *([_availability(summary)] if summary["availability"] else []),
         *([_memories(summary)] if summary["memories"] else []),
         _stages(summary),
         *([busiest] if (busiest := _busiest(summary)) else []),
@@ -125,6 +126,18 @@ def _clients(summary: Summary) -> RenderableType:
         replicas = len(pool["replicas"])
         label = f"{replicas} x {name}" if replicas > 1 else name
         table.add_row(label, *cells, f"{pool['preemptions']:,}")
+    return table
+
+
+def _availability(summary: Summary) -> RenderableType:
+    """Of the pools whose replicas came and went."""
+    heads = ["mean up", "fewest up", "most up", "went down", "scaled up", "scaled down", "replica time", ""]
+    table = Fitted("Availability", heads)
+    for name, pool in summary["availability"]["pools"].items():
+        counts = [f"{pool[key]:,}" for key in ("min_up", "max_up", "num_down", "num_scaled_up", "num_scaled_down")]
+        mean = _NOTHING if pool["mean_up"] is None else f"{pool['mean_up']:.2f}"
+        label = f"{len(summary['clients'][name]['replicas'])} x {name}"
+        table.add_row(label, mean, *counts, f"{pool['replica_s']:,.1f}", "s")
     return table
 
 

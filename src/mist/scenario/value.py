@@ -148,7 +148,7 @@ class Scenario:
 
     def problem(self, path: KeyPath, message: str, hint: str = "") -> Problem:
         """A problem with what was written at `path`, such as ("clients", "gpu", "tp"), for a ScenarioError."""
-        return self.source.problem(path, message, hint)
+        return _placed(self.source, path, message, hint)
 
     def trace_path(self, tenant: str = SOLE) -> Path:
         """A tenant's trace file; ScenarioError where it isn't, or where the workload has none."""

@@ -1,8 +1,8 @@
 """A run as a timeline for Perfetto (ui.perfetto.dev) or chrome://tracing: the debugger for schedules.
 
 It reads a result's records and writes the Trace Event Format's JSON, event by event: requests as lanes of nested
-slices, clients as processes with their steps as slices and counters, transfers as slices of their senders, and arrows
-from each request to what served it. It never computes a time: every timestamp is a record's.
+slices, clients as processes with slices of their steps and states and counters, transfers as slices of their senders,
+and arrows from each request to what served it. It never computes a time: every timestamp is a record's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mist.records import Records
 from mist.report.timeline.events import REQUESTS, STEPS_THREAD, client_process, process_name, thread_name
 from mist.report.timeline.requests import request_events
 from mist.report.timeline.rows import ByRequest
+from mist.report.timeline.states import state_events
 from mist.report.timeline.steps import step_events
 from mist.report.timeline.transfers import Wires
 from mist.scenario.result import Result
@@ -56,6 +57,7 @@ def trace_events(records: Records) -> Iterator[str]:
     segments, wires = ByRequest(records.tasks), Wires(records)
     yield from _names(records, wires)
     yield from step_events(records)
+    yield from state_events(records)
     yield from request_events(records, segments, wires)
     yield from wires.events()
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 #: process of the requests; the clients' follow, and one of transfers
 REQUESTS = 1
-STEPS_THREAD = 1
+STEPS_THREAD, STATES_THREAD = 1, 2
 
 #: a process, a thread of it and an instant there
 Point = tuple[int, int, int]

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from mist.client import Client
 from mist.coordinator import Coordinator
 from mist.hand_over import Order
-from mist.records import DOWN, DRAINING, KV_TRANSFER, LOST, REJECTED, STARTING, UP, Records
+from mist.kernel import FOREVER
+from mist.records import DOWN, DRAINING, KV_TRANSFER, LOST, OFF, REJECTED, STARTING, UP, Records
 from mist.request import Branch, Task
 from mist.tenant import Route
 
@@ -24,8 +25,9 @@ FAIL = "fail"
 class Replica:
     """Clients that go down and come up together: the lanes of one replica.
 
-    It serves while it `is_wanted` (by whoever scales its pool), is not broken and does not start. `num_returns`: times
-    that it is to come up again; `num_plans`: that its pool's schedule changes. `is_elastic`: a rule scales its pool.
+    It serves while it `is_wanted` (by whoever scales its pool), is not broken and does not start. `broken_until`: when
+    the last of its outages ends; `num_returns`: times that it is to come up whatever these are; `num_plans`: that its
+    pool's schedule changes. `is_elastic`: a rule scales its pool.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Replica:
     is_broken: bool = False
     is_starting: bool = False
     is_elastic: bool = False
+    broken_until: int = 0
     num_returns: int = 0
     num_plans: int = 0
     #: counts its starts and losses, so that a start which was overtaken comes to nothing
@@ -54,9 +57,18 @@ class Replica:
         )
 
     @property
+    def state_now(self) -> int:
+        """What it is, of `CLIENT_STATES`."""
+        if self.is_broken:
+            return DOWN
+        if self.is_starting:
+            return STARTING
+        return UP if self.is_wanted else OFF if self.is_empty else DRAINING
+
+    @property
     def will_return(self) -> bool:
         """Whether it may serve later though it doesn't now."""
-        if self.is_broken and not self.num_returns:
+        if self.is_broken and self.broken_until == FOREVER and not self.num_returns:
             return False
         return self.is_wanted or self.is_elastic or self.num_plans > 0
 
@@ -70,6 +82,7 @@ class Outages:
     replicas: Mapping[str, Replica]
     _routes: Sequence[Route] = field(init=False)
     _of: dict[Client, Replica] = field(init=False)
+    _causes: dict[str, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         routes = (route for tenant in self.coordinator.tenants for route in tenant.routes.values())
@@ -79,22 +92,30 @@ class Outages:
 
     # --- what happens to replicas ---
 
-    def down(self, replica: Replica, on_loss: str, now: int) -> None:
-        """`replica` goes down with all that its devices hold; its tasks are placed anew (`RETRY`), or end (`FAIL`)."""
-        if replica.is_broken:
-            return
+    def down(self, replica: Replica, on_loss: str, until_ns: int, now: int) -> None:
+        """`replica` goes down with all that its devices hold; its tasks are placed anew (`RETRY`), or end (`FAIL`).
+
+        One that is down already stays so until the last of its outages ends.
+        """
+        was_broken = replica.is_broken
+        replica.broken_until = max(until_ns, replica.broken_until if was_broken else 0)
         replica.is_broken, replica.is_starting = True, False
-        replica.epoch += 1
-        self.changed([replica], now)
-        self._lose(replica, on_loss, now)
+        replica.epoch += not was_broken
+        self.changed([replica], "event", now)
+        if not was_broken:
+            self._lose(replica, on_loss, now)
 
     def up(self, replica: Replica, now: int) -> None:
-        """`replica` is there again, empty; it serves if its pool wants it."""
-        if replica.is_broken:
-            replica.is_broken = False
-            self.changed([replica], now)
+        """All outages of `replica` are over: it is there again, empty, and serves if its pool wants it."""
+        replica.is_broken = False
+        self.changed([replica], "event", now)
 
-    def start(self, replica: Replica, start_up_ns: int, now: int) -> None:
+    def outage_ended(self, replica: Replica, now: int) -> None:
+        """An outage of `replica` is over: it is there again unless another one lasts."""
+        if replica.is_broken and replica.broken_until <= now:
+            self.up(replica, now)
+
+    def start(self, replica: Replica, start_up_ns: int, cause: str, now: int) -> None:
         """`replica` is wanted: one that is still draining serves on, any other needs `start_up_ns`."""
         replica.is_wanted = True
         if replica.is_empty and not replica.is_broken:
@@ -104,42 +125,51 @@ class Outages:
             if start_up_ns:
                 replica.is_starting = True
                 self.coordinator.kernel.at(now + start_up_ns, self._started, (replica, replica.epoch))
-        self.changed([replica], now)
+        self.changed([replica], cause, now)
 
-    def drain(self, replica: Replica, now: int) -> None:
+    def drain(self, replica: Replica, cause: str, now: int) -> None:
         """`replica` is wanted no more: it takes nothing new, and goes when it is empty."""
         replica.is_wanted = replica.is_starting = False
         replica.epoch += 1
-        self.changed([replica], now)
+        self.changed([replica], cause, now)
 
     def _started(self, which: tuple[Replica, int], now: int) -> None:
         replica, epoch = which
         if replica.epoch == epoch:
             replica.is_starting = False
-            self.changed([replica], now)
+            self.changed([replica], "started", now)
 
     # --- who takes tasks ---
 
-    def changed(self, replicas: Iterable[Replica], now: int) -> None:
+    def changed(self, replicas: Iterable[Replica], cause: str, now: int) -> None:
         """Bring records and routes up to date with `replicas`, and place tasks that wait for what came up."""
         for replica in replicas:
-            state = DOWN if replica.is_broken else STARTING if replica.is_starting else UP
-            state = DRAINING if state == UP and not replica.is_wanted else state
+            state = replica.state_now
             if state != replica.state:
                 replica.state = state
                 for client in replica.clients:
-                    self.records.changes.append((client.index, state, now))
+                    self.records.changes.append((client.index, state, now, self._number(cause)))
         for route in self._routes:
             route.candidates = [client for client in route.clients if self._of[client].takes]
         if self.coordinator.parked:
             self.coordinator.unpark(now)
 
+    def _number(self, cause: str) -> int:
+        number = self._causes.setdefault(cause, len(self._causes))
+        if number == len(self.records.causes):
+            self.records.causes.append(cause)
+        return number
+
     def _nobody_comes(self, route: Route) -> str:
         """Why tasks of `route`, all of whose clients are down, need not wait for one to come up."""
         if any(self._of[client].will_return for client in route.clients):
             return ""
-        names = dict.fromkeys(self._of[client].name for client in route.clients)
-        return f"{', '.join(names)} went down for good"
+        replicas = dict.fromkeys(self._of[client] for client in route.clients)
+        broken = ", ".join(replica.name for replica in replicas if replica.is_broken)
+        unwanted = ", ".join(replica.name for replica in replicas if not replica.is_broken)
+        told = [f"{broken} went down for good"] if broken else []
+        told += [f"{unwanted} went out of service for good"] if unwanted else []
+        return ", ".join(told)
 
     # --- what is lost ---
 

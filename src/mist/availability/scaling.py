@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from mist.outages import Outages, Replica
+from mist.availability.outages import Outages, Replica
+from mist.request import Request, Task
 from mist.units import NS_PER_S
 
 
@@ -17,8 +18,9 @@ from mist.units import NS_PER_S
 class Rule:
     """`step` replicas more where what is measured passes `above`, as many less where it is under `below`.
 
-    Measured every `every_ns`: "queue", the tasks that wait for each replica that serves, or "wait_s", for how long
-    whoever waits longest has. The scheme of the Kubernetes Horizontal Pod Autoscaler, with two thresholds.
+    Measured every `every_ns`: "queue", the tasks that wait for each replica that serves; "wait_s", for how long whoever
+    waits longest has; or "deadline_share", how much of the time from arrival to deadline has passed, most of those that
+    wait and have had no token. The scheme of the Kubernetes Horizontal Pod Autoscaler, with two thresholds.
     """
 
     measure: str
@@ -59,7 +61,7 @@ class Scaling:
             for number, replica in enumerate(pool.replicas):
                 replica.is_wanted = number < pool.initial_count
                 replica.is_elastic = pool.rule is not None
-            self.outages.changed(pool.replicas, kernel.now)
+            self.outages.changed(pool.replicas, "initial_count", kernel.now)
             for at_ns, count in pool.schedule:
                 for replica in pool.replicas:
                     replica.num_plans += 1
@@ -71,17 +73,17 @@ class Scaling:
         pool, count = change
         for replica in pool.replicas:
             replica.num_plans -= 1
-        self._scale(pool, count, now)
+        self._scale(pool, count, "schedule", now)
 
-    def _scale(self, pool: Pool, count: int, now: int) -> None:
+    def _scale(self, pool: Pool, count: int, cause: str, now: int) -> None:
         """Let `count` replicas be wanted: those that still drain come back first, and the last ones go."""
         there = [replica for replica in pool.replicas if replica.is_wanted and not replica.is_broken]
         absent = [replica for replica in pool.replicas if not replica.is_wanted and not replica.is_broken]
         absent.sort(key=lambda replica: replica.is_empty)
         for replica in absent[: max(0, count - len(there))]:
-            self.outages.start(replica, pool.start_up_ns, now)
+            self.outages.start(replica, pool.start_up_ns, cause, now)
         for replica in there[count:]:
-            self.outages.drain(replica, now)
+            self.outages.drain(replica, cause, now)
 
     # --- the rule ---
 
@@ -98,26 +100,44 @@ class Scaling:
         if self.is_over():
             return
         wanted = sum(replica.is_wanted and not replica.is_broken for replica in pool.replicas)
-        measured = self._queue(pool) if rule.measure == "queue" else self._longest_wait_s(pool, now)
-        count = wanted + rule.step * ((measured > rule.above) - (measured < rule.below))
-        self._scale(pool, min(max(count, pool.min_count), len(pool.replicas)), now)
+        measured = self._measures[rule.measure](pool, now)
+        more, fewer = measured > rule.above, measured < rule.below
+        count = min(max(wanted + rule.step * (more - fewer), pool.min_count), len(pool.replicas))
+        told = f"{measured:.3g} > {rule.above:g}" if more else f"{measured:.3g} < {rule.below:g}"
+        self._scale(pool, count, f"rule: {rule.measure} {told}" if more or fewer else "rule: min_count", now)
         if self.outages.coordinator.kernel.num_pending > self._num_ticks:
             self._post_tick(pool, now)
 
-    def _queue(self, pool: Pool) -> float:
+    @property
+    def _measures(self) -> dict[str, Callable[[Pool, int], float]]:
+        return {"queue": self._queue, "wait_s": self._longest_wait_s, "deadline_share": self._deadline_share}
+
+    def _queue(self, pool: Pool, now: int) -> float:
         clients = [client for replica in pool.replicas if replica.takes for client in replica.clients]
         num_waiting = sum(client.view.num_outstanding - len(client.residents.running) for client in clients)
         return (num_waiting + len(self._parked(pool))) / max(1, sum(replica.takes for replica in pool.replicas))
 
     def _longest_wait_s(self, pool: Pool, now: int) -> float:
-        queued = self._parked(pool)
+        return (now - min((task.queued_ns for task in self._waiting(pool)), default=now)) / NS_PER_S
+
+    def _deadline_share(self, pool: Pool, now: int) -> float:
+        """1 and more where a deadline has passed."""
+        requests = (task.request for task in self._waiting(pool))
+        return max((_passed_share(each, now) for each in requests if each.first_token_ns < 0), default=0.0)
+
+    def _waiting(self, pool: Pool) -> list[Task]:
+        tasks = self._parked(pool)
         for client in (client for replica in pool.replicas for client in replica.clients):
             residents = client.residents
-            for tasks in (residents.waiting, residents.handed_over, client.front_end.incoming):
-                queued += [task.queued_ns for task in tasks]
-        return (now - min(queued, default=now)) / NS_PER_S
+            tasks += [*residents.waiting, *residents.handed_over, *client.front_end.incoming]
+        return tasks
 
-    def _parked(self, pool: Pool) -> list[int]:
-        """When those were queued for whom no client is up, and whom this pool would serve."""
+    def _parked(self, pool: Pool) -> list[Task]:
+        """Those for whom no client is up, and whom this pool would serve."""
         serves = pool.replicas[0].clients[0].serves
-        return [task.queued_ns for task in self.outages.coordinator.parked if task.stage.kind in serves]
+        return [task for task in self.outages.coordinator.parked if task.stage.kind in serves]
+
+
+def _passed_share(request: Request, now: int) -> float:
+    """How much of the time from its arrival to its deadline has passed."""
+    return (now - request.arrival_ns) / max(1, request.deadline_ns - request.arrival_ns)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mist.kernel import Kernel
-from mist.outages import RETRY, Outages, Replica
+from mist.availability.outages import RETRY, Outages, Replica
+from mist.kernel import FOREVER, Kernel
 from mist.sharing import Channel, Sharing
 
 #: what is left of a link that is cut: less than any run sees, and more than nothing, by which one can't divide
@@ -19,16 +19,20 @@ CUT_SHARE = 1e-18
 
 @dataclass(frozen=True, slots=True)
 class Down:
-    """`replica` goes down at `at_ns`, and all that its devices hold is lost; `on_loss`: what becomes of its tasks."""
+    """`replica` goes down at `at_ns`, and all that its devices hold is lost; `on_loss`: what becomes of its tasks.
+
+    It comes up at `until_ns`, unless another outage lasts longer.
+    """
 
     at_ns: int
     replica: str
     on_loss: str = RETRY
+    until_ns: int = FOREVER
 
 
 @dataclass(frozen=True, slots=True)
 class Up:
-    """`replica` is there again, empty."""
+    """`replica` is there again, empty, whatever outages it has."""
 
     at_ns: int
     replica: str
@@ -58,15 +62,17 @@ class Events:
         """To be played at their times; those of one instant in the order that they are given in."""
         for event in events:
             if isinstance(event, Up):
-                self.outages.replicas[event.replica].num_returns += 1
+                self._replica(event).num_returns += 1
             self.kernel.at(event.at_ns, self._play, event)
+            if isinstance(event, Down) and event.until_ns < FOREVER:
+                self.kernel.at(event.until_ns, self.outages.outage_ended, self._replica(event))
 
     def _play(self, event: Event, now: int) -> None:
         if isinstance(event, LinkChange):
             channel = event.channel
             self.sharing.change(channel, channel.rated_per_s * max(event.share, CUT_SHARE), now)
         elif isinstance(event, Down):
-            self.outages.down(self._replica(event), event.on_loss, now)
+            self.outages.down(self._replica(event), event.on_loss, event.until_ns, now)
         else:
             replica = self._replica(event)
             replica.num_returns -= 1

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from mist.kernel import FOREVER
-from mist.records import CLIENT_STATES, DOWN, LOST, STARTING, Records
+from mist.records import CLIENT_STATES, DOWN, LOST, OFF, STARTING, Records
 
 
 def breaches(records: Records) -> Iterator[str]:
-    """time: busy + idle + down = elapsed. Whoever is down, or only starts, computes nothing and serves nobody.
+    """time: busy + idle + down = elapsed. Whoever is down or off, or only starts, computes nothing and serves nobody.
 
     What is lost is lost with a client as it goes down.
     """
@@ -24,7 +24,7 @@ def breaches(records: Records) -> Iterator[str]:
         states, begins = changes["state"][mine], changes["time_ns"][mine]
         computing, served = steps["client"] == i, (tasks["client"] == i) & (tasks["started_ns"] >= 0)
         for state, begin, end in zip(states, begins, np.append(begins[1:], FOREVER), strict=True):
-            if state not in (DOWN, STARTING) or begin == end:
+            if state not in (DOWN, OFF, STARTING) or begin == end:
                 continue
             if np.any(computing & (steps["end_ns"] > begin) & (steps["start_ns"] < end)):
                 yield f"{name} computes while it is {CLIENT_STATES[state]}"
