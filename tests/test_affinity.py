@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 
 from kit import task
 from mist.request import ClientView, Task
-from mist.routing.prefix_affinity import PrefixAffinity
+from mist.routing.prefix_affinity import PrefixAffinity, _count_seen
 from mist.routing.session_affinity import SessionAffinity
 
 
@@ -108,8 +109,8 @@ def test_only_the_keys_used_last_are_remembered_the_tail_goes_first() -> None:
     router = PrefixAffinity(max_num_keys=4)
     router.choose(prompt(1, 2, 3), views(0, 1), 0)
     router.choose(prompt(7, 8), views(0, 1, pending=(0, 50)), 0)
-    assert router._count_seen(0, (1, 2, 3)) == 2
-    assert router._count_seen(0, (7, 8)) == 2
+    assert _count_seen(router._seen[0], (1, 2, 3), 0) == 2
+    assert _count_seen(router._seen[0], (7, 8), 0) == 2
 
 
 def test_every_nth_key_is_enough_to_know_a_long_prompt() -> None:
@@ -127,12 +128,13 @@ def test_what_is_remembered_is_a_prefix_whatever_was_forgotten() -> None:
     for _ in range(300):
         chain = rng.choice(chains)[: rng.randint(1, 12)]
         router.choose(prompt(*chain), views(rng.randint(0, 2), rng.randint(0, 2)), 0)
-        for client, seen in router._seen.items():
+        for seen in router._seen.values():
             assert len(seen) <= 25
             for each in chains:
                 counted = next((n for n, key in enumerate(each) if key not in seen), len(each))
-                assert router._count_seen(client, each) == counted
+                assert _count_seen(seen, each, router._count_common(each)) == counted
                 assert not any(key in seen for key in each[counted:])
+        assert router._num_clients == Counter(key for seen in router._seen.values() for key in seen)
 
 
 @pytest.mark.parametrize("changes", [{"load_weight": -1}, {"stride": 0}, {"max_num_keys": 0}])

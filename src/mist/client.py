@@ -132,11 +132,12 @@ class Client:
     def refresh_view(self) -> ClientView:
         """The router's view of this client, brought up to date."""
         view, residents = self.view, self.residents
-        view.num_running = len(residents.running)
-        view.num_waiting = view.num_outstanding - view.num_running
+        kv = residents.kv
+        view.num_running = num_running = len(residents.running)
+        view.num_waiting = view.num_outstanding - num_running
         view.pending_prefill_tokens = residents.pending_tokens + self.front_end.incoming_tokens
         view.decode_context = residents.cohort.sum_context
-        view.kv_blocks_used = residents.kv.used
+        view.kv_blocks_used = kv.num_blocks - kv.free - kv.cached
         return view
 
     # --- the loop ---

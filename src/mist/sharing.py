@@ -249,7 +249,10 @@ class Sharing:
                 other.bundles, other.end_ns = [], FOREVER
                 bundle.component = component
         component.bundles, component.shared_ns = bundles, now
-        _fill(bundles, binding)
+        if binding:
+            _fill(bundles, binding)
+        else:
+            seed.fair = seed.bound
         for bundle in bundles:
             if not (bundle.rate <= bundle.fair * _ALIKE and bundle.fair <= bundle.rate * _ALIKE):
                 bundle.proceed(bundle.fair, now)

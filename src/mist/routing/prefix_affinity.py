@@ -7,7 +7,7 @@ client what its cache still holds.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from mist.registry import register
@@ -30,6 +30,8 @@ class PrefixAffinity:
     stride: int = 1
     _seen: dict[int, OrderedDict[int, None]] = field(default_factory=dict, init=False, repr=False)
     _num_sent: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+    #: how many clients have seen a key
+    _num_clients: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.load_weight < float("inf"):
@@ -41,37 +43,62 @@ class PrefixAffinity:
     def choose(self, task: Task, views: Sequence[ClientView], now: int) -> ClientView:
         keys = task.prompt_keys[self.stride - 1 :: self.stride]
         key_tokens = self.stride * task.keyed_tokens / max(1, len(task.prompt_keys))
+        common = self._count_common(keys)
+        following = keys[common] if common < len(keys) else None
+        remaining, load_weight, num_sent, all_seen = task.remaining_tokens, self.load_weight, self._num_sent, self._seen
 
         def cost(view: ClientView) -> tuple[float, int, int]:
-            seen_tokens = self._count_seen(view.index, keys) * key_tokens
-            to_compute = task.remaining_tokens - seen_tokens + self.load_weight * view.pending_prefill_tokens
-            return to_compute, view.num_outstanding, self._num_sent.get(view.index, 0)
+            seen = all_seen.get(view.index)
+            if seen is None:
+                num_seen = 0
+            elif following is None or following not in seen:  # most
+                num_seen = common
+            else:
+                num_seen = _count_seen(seen, keys, common + 1)
+            to_compute = remaining - num_seen * key_tokens + load_weight * view.pending_prefill_tokens
+            return to_compute, view.num_outstanding, num_sent.get(view.index, 0)
 
         there = min(views, key=cost)
         self._remember(there.index, keys)
         return there
 
-    def _count_seen(self, client: int, keys: Sequence[int]) -> int:
-        """How many of `keys` at their front the client was sent: a head is never forgotten before its tail."""
-        seen = self._seen.get(client, ())
-        if not keys or keys[0] not in seen:  # as of most sessions
-            return 0
-        low, high = 1, len(keys)
+    def _count_common(self, keys: Sequence[int]) -> int:
+        """How many of `keys` at their front all clients have seen that have seen anything."""
+        num_clients, num_all = self._num_clients, len(self._seen)
+        low, high = 0, len(keys)
         while low < high:
             middle = (low + high) // 2
-            if keys[middle] in seen:
+            if num_clients.get(keys[middle], 0) == num_all:
                 low = middle + 1
             else:
                 high = middle
         return low
 
     def _remember(self, client: int, keys: Sequence[int]) -> None:
-        seen = self._seen.setdefault(client, OrderedDict())
+        seen, num_clients = self._seen.setdefault(client, OrderedDict()), self._num_clients
         before = len(seen)
         use = seen.move_to_end
         for key in reversed(keys):
-            seen[key] = None
-            use(key)
+            if key in seen:
+                use(key)
+            else:
+                seen[key] = None
+                num_clients[key] = num_clients.get(key, 0) + 1
         self._num_sent[client] = self._num_sent.get(client, 0) + len(seen) - before
         while len(seen) > self.max_num_keys:
-            seen.popitem(last=False)
+            key, _ = seen.popitem(last=False)
+            num_clients[key] -= 1
+            if not num_clients[key]:
+                del num_clients[key]
+
+
+def _count_seen(seen: Container[int], keys: Sequence[int], low: int) -> int:
+    """How many of `keys` at their front, `low` at least, are in `seen`: a head is never forgotten before its tail."""
+    high = len(keys)
+    while low < high:
+        middle = (low + high) // 2
+        if keys[middle] in seen:
+            low = middle + 1
+        else:
+            high = middle
+    return low
