@@ -34,8 +34,8 @@ class EnergySettings:
 def energy(usage: Mapping[str, Any], settings: EnergySettings | None = None) -> Json:
     """What the run of `usage` drew, in J over its span; docs/cost.md has every figure.
 
-    `pools`, `hosts` and `beside` (settings per device) add up to `machines_j`, and this times the PUE is `joules`, which
-    `stages` and the `joules` of `tenants` add up to.
+    `pools`, `hosts` and `beside` (settings per device) add up to `machines_j`, and this times the PUE is `joules`, to
+    which `stages` and the `joules` of `tenants` add up.
     """
     site = settings or EnergySettings()
     span_s = usage["span_s"]

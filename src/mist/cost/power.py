@@ -6,7 +6,7 @@ and never says less than idle or more than the TDP (or the cap below it).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,11 @@ ACTIVE, COMPUTE, MEMORY = 0.38, 1.01, 0.24
 #: Below this c + m, which nothing measured is, the device waits for its host, and COMPUTE counts in proportion.
 WAITING = 0.25
 
+#: of the sums that an attention window cuts, what it goes by
+_OF_WINDOWS = {"decode_context": "decodes", "prefill_area": "prefill_tokens"}
+#: by sum and window
+Coefficients = dict[tuple[str, int], float]
+
 
 def busy_share(compute: FloatColumn | float, memory: FloatColumn | float) -> FloatColumn:
     """Power over TDP of a device that reaches the shares `compute` and `memory` of its peaks.
@@ -35,8 +40,8 @@ def busy_share(compute: FloatColumn | float, memory: FloatColumn | float) -> Flo
     """
     compute, memory = np.asarray(compute, np.float64), np.asarray(memory, np.float64)
     both = compute + memory
-    bound = np.divide(compute, both, out=np.zeros_like(both), where=both > 0) ** 3
-    share = ACTIVE + COMPUTE * bound * np.minimum(1.0, both / WAITING) + MEMORY * memory
+    bound = np.divide(compute, both, out=np.zeros_like(both), where=both > 0)
+    share = ACTIVE + COMPUTE * (bound * bound * bound) * np.minimum(1.0, both / WAITING) + MEMORY * memory
     return np.minimum(1.0, share)
 
 
@@ -56,14 +61,15 @@ def peak_shares(deployment: Deployment, steps: Columns) -> tuple[FloatColumn, Fl
     """
     sums = _sums(deployment, steps)
     took_s = np.maximum(steps["end_ns"] - steps["start_ns"], 1) / NS_PER_S
-    device, flop_s, num_bytes = deployment.platform.device, np.zeros(len(took_s)), np.zeros(len(took_s))
-    for operator in forward_pass(deployment):
-        if operator.kind in NETWORK_KINDS:
-            continue
-        runs = sums[operator.driver] > 0
-        flop_s += runs * _linear(operator, operator.flop, sums) / device.peak(operator.dtype)
-        num_bytes += runs * (operator.repeats * _weights(operator, sums) + _linear(operator, operator.bytes, sums))
-    return flop_s / took_s, num_bytes / device.memory_bytes_per_s / took_s
+    device = deployment.platform.device
+    operators = [operator for operator in forward_pass(deployment) if operator.kind not in NETWORK_KINDS]
+    flop_s: Coefficients = {}
+    num_bytes: Coefficients = {}
+    for operator in operators:
+        _add(flop_s, operator, operator.flop, 1 / device.peak(operator.dtype))
+        _add(num_bytes, operator, operator.bytes, 1.0)
+    read = _linear(num_bytes, sums) + _weights(operators, sums)
+    return _linear(flop_s, sums) / took_s, read / device.memory_bytes_per_s / took_s
 
 
 def _sums(deployment: Deployment, steps: Columns) -> dict[str, FloatColumn]:
@@ -85,21 +91,31 @@ def _sums(deployment: Deployment, steps: Columns) -> dict[str, FloatColumn]:
     }
 
 
-def _linear(operator: Operator, coefficients: Mapping[str, float], sums: dict[str, FloatColumn]) -> FloatColumn:
-    """All launches' FLOP or bytes that are linear in the sums, contexts cut at the operator's window."""
-    total: FloatColumn = np.zeros(len(sums["tokens"]))
-    window = operator.window
+def _add(total: Coefficients, operator: Operator, coefficients: Mapping[str, float], factor: float) -> None:
+    """All launches' FLOP or bytes for each unit of the sums, which are zero where the operator doesn't run."""
     for name, each in coefficients.items():
-        column = sums[name]
-        if window and name == "decode_context":
-            column = np.minimum(column, window * sums["decodes"])
-        elif window and name == "prefill_area":
-            column = np.minimum(column, window * sums["prefill_tokens"])
-        total = total + each * column
-    return operator.repeats * total
+        window = operator.window if name in _OF_WINDOWS else 0
+        total[name, window] = total.get((name, window), 0.0) + operator.repeats * each * factor
 
 
-def _weights(operator: Operator, sums: dict[str, FloatColumn]) -> FloatColumn | float:
-    if operator.experts is None:
-        return operator.weight_bytes
-    return operator.weight_bytes * operator.experts.touched_share(operator.groups * sums[operator.driver])
+def _linear(coefficients: Coefficients, sums: Mapping[str, FloatColumn]) -> FloatColumn:
+    total: FloatColumn = np.zeros(len(sums["tokens"]))
+    for (name, window), each in coefficients.items():
+        column = np.minimum(sums[name], window * sums[_OF_WINDOWS[name]]) if window else sums[name]
+        total += each * column
+    return total
+
+
+def _weights(operators: Sequence[Operator], sums: Mapping[str, FloatColumn]) -> FloatColumn:
+    """Bytes of weights that each step reads: of mixtures those of the experts touched in expectation."""
+    total: FloatColumn = np.zeros(len(sums["tokens"]))
+    dense: dict[str, float] = {}
+    for operator in operators:
+        whole, driver = operator.repeats * operator.weight_bytes, operator.driver
+        if operator.experts is None:
+            dense[driver] = dense.get(driver, 0.0) + whole
+        else:
+            total += whole * operator.experts.touched_share(operator.groups * sums[driver])
+    for driver, num_bytes in dense.items():
+        total += num_bytes * (sums[driver] > 0)
+    return total

@@ -29,11 +29,6 @@ class DevicePrice:
     reserved: float | None = None
     capital_usd: float | None = None
 
-    @classmethod
-    def flat(cls, usd_per_hour: float) -> DevicePrice:
-        """The same for all purchases by the hour."""
-        return cls(usd_per_hour, usd_per_hour, usd_per_hour)
-
     def offers(self) -> list[str]:
         """The purchases that it has a price for."""
         return [p for p in PURCHASES if getattr(self, "capital_usd" if p == "owned" else p) is not None]

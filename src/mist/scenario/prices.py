@@ -10,7 +10,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, ValidationInfo, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+)
 
 from mist.cost import ClientPrice, DevicePrice, EnergySettings, PriceList, Tariff, cost
 from mist.errors import Problem, ScenarioError, nearest
@@ -47,9 +55,16 @@ _LIST_SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]
 ListOfPrices = Annotated[Any, AfterValidator(_read_list), _LIST_SCHEMA]
 
 
-class DeviceRates(Section):
-    """What a device costs, in USD per device-hour by purchase."""
+def _flat(value: Any) -> Any:
+    """A bare number as the price per hour."""
+    return {"usd_per_hour": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
+
+class DeviceRates(Section):
+    """What a device costs, in USD per device-hour: whatever the purchase, or by purchase."""
+
+    usd_per_hour: Usd | None = None
+    """by any purchase that has no price of its own"""
     on_demand: Usd | None = None
     """by the hour"""
     spot: Usd | None = None
@@ -67,8 +82,8 @@ class Prices(Section):
     """a list: a name of `mist list prices`, the path of a YAML file, or a mapping"""
     purchase: Purchase = "on_demand"
     """how devices are paid for: by the hour while they are there, or reserved and owned ones all the time"""
-    devices: dict[str, Usd | DeviceRates] = {}  # noqa: RUF012
-    """prices by device, in place of the list's: USD per device-hour, whatever the purchase, or by purchase"""
+    devices: dict[str, Annotated[DeviceRates, BeforeValidator(_flat)]] = {}  # noqa: RUF012
+    """prices by device, in place of the list's: USD per device-hour, or by purchase such as {spot: 1.2}"""
     memories: dict[str, Usd] = {}  # noqa: RUF012
     """USD per GB-month of memories, by the scenario's or the catalogue's names"""
     scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
@@ -114,11 +129,7 @@ def _prices(value: Any) -> Any:
 
 
 def _pool_price(value: Any) -> Any:
-    if isinstance(value, str):
-        return {"catalogue": value}
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return {"usd_per_hour": value}
-    return value
+    return {"catalogue": value} if isinstance(value, str) else _flat(value)
 
 
 AnyPrices = Annotated[Prices, BeforeValidator(_prices)]
@@ -126,7 +137,7 @@ AnyPoolPrice = Annotated[PoolPrice, BeforeValidator(_pool_price)]
 
 
 def cost_anew(scenario: Mapping[str, Any], usage: Mapping[str, Any], given: Any) -> dict[str, Any]:
-    """The bill of a run by other prices, `given` as a scenario would have them; what its clients pay of their own stays.
+    """The bill of a run by other prices, `given` as a scenario would have them; a client's own `price` stays.
 
     `scenario`: the resolved one of the run that left `usage`. ScenarioError as in a scenario.
     """
@@ -136,7 +147,7 @@ def cost_anew(scenario: Mapping[str, Any], usage: Mapping[str, Any], given: Any)
     except ValidationError as error:
         raise ScenarioError(_told(each) for each in error.errors()) from None
     own = frozenset(machine["device"] for machine in usage["machines"] if machine["device"])
-    if found := list(_unknown_devices(prices, own)):
+    if found := [each for _, each in _unknown_devices(prices, own)]:
         raise ScenarioError(found)
     of_clients = {name: client["price"] for name, client in scenario["clients"].items() if "price" in client}
     clients = {name: PoolPrice.model_validate(price, context=context) for name, price in of_clients.items()}
@@ -168,8 +179,10 @@ def _client_price(price: PoolPrice) -> ClientPrice:
     return ClientPrice(price.usd_per_hour, prices, price.purchase)
 
 
-def _device_price(price: float | DeviceRates) -> DevicePrice:
-    return DevicePrice(**price.model_dump()) if isinstance(price, DeviceRates) else DevicePrice.flat(float(price))
+def _device_price(price: DeviceRates) -> DevicePrice:
+    any_hour, rates = price.usd_per_hour, price.model_dump(exclude={"usd_per_hour", "capital_usd"})
+    hourly = {purchase: any_hour if rate is None else rate for purchase, rate in rates.items()}
+    return DevicePrice(capital_usd=price.capital_usd, **hourly)
 
 
 def _list_of(form: Any) -> PriceList:
@@ -184,9 +197,10 @@ def _canonical(device: str) -> str:
 def price_conflicts(scenario: Scenario) -> Iterator[Located]:
     """Prices of devices and memories that there are none of, and of what isn't for sale."""
     own = frozenset(client.device.name for client in scenario.clients.values() if client.device)
-    for found in _unknown_devices(scenario.prices, own):
-        name = found.message.split("'")[1]
-        yield ("prices", "devices", name, "[key]"), found
+    written = scenario.source.data().get("prices")
+    below = ("prices", "devices") if isinstance(written, dict) and "devices" in written else ("prices",)
+    for name, found in _unknown_devices(scenario.prices, own):
+        yield (*below, name, "[key]"), found
     memories = {*scenario.memories, *scenario.stores, *catalogue.names("memories")}
     for name in scenario.prices.memories:
         if name not in memories:
@@ -196,8 +210,8 @@ def price_conflicts(scenario: Scenario) -> Iterator[Located]:
             )
 
 
-def _unknown_devices(prices: Prices, own: frozenset[str]) -> Iterator[Problem]:
+def _unknown_devices(prices: Prices, own: frozenset[str]) -> Iterator[tuple[str, Problem]]:
     known = {*own, *catalogue.names("devices"), *catalogue.aliases("devices")}
     for name in prices.devices:
         if name not in own and catalogue.canonical("devices", name) is None:
-            yield Problem(f"there is no device {name!r}", hint=nearest(name, known))
+            yield name, Problem(f"there is no device {name!r}", hint=nearest(name, known))
