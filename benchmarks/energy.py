@@ -125,8 +125,9 @@ def main() -> int:
     tables = os.environ.get("MIST_KERNEL_TABLES")
     if tables and (Path(tables) / B200).is_file():
         power, reached, count = b200_memory(Path(tables))
-        print(f"\nB200, decode attention at {reached:.2f} of its bandwidth (median of {count}): {power:.2f} of TDP, "
-              f"hence MEMORY {(power - ACTIVE) / reached:.2f}; modelled {float(busy_share(0.0, reached)):.2f}")  # fmt: skip
+        share = float(busy_share(0.0, reached))
+        print(f"\nB200, decode attention at {reached:.2f} of its bandwidth (median of {count}): {power:.2f} of TDP,")
+        print(f"hence MEMORY {(power - ACTIVE) / reached:.2f}; modelled {share:.2f}")
     return 0
 
 

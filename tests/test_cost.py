@@ -216,6 +216,20 @@ def test_memories_are_priced_by_the_month_or_it_is_said_that_they_are_not() -> N
         assert priced["memories"]["ram"] > 0
 
 
+def test_a_store_is_its_memory_and_the_cpu_that_it_is_on() -> None:
+    sections = {
+        "workload": {**WORKLOAD, "cached_tokens": 100},
+        "pipeline": ["kv_retrieve", "prefill", "decode"],
+        "memories": {"ssd": {"capacity": "1 TB", "bandwidth": "8 GB/s", "latency": "80 us", "hit_rate": 0.5}},
+        "prices": {"memories": {"ssd": 0.7305}},
+    }
+    store = {"memory": "ssd", "serves": ["kv_retrieve"]}
+    result = scenario(**sections, clients={"gpu": GPU, "store": store}).run()
+    assert hourly(result) == pytest.approx(2.95 + 1.0, rel=1e-9)
+    on_a_host = scenario(**sections, clients={"gpu": GPU, "store": {**store, "device": "epyc-9554"}}).run()
+    assert hourly(on_a_host) == pytest.approx(2.95 + 1.0 + 3.1744, rel=1e-9)
+
+
 def test_a_client_has_a_price_of_its_own() -> None:
     clients = {"gpu": {**GPU, "price": 1.0}, "other": {**GPU, "price": {"purchase": "spot"}}}
     result = scenario(clients={**clients, "third": {**GPU, "price": "lambda"}}).run()

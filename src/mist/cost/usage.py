@@ -86,9 +86,10 @@ def used(
 ) -> Json:
     """The usage of a run over the span of `window`; `metrics` is the summary of `records` over the same.
 
-    `machines`: the devices of each pool, and hosts of nodes: `device_s` that they were held (replicas that weren't
-    there aren't counted), `whole_device_s` had all been there throughout; `busy_s`, the device-seconds of steps;
-    `energy_j`, None where no TDP is known. `shares`: `busy_s` and the `energy_j` of steps by pool, tenant and stage.
+    `holdings`: by pool, of those that have devices. `machines`: the devices of each pool, and hosts of nodes: `device_s`
+    that they were held (replicas that weren't there aren't counted), `whole_device_s` had all been there throughout;
+    `busy_s`, the device-seconds of steps; `energy_j`, None where no TDP is known. `shares`: `busy_s` and the `energy_j`
+    of steps by pool, tenant and stage.
     """
     span = Window.of(records, window)
     busy, shares = _busy(records, clients, holdings, span)
@@ -130,7 +131,9 @@ def _busy(
         _by_client(records.tasks.as_columns(), _TASK_COLUMNS, len(clients)),
     )
     for info, steps, tasks in zip(clients, *tables, strict=True):
-        holding = holdings[info.pool]
+        holding = holdings.get(info.pool)
+        if holding is None:  # a KV store that is nowhere in particular
+            continue
         device_s = _seconds_inside(steps, span) * holding.busy_devices
         joules = device_s * _watts(holding, steps)
         own = busy.setdefault(info.replica, _Busy(info.pool))
