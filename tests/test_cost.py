@@ -189,6 +189,18 @@ def test_a_shared_host_is_counted_once() -> None:
     assert any("pays for all 64 cores" in remark for remark in apart["remarks"])
 
 
+def test_hosts_alike_are_one_line_for_all() -> None:
+    text = {**TEXT, "count": 3}
+    network = {"preset": "h100-nvl8", "nodes": {"box": {"devices": 8}, "cpus": {"host": "epyc-9554", "count": 3}}}
+    result = scenario(
+        clients={"gpu": GPU, "text": text}, pipeline=["tokenize", "prefill", "decode"], network=network
+    ).run()
+    hosts = [machine for machine in result.summary()["usage"]["machines"] if machine["kind"] == "host"]
+    assert {host["name"]: host["num_devices"] for host in hosts} == {"box": 1, "cpus-0": 3}
+    assert hourly(result) == pytest.approx(2.95 + 3 * 3.1744, rel=1e-12)
+    assert result.cost()["hosts"].keys() == {"box", "cpus-0"}
+
+
 def test_hosts_of_devices_that_are_priced_alone_are_paid_for() -> None:
     alone = {"name": "alone", "includes_host": False, "devices": {"h100-sxm": 2.0, "epyc-9554": 0.5}}
     clients = {"gpu": GPU, "text": TEXT, "more": {**TEXT, "serves": ["regex_guard"]}}

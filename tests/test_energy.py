@@ -96,6 +96,7 @@ def test_prompts_draw_more_than_decodes() -> None:
     assert compute[1] < 0.2
     assert memory[1] > 0.5
     prompt, decode, both = busy_share(compute, memory)
+    assert busy_watts(H100, np.array([0.5])) == 350.0
     assert 0.9 < prompt <= 1
     assert 0.4 < decode < 0.65
     assert decode < both < prompt

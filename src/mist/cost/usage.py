@@ -86,10 +86,10 @@ def used(
 ) -> Json:
     """The usage of a run over the span of `window`; `metrics` is the summary of `records` over the same.
 
-    `holdings`: by pool, of those that have devices. `machines`: the devices of each pool, and hosts of nodes: `device_s`
-    that they were held (replicas that weren't there aren't counted), `whole_device_s` had all been there throughout;
-    `busy_s`, the device-seconds of steps; `energy_j`, None where no TDP is known. `shares`: `busy_s` and the `energy_j`
-    of steps by pool, tenant and stage.
+    `holdings`: by pool, of those that have devices. `machines`: the devices of each pool, and hosts of nodes, with the
+    `device_s` that they were held (replicas that weren't there aren't counted) and the `whole_device_s` had all been
+    there throughout; `busy_s`, the device-seconds of steps; `energy_j`, None where no TDP is known. `shares`: `busy_s`
+    and the `energy_j` of steps by pool, tenant and stage.
     """
     span = Window.of(records, window)
     busy, shares = _busy(records, clients, holdings, span)
