@@ -42,6 +42,8 @@ GENERIC_HOST_LINK_LATENCY_NS = 10_000
 #: Share of its TDP that a busy device draws whatever its clock: the least that a B200 drew under any kernel of the vLLM
 #: 0.22.0 tables of aiconfigurator-core 0.12.0, 243 of 1,000 W (unverified for other devices).
 BASE_POWER = 0.24
+#: Share of its TDP that a device draws while it waits, where nothing is given (unverified).
+IDLE_POWER = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Device:
     every pair talks at full rate (NVSwitch, full mesh), so that small all-reduces need no ring.
     `inter_node_bytes_per_s`, `inter_node_latency_ns`: a device's share of the network between such domains.
     `host_link_bytes_per_s`, `host_link_latency_ns`: large copies from host memory, as measured and not the link's peak.
+    `idle_w`: power of a device that waits for work, its memory filled; left out, `IDLE_POWER` of the TDP.
     `num_cores`: cores of a CPU; 0 for an accelerator.
     `efficiency`: fraction of peak by operator class; a key with a suffix (`gemm_fp8`, `attention_decode_fp8`,
     `allreduce_8` for eight ranks) overrides its class there. `kernel_launch_ns`: fixed time of a kernel, same keys.
@@ -75,6 +78,7 @@ class Device:
     host_link_bytes_per_s: float = GENERIC_HOST_LINK_BYTES_PER_S
     host_link_latency_ns: int = GENERIC_HOST_LINK_LATENCY_NS
     tdp_w: float | None = None
+    idle_w: float | None = None
     num_cores: int = 0
     efficiency: Mapping[str, float] = field(default_factory=dict)
     kernel_launch_ns: Mapping[str, float] = field(default_factory=dict)
@@ -101,6 +105,13 @@ class Device:
     def launch_ns(self, operator_class: str, variant: str | int = "") -> float:
         """Fixed time of one kernel of `operator_class`, ns."""
         return _most_specific(operator_class, variant, self.kernel_launch_ns, GENERIC_LAUNCH_NS)
+
+    @property
+    def idle_watts(self) -> float | None:
+        """Power while it waits for work, W, at most its TDP; None where no TDP is known."""
+        if self.tdp_w is None:
+            return None
+        return IDLE_POWER * self.tdp_w if self.idle_w is None else min(self.idle_w, self.tdp_w)
 
     def clock_under(self, power_cap_w: float | None) -> float:
         """Share of its clock that a device keeps in kernels bound by compute, which alone would draw its TDP.
@@ -322,7 +333,7 @@ class MappingReader:
 _QUANTITIES = {
     "memory_bytes": 1, "memory_bytes_per_s": 1, "link_bytes_per_s": 1, "link_latency_ns": 0, "scale_up_domain": 1,
     "inter_node_bytes_per_s": 1, "inter_node_latency_ns": 0, "host_link_bytes_per_s": 1, "host_link_latency_ns": 0,
-    "tdp_w": 1, "attention_ramp_tokens": 0, "num_cores": 0,
+    "tdp_w": 1, "idle_w": 0, "attention_ramp_tokens": 0, "num_cores": 0,
 }  # fmt: skip
 
 

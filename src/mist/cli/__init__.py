@@ -250,7 +250,7 @@ def schema(plugins: tuple[str, ...]) -> None:
 
 _LISTED = (
     "devices", "models", "engines", "steps", "memories", "acceptance", "policies", "perf", "workloads", "networks",
-    "pipelines",
+    "pipelines", "prices",
 )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from mist.scenario.result import Result
 from mist.scenario.tables import build_tables
 from mist.scenario.tenancy import SOLE
 from mist.scenario.tenants import build_tenants, table_notes, tenant_infos
+from mist.scenario.usage import bill
 from mist.scenario.value import Scenario
 from mist.tenant import Tenant
 from mist.units import NS_PER_S, seconds_to_ns
@@ -100,6 +101,7 @@ def run(
         *fleet.remarks,
         *remarks(scenario, fleet.priced_by, saturated=metrics["saturated"]),
     ]
+    metrics |= bill(scenario, fleet, records, metrics, window)
     metrics["expected_error"] = {
         name: expected_error(scenario, name, fleet.priced_by[name], saturated=metrics["saturated"])
         for name in scenario.pools

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from mist.cost import PriceList
 from mist.engine import EngineProfile
 from mist.errors import Problem, ScenarioError, nearest
 from mist.hardware import Device
@@ -59,11 +60,17 @@ def aliases(kind: str) -> frozenset[str]:
     return frozenset(_index(kind))
 
 
+def canonical(kind: str, name: str) -> str | None:
+    """The name of the entry that is called `name`, in any case; None where none is."""
+    entry = _index(kind).get(name.lower())
+    return entry.name if entry else None
+
+
 def read(kind: str, given: str | Mapping[str, Any], folder: Path) -> tuple[Any, str | dict[str, Any]]:
     """What `given` means: its value, and the form in which it can be written anywhere (a catalogue name or a mapping).
 
     A text is a name or alias of the catalogue, else a path looked up in `folder`; the value is a Device, ModelSpec,
-    EngineProfile, StepProfile, MemoryTier or AcceptedLengths, for workloads the mapping
+    EngineProfile, StepProfile, MemoryTier, AcceptedLengths or PriceList, for workloads the mapping
     itself. ScenarioError lists all problems; those of a mapping given in place have no file, and their messages begin
     with the key.
     """
@@ -149,9 +156,12 @@ def _file(kind: str, given: str, folder: Path) -> Path:
             return path
     except (OSError, RuntimeError, ValueError):  # too long for a name, no home folder, a zero byte
         path = folder
-    what = {"steps": "step profile", "memories": "memory", "acceptance": "measured acceptance"}.get(
-        kind, kind.removesuffix("s")
-    )
+    what = {
+        "steps": "step profile",
+        "memories": "memory",
+        "acceptance": "measured acceptance",
+        "prices": "list of prices",
+    }.get(kind, kind.removesuffix("s"))
     if _LIKE_A_PATH.search(given):
         raise ScenarioError(
             Problem(f"there is no {what} file {str(path)!r}", hint="paths start at the scenario's folder")
@@ -206,6 +216,12 @@ def _model(data: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec.from_hf_config(str(data.get("id") or data["name"]), config)
 
 
+def _prices(data: Mapping[str, Any]) -> PriceList:
+    """A list of prices, with devices under the names of their entries."""
+    prices = PriceList.from_mapping(data)
+    return replace(prices, devices={canonical("devices", d) or d: price for d, price in prices.devices.items()})
+
+
 def _example(kind: str) -> str:
     return {
         "devices": "`mist list devices`; a device is {name, peak_tflops: {bf16: 500}, memory_bytes: 64 GiB, "
@@ -215,6 +231,7 @@ def _example(kind: str) -> str:
         "latency_ns: 0.1 ms}",
         "acceptance": "`mist list acceptance`; a measured acceptance is {name, accepted_lengths: [1.8, 2.4, 2.8]}, "
         "tokens per step with 1, 2, 3 drafted",
+        "prices": "`mist list prices`; a list of prices is {name, devices: {h100-sxm: 2.5}}, USD per device-hour",
     }.get(kind, f"`mist list {kind}`")
 
 
@@ -227,4 +244,5 @@ _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "acceptance": AcceptedLengths.from_mapping,
     "workloads": dict,
     "networks": dict,
+    "prices": _prices,
 }

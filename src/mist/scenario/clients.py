@@ -33,6 +33,7 @@ from mist.scenario.encoders import cut_sequences, default_batching, engine_of, k
 from mist.scenario.hand_over import Lending
 from mist.scenario.memory import TierSettings
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems
+from mist.scenario.prices import AnyPoolPrice
 from mist.scenario.pricing import runs_without_model
 from mist.scenario.quantities import Size
 from mist.scenario.scaling import ScalingSection
@@ -174,6 +175,8 @@ class Pool(Section):
     """replicas that start and drain, by schedule or by rule; `count` is then the most that there can be"""
     group: Name | None = None
     """KV caches are handed over only between pools of one group; left out, between all that have none"""
+    price: AnyPoolPrice | None = None
+    """what a device costs, in place of the scenario's `prices`: USD per hour, a list, or {purchase: spot}"""
     lending: Lending | None = None
     """a decode pool whose clients take prompts while all of the prefill clients have too many waiting"""
 

@@ -19,6 +19,7 @@ from mist.scenario.memory import misfits
 from mist.scenario.memory_groups import forks
 from mist.scenario.named import Located
 from mist.scenario.network import numbered
+from mist.scenario.prices import price_conflicts
 from mist.scenario.scaling import without_deadlines
 from mist.scenario.unserved import is_static
 
@@ -52,6 +53,7 @@ def conflicts(scenario: Scenario, file: ScenarioFile) -> Iterator[Located]:
     yield from hand_over_conflicts(scenario)
     yield from _memory_conflicts(scenario)
     yield from _same_names(scenario)
+    yield from price_conflicts(scenario)
     if scenario.window_s is not None and scenario.warmup_s > scenario.window_s[0]:
         message = f"the warm-up of {scenario.warmup_s:g} s ends after the window begins"
         yield ("window_s",), Problem(message, hint="let the window begin later, or leave warmup_s out")

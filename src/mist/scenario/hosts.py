@@ -21,6 +21,7 @@ from mist.scenario.catalogued import Catalogued, left_out
 from mist.scenario.clients import Count, Stages
 from mist.scenario.encoders import CUTTING, cuts
 from mist.scenario.named import Located, Section, Spec, SpecOf, problems
+from mist.scenario.prices import AnyPoolPrice
 from mist.scenario.pricing import host_models, runs_without_model
 from mist.scenario.unserved import unserved
 from mist.units import GIB
@@ -54,6 +55,8 @@ class HostPool(Section):
         validate_default=True,
     )
     """a batching policy, whose max_num_seqs is how many tasks it takes at once"""
+    price: AnyPoolPrice | None = None
+    """what a CPU costs, in place of the scenario's `prices`: USD per hour, a list, or {purchase: spot}"""
 
     @model_validator(mode="after")
     def _complete(self) -> HostPool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mist import registry
+from mist.cost import PURCHASES
 from mist.scenario import catalogue
 from mist.scenario.named import parameters
 from mist.units import GB, GIB
@@ -123,6 +124,15 @@ def _acceptance(measured: Any) -> Row:
     }
 
 
+def _prices(prices: Any) -> Row:
+    return {
+        "provider": prices.provider,
+        "date": prices.date,
+        **{purchase: sum(purchase in p.offers() for p in prices.devices.values()) for purchase in PURCHASES},
+        "devices": ", ".join(sorted(prices.devices)),
+    }
+
+
 def _workload(table: Any) -> Row:
     return {
         "num_requests": table["num_requests"],
@@ -143,4 +153,5 @@ def _network(preset: Any) -> Row:
 _DESCRIBED: dict[str, Callable[[Any], Row]] = {
     "devices": _device, "models": _model, "engines": _engine, "steps": _steps, "workloads": _workload,
     "networks": _network, "memories": _memory, "acceptance": _acceptance,
+    "prices": _prices,
 }  # fmt: skip

@@ -173,7 +173,9 @@ def _figures(device: Device, runs_a_model: bool) -> Iterator[str]:
     if runs_a_model:
         yield from _efficiencies(device)
     unverified = sorted(key for key, source in device.sources.items() if source.startswith("unverified"))
-    if told := [key for key in unverified if runs_a_model or not key.startswith(_OF_MODELS)]:
+    # no time depends on idle_w
+    told = [key for key in unverified if key != "idle_w" and (runs_a_model or not key.startswith(_OF_MODELS))]
+    if told:
         yield f"{device.name}: unverified are {', '.join(told)}."
 
 

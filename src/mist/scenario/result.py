@@ -25,6 +25,7 @@ from mist.metrics.availability import state_changes
 from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
 from mist.metrics.stages import PARTS, stage_times
 from mist.records import CLIENT_STATES, FINISHED, SEGMENT_ENDS, STATUSES, TRANSFER_KINDS, IntColumn, Records
+from mist.scenario.prices import cost_anew
 from mist.scenario.result_table import render
 from mist.scenario.value import to_yaml
 from mist.units import NS_PER_S
@@ -88,6 +89,16 @@ class Result:
     def changes(self) -> Columns:
         """One row per instant at which a replica went down, came up, started or drained, by time, with the reason."""
         return change_columns(self.records)
+
+    def cost(self, prices: Any = None) -> dict[str, Any]:
+        """The bill of this run: the summary's, or by other `prices`, as a scenario would have them, without a new run.
+
+        Such as `result.cost("lambda")`, `result.cost({"h100-sxm": 2.1})` or `result.cost({"purchase": "spot"})`; what
+        the scenario's clients pay of their own stays. ScenarioError as in a scenario.
+        """
+        if prices is None:
+            return dict(self.metrics["cost"])
+        return cost_anew(self.scenario, self.metrics["usage"], prices)
 
     def __str__(self) -> str:
         console = Console(width=PLAIN_WIDTH, file=io.StringIO(), color_system=None, legacy_windows=False)

@@ -6,7 +6,7 @@ never shows wall times: what is printed is the same for the same seed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -64,7 +64,32 @@ def _headline(name: str, summary: Summary) -> RenderableType:
     if (quality := summary["quality"]) is not None and quality["mean"] is not None:
         shares = ", ".join(f"{kind} {_percent(part)}" for kind, part in quality["answered_by"].items())
         rows.add_row("Quality", f"{quality['mean']:.4g} on average; answered by {shares}")
+    for label, told in _costs(summary):
+        rows.add_row(label, told)
     return Group(Text(name, style="bold"), Text(""), rows)
+
+
+def _costs(summary: Summary) -> Iterator[tuple[str, str]]:
+    """Dollars and joules, where they are known."""
+    cost, energy = summary.get("cost"), summary.get("energy")
+    if cost and cost["usd_per_hour"] is not None:
+        per = {
+            "usd_per_million_output_tokens": "per M output tokens",
+            "usd_per_thousand_requests": "per 1,000 requests",
+        }
+        each = [f"${_rate(cost[key])} {name}" for key, name in per.items() if cost[key] is not None]
+        by = f"{cost['prices']}, {cost['purchase'].replace('_', ' ')}"
+        hourly = f"${_rate(cost['usd_per_hour'])}/h"
+        yield "Cost", f"{', '.join([hourly, *each])} ({by})"
+    if energy and energy["mean_w"] is not None:
+        told = [f"{_rate(energy['mean_w'])} W"]
+        if energy["joules_per_output_token"] is not None:
+            told.append(f"{_rate(energy['joules_per_output_token'])} J per output token")
+        if energy["wh_per_request"] is not None:
+            told.append(f"{_rate(energy['wh_per_request'])} Wh per request")
+        if energy["carbon_g"] is not None:
+            told.append(f"{_rate(energy['carbon_g'])} g CO2e")
+        yield "Energy", ", ".join(told)
 
 
 def _rates(per_s: Summary) -> str:
@@ -90,6 +115,9 @@ def _latencies(summary: Summary) -> RenderableType:
 def _tenants(summary: Summary) -> RenderableType:
     """A line for each tenant."""
     heads = ["finished", "TTFT P50", "TTFT P99", "E2E P99", "", "TPOT P50", "", "tokens/s", "SLOs met"]
+    costs = (summary.get("cost") or {}).get("tenants", {})
+    has_costs = any(cost["usd_per_million_output_tokens"] is not None for cost in costs.values())
+    heads += ["$/M output"] if has_costs else []
     table = Fitted("Tenants", heads)
     for name, tenant in summary["tenants"].items():
         requests, slo = tenant["requests"], tenant["slo"]
@@ -99,7 +127,8 @@ def _tenants(summary: Summary) -> RenderableType:
         attained = _NOTHING if slo is None else _percent(slo["attainment"])
         tokens = _rate(tenant["throughput"]["total_tokens_per_s"])
         table.add_row(name, f"{requests['finished']:,} of {requests['arrived']:,}", *cells, "s",
-                      f"{tpot_s * 1e3:,.1f}" if tpot_s else _NOTHING, "ms", tokens, attained)  # fmt: skip
+                      f"{tpot_s * 1e3:,.1f}" if tpot_s else _NOTHING, "ms", tokens, attained,
+                      *([_number(costs[name]["usd_per_million_output_tokens"])] if has_costs else []))  # fmt: skip
     return Group(table, Text(_fairness(summary["fairness"])))
 
 
@@ -209,7 +238,11 @@ def _remarks(summary: Summary) -> RenderableType:
     lines = []
     if (verdict := _verdict(summary)) is not None:
         lines.append(verdict)
-    lines += [Text(note, style="yellow") for note in summary["notes"]]
+    told = [
+        *summary["notes"],
+        *(r for kind in ("cost", "energy") for r in (summary.get(kind) or {}).get("remarks", ())),
+    ]
+    lines += [Text(note, style="yellow") for note in dict.fromkeys(told)]
     origin = _provenance(summary["provenance"])
     simulator = summary.get("simulator", {})
     facts = [f"Step times: {origin}."] if origin else []

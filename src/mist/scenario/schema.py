@@ -33,6 +33,7 @@ from mist.scenario.memory import Memory
 from mist.scenario.named import Located, Section, Short, Spec, SpecOf, problem, problems, short
 from mist.scenario.network import Network
 from mist.scenario.pools import AnyPool
+from mist.scenario.prices import DEFAULT_PRICES, AnyPrices, Energy
 from mist.scenario.pricing import PREFERRED
 from mist.scenario.quantities import MAX_SECONDS, Seconds
 from mist.workload.trace import find_trace
@@ -366,6 +367,10 @@ class ScenarioFile(Section):
     """measure only requests that arrive in this window: start:end in seconds, or its length after the warm-up"""
     max_time_s: PositiveSeconds | None = None
     """stop the simulation at this time; requests still in the system count as unfinished"""
+    prices: AnyPrices = Field(default=DEFAULT_PRICES, validate_default=True)
+    """what devices cost: a list of `mist list prices`, USD per device-hour by device, or both"""
+    energy: Energy = Energy()
+    """what a site adds to the energy of its devices, such as {pue: 1.3, carbon_g_per_kwh: 400}"""
     perf: PerfList = Field(default=list(PREFERRED), validate_default=True)
     """performance models of clients that name none, the first that supports the client answers"""
 

@@ -15,6 +15,7 @@ from mist.hardware import Device
 from mist.scenario.catalogued import Catalogued
 from mist.scenario.clients import Name, Stages
 from mist.scenario.named import Section, problems
+from mist.scenario.prices import AnyPoolPrice
 from mist.scenario.quantities import Latency
 from mist.units import parse_time_ns
 
@@ -34,6 +35,8 @@ class StorePool(Section):
     """whether what it has is fetched: where that is estimated to be sooner than computing it, or always"""
     device: Annotated[Device, Catalogued("devices")] | None = None
     """the CPU whose host it is on, in a network with nodes; left out, there must be none"""
+    price: AnyPoolPrice | None = None
+    """what that CPU costs, in place of the scenario's `prices`: USD per hour, a list, or {purchase: spot}"""
 
     @property
     def lookup_ns(self) -> int:

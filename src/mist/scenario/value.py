@@ -29,6 +29,7 @@ from mist.scenario.network import Network, numbered
 from mist.scenario.nodes import is_text
 from mist.scenario.placement import Placement, place
 from mist.scenario.pools import AnyClient
+from mist.scenario.prices import Energy, Prices
 from mist.scenario.schema import ScenarioFile, Workload
 from mist.scenario.source import KeyPath, Source, key_path, override, read_file, read_mapping
 from mist.scenario.stores import StorePool
@@ -60,6 +61,8 @@ class Scenario:
     hand_over: HandOver
     placement: Placement | None
     events: Sequence[EventSection]
+    prices: Prices
+    energy: Energy
     warmup_s: float
     window_s: tuple[float, float] | None
     max_time_s: float | None
@@ -179,6 +182,8 @@ class Scenario:
                 "hand_over": _plain(self.hand_over),
                 "events": [_plain(each) for each in self.events] or None,
                 "slo": slo,
+                "prices": _plain(self.prices),
+                "energy": _plain(self.energy),
                 "warmup_s": self.warmup_s,
                 "window_s": self.window_s and list(self.window_s),
                 "max_time_s": self.max_time_s,
@@ -211,7 +216,19 @@ class Scenario:
         delays = {kind for tenant in tenants.values() for kind in tenant.delays}
         named = file.routing
         every = named.get("") or Spec("routing", "least_outstanding")
-        own = ("name", "seed", "memories", "network", "hand_over", "events", "warmup_s", "max_time_s", "view_refresh_s")
+        own = (
+            "name",
+            "seed",
+            "memories",
+            "network",
+            "hand_over",
+            "events",
+            "prices",
+            "energy",
+            "warmup_s",
+            "max_time_s",
+            "view_refresh_s",
+        )
         fields: dict[str, Any] = {key: getattr(file, key) for key in own}
         fields |= {
             "name": file.name or source.name,
