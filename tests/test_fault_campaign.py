@@ -400,3 +400,10 @@ def test_what_is_retried_comes_out_whole(seed: int) -> None:
         assert before["output_tokens"][order].tolist() == after["output_tokens"][other].tolist()
     assert np.all(after["end_ns"] >= after["arrival_ns"])
     assert set(after["status"].tolist()) <= {FINISHED, REJECTED}
+
+
+def test_room_is_kept_for_a_branch_whose_request_would_not_fit_whole() -> None:
+    """Its decodes are shorter than the request's output: without room of its own its KV cache would wait for the room
+    of prompts that wait for its blocks."""
+    statuses = Campaign(102201).play(None).records.requests.as_columns()["status"]
+    assert set(statuses.tolist()) <= {FINISHED, REJECTED}

@@ -141,8 +141,8 @@ class HandOver:
             return
         self.early[task] = _Early(here, there)
         there.reservations.num_promised += 1
-        has_room_ever = there.reservations.has_room_ever(task.target_tokens)  # else its first token must be its last
-        if self.terms.reserves_early and has_room_ever and not there.front_end.never_fits(task):
+        # else its first token must be its last; whether all of its output fits is known when it comes
+        if self.terms.reserves_early and there.reservations.has_room_ever(task, task.target_tokens):
             self._reserve(Order(task, here, there, queued_ns=now, then=then), now)
         else:
             then(task, now)

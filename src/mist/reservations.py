@@ -26,10 +26,13 @@ class Reservations:
         #: of the blocks, what engines that reserve the output keep free for it besides
         self._promised: dict[Task, int] = {}
 
-    def has_room_ever(self, num_tokens: int) -> bool:
-        """Whether a context of `num_tokens` and its next token fit here at all, alone."""
-        kv = self._residents.kv
-        return self._blocks_for(num_tokens) + kv.watermark_blocks <= kv.num_blocks
+    def has_room_ever(self, task: Task, num_tokens: int) -> bool:
+        """Whether a context of `num_tokens` and what `make` would keep besides fit here at all, alone."""
+        who = self._residents
+        needed = self._blocks_for(num_tokens)
+        if who.reserves_output:
+            needed = max(needed, who.promise(task))
+        return needed + who.kv.watermark_blocks <= who.kv.num_blocks
 
     def make(self, task: Task, num_tokens: int) -> bool:
         """Reserve room for a context of `num_tokens`; False, and nothing has changed, where there is none now.
