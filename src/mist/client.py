@@ -311,7 +311,11 @@ class Client:
         if has_several:
             step.chunks = [part for task, num_tokens in chunks for part in task.sequences(num_tokens)]
         if not self.runs_model:
-            step.kinds = [task.stage.kind for task, num_tokens in chunks for _ in task.sequences(num_tokens)]
+            step.kinds = [
+                task.stage.kind
+                for task, num_tokens in chunks
+                for _ in (task.sequences(num_tokens) if task.stage.num_sequences > 1 else (0,))
+            ]
 
     def ends_a_task(self) -> bool:
         """Whether the end of the step that has begun ends a task."""

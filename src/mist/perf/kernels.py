@@ -19,7 +19,7 @@ from mist.perf import ORIGINS, Deployment, OperatorTime
 from mist.perf.measured import EXTRAPOLATED, SYSTEMS, OperatorTables, find_tables
 from mist.perf.measured.deployed import ROOFLINE, OperatorPricing, Pricing
 from mist.perf.measured.tabulated import DecodeRow, DecodeTable, Part, PrefillTable, RowTable
-from mist.perf.operators import Operator, StepSums, forward_pass
+from mist.perf.operators import Launches, Operator, StepSums, forward_pass
 from mist.registry import register
 from mist.request import Step
 
@@ -54,6 +54,7 @@ class Kernels:
     eager_launch_ns: float = 5_000.0
     fallback: OperatorPricing | None = None
     _operators: list[Operator] = field(init=False, repr=False)
+    _launches: Launches = field(init=False, repr=False)
     _dense: RowTable = field(init=False, repr=False)
     _shared: RowTable | None = field(init=False, repr=False)
     _classifier: RowTable = field(init=False, repr=False)
@@ -88,6 +89,7 @@ class Kernels:
         self.fallback.prepare(replace(deployment, max_num_batched_tokens=1, max_num_seqs=1))
         self._is_eager = not deployment.cuda_graph
         self._operators = forward_pass(deployment, self.fallback.expert_imbalance)
+        self._launches = Launches(self._operators)
         price = Pricing(tables, deployment, self._operators, self.fallback, self.distribution)
         num_tokens = max(deployment.max_num_batched_tokens, MIN_TABULATED_TOKENS)
         num_seqs = deployment.max_num_seqs
@@ -165,7 +167,7 @@ class Kernels:
                     context += c + s
                 ns += self._prefill_rows.time(context)
         if self._is_eager:
-            idle_ns = max(0.0, self._eager_ns(StepSums.of(step)) - ns)
+            idle_ns = max(0.0, self.eager_launch_ns * self._launches.of(step) - ns)
             self._attention_ns[ROOFLINE] += idle_ns
             ns += idle_ns
         return int(ns) + 1
@@ -202,7 +204,9 @@ class Kernels:
         for o, theirs in zip(running, self.fallback.explain(step), strict=False):
             ns, code = parts[id(o)]
             found.append(replace(theirs, time_ns=ns, origin=ORIGINS[code]))
-        idle_ns = self._eager_ns(sums) - sum(t.time_ns for t in found) if self._is_eager else 0.0
+        idle_ns = (
+            self.eager_launch_ns * self._launches.of(step) - sum(t.time_ns for t in found) if self._is_eager else 0.0
+        )
         if idle_ns > 0:
             found.append(OperatorTime("waiting_for_host", 1, 0.0, 0.0, idle_ns, "launch", "roofline", 0.0))
         return found
@@ -283,7 +287,3 @@ class Kernels:
             if self._prefill_rows:
                 found += self._prefill_rows.parts(int(sums.prefill_context))
         return found
-
-    def _eager_ns(self, sums: StepSums) -> float:
-        """What the host takes to launch the kernels of a step one by one."""
-        return self.eager_launch_ns * sum(o.repeats for o in self._operators if o.runs(sums))

@@ -6,7 +6,7 @@ A performance model asks for the list once per deployment; each operator's work 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mist.model import ACTIVATION_BYTES, Experts, LayerGroup, dtype_bytes
@@ -134,6 +134,25 @@ class Operator:
         if not self.runs(sums):
             return 0.0
         return self.repeats * (self.weight_bytes_of(sums) + _dot(coefficients, sums.windowed(self.window)))
+
+
+class Launches:
+    """How many kernels of `operators` a step launches: by which of its sums are there at all."""
+
+    __slots__ = ("_counts", "_operators")
+
+    def __init__(self, operators: Sequence[Operator]) -> None:
+        self._operators = operators
+        self._counts: dict[tuple[bool, bool, bool], int] = {}
+
+    def of(self, step: Step) -> int:
+        """All launches of `step`, the repeats of its layers included."""
+        there = step.num_decodes > 0, step.num_prefill_tokens > 0, step.num_sampled > 0
+        count = self._counts.get(there)
+        if count is None:
+            sums = StepSums.of(step)
+            count = self._counts[there] = sum(o.repeats for o in self._operators if o.runs(sums))
+        return count
 
 
 def forward_pass(deployment: Deployment, expert_imbalance: float = 1.0) -> list[Operator]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mist.hardware import Device, Platform
 from mist.perf import Deployment, OperatorTime
-from mist.perf.operators import NETWORK_KINDS, Operator, StepSums, forward_pass, windowed_area
+from mist.perf.operators import NETWORK_KINDS, Launches, Operator, StepSums, forward_pass, windowed_area
 from mist.registry import register
 from mist.request import Step
 
@@ -78,6 +78,7 @@ class Roofline:
     _saved_launch_ns: float = field(init=False, repr=False)
     _is_eager: bool = field(init=False, repr=False)
     _operators: list[Operator] = field(init=False, repr=False)
+    _launches: Launches = field(init=False, repr=False)
     _device: Device = field(init=False, repr=False)
     _platform: Platform = field(init=False, repr=False)
     _deployment: Deployment = field(init=False, repr=False)
@@ -93,6 +94,7 @@ class Roofline:
         self._device = deployment.platform.device
         self._is_eager = not deployment.cuda_graph
         self._operators = forward_pass(deployment, self.expert_imbalance)
+        self._launches = Launches(self._operators)
         num_tokens = max(deployment.max_num_batched_tokens, MIN_TABULATED_TOKENS)
         seqs = np.arange(deployment.max_num_seqs + 1, dtype=np.float64)
         sampled = np.arange(deployment.max_num_seqs * deployment.tokens_per_decode + 1, dtype=np.float64)
@@ -134,7 +136,7 @@ class Roofline:
             if num_decodes:
                 ns -= self._saved_launch_ns
         if self._is_eager:
-            ns = max(ns, self._eager_ns(StepSums.of(step)))
+            ns = max(ns, self.eager_launch_ns * self._launches.of(step))
         return int(ns) + 1
 
     def decode_times(self, num_decodes: int, decode_context: int, num_steps: int, host_ns: int) -> list[int] | None:
@@ -170,7 +172,7 @@ class Roofline:
         saved = self._saved_launches_ns if is_mixed else [0.0] * len(self._operators)
         pairs = zip(self._operators, saved, strict=True)
         found = [self._explained(o, sums, saved_ns) for o, saved_ns in pairs if o.runs(sums)]
-        idle = self._eager_ns(sums) - sum(t.time_ns for t in found) if self._is_eager else 0.0
+        idle = self.eager_launch_ns * self._launches.of(step) - sum(t.time_ns for t in found) if self._is_eager else 0.0
         if idle > 0:
             found.append(OperatorTime("waiting_for_host", 1, 0.0, 0.0, idle, "launch", "roofline", 0.0))
         return found
@@ -320,10 +322,6 @@ class Roofline:
             compute = area * work_flop + context * context_flop + num_tokens * row_flop
             ns += memory if memory > compute else compute
         return ns
-
-    def _eager_ns(self, sums: StepSums) -> float:
-        """What the host takes to launch the kernels of a step one by one."""
-        return self.eager_launch_ns * sum(o.repeats for o in self._operators if o.runs(sums))
 
     def _beyond_tables(self, step: Step) -> float:
         ns = self._row_driven_ns("tokens", np.array([step.num_tokens], dtype=np.float64))
