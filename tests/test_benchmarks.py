@@ -106,7 +106,7 @@ def test_a_catalogue_file_is_called_by_a_name_of_its_entry(kind: str) -> None:
 
 def test_a_start_reads_only_the_catalogue_files_that_are_named(parsed_files: Counter[str]) -> None:
     load(BENCHMARKS / "scenarios" / "start-up.yaml")
-    named = {"devices/h100-sxm", "models/llama-3.1-70b", "engines/vllm-0.10"}
+    named = {"devices/h100-sxm", "models/llama-3.1-70b", "engines/vllm-0.10", "prices/reference"}
     assert parsed_files == Counter({f"mist/data/{name}.yaml": 1 for name in named})
 
 

@@ -407,3 +407,8 @@ def test_room_is_kept_for_a_branch_whose_request_would_not_fit_whole() -> None:
     of prompts that wait for its blocks."""
     statuses = Campaign(102201).play(None).records.requests.as_columns()["status"]
     assert set(statuses.tolist()) <= {FINISHED, REJECTED}
+
+
+def test_who_waits_where_nobody_runs_gets_the_room_of_prompts_that_wait_for_them() -> None:
+    """A decode client went down, and a decode that was swapped out and prompts with room there wait for each other."""
+    play_one(2250)

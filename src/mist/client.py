@@ -342,6 +342,8 @@ class Client:
             if wait.until_ns <= now:
                 raise InvariantError(f"{self._policy} waits until {wait.until_ns} ns, and it is {now} ns already")
             self.kernel.at(wait.until_ns, self._timer, None)
+        elif self.reservations.blocks and self.residents.num_waiting:
+            self.coordinator.starves(self, now)
 
     def _timer(self, _: None, now: int) -> None:
         if self.idle:

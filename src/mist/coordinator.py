@@ -297,6 +297,11 @@ class Coordinator:
             self.views.placed(following, self.clients[following.branch.client])  # type: ignore[union-attr]
         return True
 
+    def starves(self, client: Client, now: int) -> None:
+        """`client` idles though tasks wait there: room that is kept for others may be what they lack."""
+        if self.handing.early:
+            self.kernel.at(now, self.handing.relieve, client)
+
     def _turned_away(self, followings: Sequence[Task], client: Client, now: int) -> bool:
         """Whether admission, asked again, refuses these decodes, which are then rejected."""
         request = followings[0].request

@@ -265,6 +265,8 @@ class HandOver:
             return
         queue.insert(place, order)
         self.awaiting[there.index] = queue
+        if order.followings:
+            self.room_came(there, now)  # if only that of prompts
         there.residents.hand_over_waits((queue[0].queued_ns, _key(queue[0])))
         if not there.emits:
             there.emits = True
@@ -287,15 +289,41 @@ class HandOver:
 
     def _let_in(self, client: Client, now: int) -> None:
         queue = self.awaiting.get(client.index)
-        while queue and self._has_reserved(queue[0]):
-            self._go_on(queue.pop(0), now)
+        while queue and (order := self._next(queue, client)):
+            queue.remove(order)
+            self._go_on(order, now)
         if queue:
             client.residents.hand_over_waits((queue[0].queued_ns, _key(queue[0])))
+            if any(order.followings for order in queue):
+                self.relieve(client, now)
         elif queue is not None:
             client.residents.hand_over_waits(None)
             del self.awaiting[client.index]
             client.emits = client not in self._made_to_emit
             self._made_to_emit.discard(client)
+
+    def _next(self, queue: Sequence[Order], there: Client) -> Order | None:
+        """Who waits for `there` and goes on now: the first, or the first that is computed where nobody else goes on."""
+        order = queue[0]
+        if not order.followings and self._is_deserted(there):
+            order = next((each for each in queue if each.followings), order)
+        return order if self._has_reserved(order) else None
+
+    def relieve(self, client: Client, now: int) -> None:
+        """Somebody waits on `client` or for it, and nobody runs there: prompts that aren't computed lose their room.
+
+        They may be waiting for the very blocks that the others hold.
+        """
+        if self.early and self._is_deserted(client):
+            for prompt in [t for t, early in self.early.items() if early.there is client and early.is_reserved]:
+                self.forget(prompt, now)
+
+    def _is_deserted(self, client: Client) -> bool:
+        """Whether nobody runs on `client`, and nobody is on the way with a KV cache."""
+        if client.residents.num_running:
+            return False
+        waiting = self.awaiting.get(client.index, ())
+        return not any(o.there is client and o.followings and o not in waiting for o in self.orders)
 
     # --- on its way ---
 

@@ -33,6 +33,10 @@ class Next(Protocol):
 
     def rejected(self, task: Task, client: Client, reason: str, now: int) -> None: ...
 
+    def starves(self, client: Client, now: int) -> None:
+        """`client` idles though tasks wait there, and has room reserved for others."""
+        ...
+
     def dropped(self, task: Task, now: int) -> None:
         """A task that was cancelled has left its client."""
         ...

@@ -217,9 +217,13 @@ def _model(data: Mapping[str, Any]) -> ModelSpec:
 
 
 def _prices(data: Mapping[str, Any]) -> PriceList:
-    """A list of prices, with devices under the names of their entries."""
-    prices = PriceList.from_mapping(data)
-    return replace(prices, devices={canonical("devices", d) or d: price for d, price in prices.devices.items()})
+    """A list of prices, with devices under the names of their entries, which their files have too."""
+    prices, known = PriceList.from_mapping(data), _files("devices")
+
+    def name_of(device: str) -> str:
+        return device if f"{device}.yaml" in known else canonical("devices", device) or device
+
+    return replace(prices, devices={name_of(device): price for device, price in prices.devices.items()})
 
 
 def _example(kind: str) -> str:

@@ -201,17 +201,15 @@ def price_conflicts(scenario: Scenario) -> Iterator[Located]:
     below = ("prices", "devices") if isinstance(written, dict) and "devices" in written else ("prices",)
     for name, found in _unknown_devices(scenario.prices, own):
         yield (*below, name, "[key]"), found
-    memories = {*scenario.memories, *scenario.stores, *catalogue.names("memories")}
-    for name in scenario.prices.memories:
-        if name not in memories:
-            yield (
-                ("prices", "memories", name, "[key]"),
-                Problem(f"there is no memory {name!r}", hint=nearest(name, memories)),
-            )
+    for name in [each for each in scenario.prices.memories if each not in {*scenario.memories, *scenario.stores}]:
+        if name not in (memories := catalogue.names("memories")):
+            known = {*scenario.memories, *scenario.stores, *memories}
+            found = Problem(f"there is no memory {name!r}", hint=nearest(name, known))
+            yield ("prices", "memories", name, "[key]"), found
 
 
 def _unknown_devices(prices: Prices, own: frozenset[str]) -> Iterator[tuple[str, Problem]]:
-    known = {*own, *catalogue.names("devices"), *catalogue.aliases("devices")}
     for name in prices.devices:
         if name not in own and catalogue.canonical("devices", name) is None:
+            known = {*own, *catalogue.names("devices"), *catalogue.aliases("devices")}
             yield name, Problem(f"there is no device {name!r}", hint=nearest(name, known))
