@@ -34,9 +34,12 @@ class Route:
     clients: Sequence[Client]
     router: RoutingPolicy
     candidates: Sequence[Client] = field(init=False)
+    #: whether the router reads more of a view than `num_outstanding`
+    reads_load: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.candidates = self.clients
+        self.reads_load = getattr(self.router, "reads_load", True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,13 +43,13 @@ class Views:
             outlook = self._outlooks.setdefault(client.index, _Outlook(client))
             outlook.ask(needs, self._prices.get(id(client.perf)))
 
-    def of(self, clients: Sequence[Client], now: int) -> list[ClientView]:
-        """The views of `clients`, in their order."""
+    def of(self, clients: Sequence[Client], now: int, *, with_load: bool = True) -> list[ClientView]:
+        """The views of `clients`, in their order; without the load for who reads `num_outstanding` at most."""
         if self._refresh_ns:
             return [self._last(client, now // self._refresh_ns) for client in clients]
         if self._outlooks or self.count_promises:
             return [self._fresh(client) for client in clients]
-        return [client.refresh_view() for client in clients]
+        return [client.refresh_view() for client in clients] if with_load else [client.view for client in clients]
 
     def placed(self, task: Task, client: Client) -> None:
         """`task` goes to `client`."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import ClassVar
 
 from mist.registry import register
 from mist.request import ClientView, Task
+
+_NUM_OUTSTANDING = attrgetter("num_outstanding")
 
 
 @register("routing", "least_outstanding")
@@ -14,5 +18,7 @@ from mist.request import ClientView, Task
 class LeastOutstanding:
     """The load balancer's classic: counts tasks, not tokens."""
 
+    reads_load: ClassVar[bool] = False
+
     def choose(self, task: Task, views: Sequence[ClientView], now: int) -> ClientView:
-        return min(views, key=lambda view: view.num_outstanding)
+        return min(views, key=_NUM_OUTSTANDING)

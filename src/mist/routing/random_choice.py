@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mist.registry import register
 from mist.request import ClientView, Task
@@ -17,6 +18,8 @@ from mist.routing import rng_of
 @dataclass
 class RandomChoice:
     """Each client with the same probability; `seed`: left out, of the run's seed tree."""
+
+    reads_load: ClassVar[bool] = False
 
     seed: int | None = None
 

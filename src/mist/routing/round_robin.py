@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from mist.registry import register
 from mist.request import ClientView, Task
@@ -13,6 +14,8 @@ from mist.request import ClientView, Task
 @dataclass
 class RoundRobin:
     """Clients in the order of the scenario, over and over."""
+
+    reads_load: ClassVar[bool] = False
 
     _turn: int = field(default=0, init=False, repr=False)
 
