@@ -19,9 +19,9 @@ class RoutingPolicy(Protocol):
     """Registered under the kind `routing`; a dataclass whose fields are its parameters.
 
     It may have `needs`, a frozenset of fields of a view that are brought up to date only for policies that read them;
-    and `sizes`, the names that it reads of a request's. With `reads_load` False it reads no more of a view than whose it
-    is and `num_outstanding`, so that nothing else is brought up to date. A parameter `seed` that is None is drawn from
-    the run's seed.
+    and `sizes`, the names that it reads of a request's. With `reads_load` False it reads no more of a view than whose
+    it is and `num_outstanding`, so that nothing else is brought up to date. A parameter `seed` that is None is drawn
+    from the run's seed.
     """
 
     def choose(self, task: Task, views: Sequence[ClientView], now: int) -> ClientView:
