@@ -1,4 +1,4 @@
-"""How the time of a run grows: `python benchmarks/growth.py`: with requests, clients, batch size and stages.
+"""How the time of a run grows: `python benchmarks/growth.py`: with requests, clients and load.
 
 One thing at a time is changed in a plain scenario (Llama-3.1-8B on H100, prompts of 1,024 and answers of 128 tokens),
 at a fixed load per client. Each figure is the best of three runs in this process; what matters is how it changes within
@@ -24,14 +24,6 @@ def scenario(num_requests: int = 3000, num_clients: int = 1, rate: float = RATE,
     }  # fmt: skip
     gpu = {"device": "h100-sxm", "count": num_clients, "model": "llama-3.1-8b", "engine": "vllm-0.10"}
     return {"seed": 1, "workload": workload, "clients": {"gpu": gpu}, "perf": "roofline"} | more
-
-
-def chain(num_stages: int) -> dict[str, Any]:
-    """So many stages of text, one after another, each on a host of its own, and an answer."""
-    kinds = [f"filter_{i}" for i in range(num_stages)]
-    found = scenario(pipeline=[*kinds, "prefill", "decode"])
-    hosts = {k: {"device": "epyc-9554", "serves": [k], "perf": {"constant": {"step_ms": 1}}} for k in kinds}
-    return found | {"clients": {**found["clients"], **hosts}}
 
 
 GROWTH: dict[str, dict[str, dict[str, Any]]] = {
