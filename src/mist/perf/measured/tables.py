@@ -7,6 +7,7 @@ number of processes may do it first; it never locks, and works without a cache w
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import sys
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from mist.perf.measured.families import BY_NAME, Family
 from mist.perf.measured.grid import FloatArray, RaggedGrid, isotonic
+from mist.perf.measured.mapped import read_arrays
 from mist.perf.measured.package import TablesFolder, version_key
 
 CACHE_VARIABLE = "MIST_CACHE"
@@ -105,11 +107,31 @@ class OperatorTables:
         if name not in self._loaded:
             family = BY_NAME[name]
             path = self.folder.file(self.system, family, self.framework, self.version)
-            self._loaded[name] = load(family, path, cache_folder(self.folder.version)) if path else None
+            self._loaded[name] = _shared(path, name, cache_folder(self.folder.version)) if path else None
         return self._loaded[name]
+
+    def identity(self) -> tuple[object, ...]:
+        """What everything that is read from here depends on: the files that there are, and their times of change."""
+        paths = [self.folder.file(self.system, family, self.framework, self.version) for family in BY_NAME.values()]
+        return tuple((str(path), *_version_of(path)) for path in paths if path)
 
 
 _CORE = ("gemm", "context_attention", "generation_attention")
+
+
+def _version_of(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _shared(path: Path, family: str, cache: Path) -> Table:
+    """The table of a file, which all that are prepared in this process have in common."""
+    return _read_once(path, family, cache, _version_of(path))
+
+
+@functools.lru_cache(maxsize=128)
+def _read_once(path: Path, family: str, cache: Path, version: tuple[int, int]) -> Table:
+    return load(BY_NAME[family], path, cache)
 
 
 def cache_folder(package_version: str) -> Path:
@@ -127,8 +149,7 @@ def load(family: Family, path: Path, cache: Path) -> Table:
     identity = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{family.name}"
     cached = cache / f"{family.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
     try:
-        with np.load(cached) as arrays:
-            return _table(family, {name: arrays[name] for name in arrays.files})
+        return _table(family, read_arrays(cached))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         arrays = convert(family, path)
         _store(arrays, cached)
