@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -32,9 +33,10 @@ _PRELOADED = ("mist.scenario.build",)
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the work of a process depends on besides its arguments: folder, environment and plug-in files."""
+    """What the work of a process depends on besides its arguments: folder, environment, modules and plug-in files."""
 
     folder: str
+    module_paths: tuple[str, ...]
     environment: tuple[tuple[str, str], ...]
     plugins: tuple[str, ...]
 
@@ -42,12 +44,13 @@ class Surroundings:
     def here(cls) -> Surroundings:
         """Those of this process."""
         named = sorted((k, v) for k, v in os.environ.items() if k.startswith("MIST_") or k in _INHERITED)
-        return cls(os.getcwd(), tuple(named), registry.plugin_files())
+        return cls(os.getcwd(), tuple(sys.path), tuple(named), registry.plugin_files())
 
     def enter(self) -> None:
         """Make them this process's own; on another machine the folder may be missing, which files then tell."""
         with contextlib.suppress(FileNotFoundError):
             os.chdir(self.folder)
+        sys.path += [path for path in self.module_paths if path not in sys.path]
         for name in [name for name in os.environ if name.startswith("MIST_") or name in _INHERITED]:
             del os.environ[name]
         os.environ.update(self.environment)

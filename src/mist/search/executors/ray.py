@@ -7,6 +7,7 @@ reference of its task. It ends only what it has started.
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -72,7 +73,7 @@ class Ray:
         try:
             while True:
                 while len(in_flight) < room and (job := next(waiting, None)) is not None:
-                    in_flight[task(job, here)] = job.key
+                    in_flight[task(pickle.dumps(job), here)] = job.key
                 if not in_flight:
                     return
                 for reference in ray.wait(list(in_flight), num_returns=1)[0]:
@@ -80,7 +81,7 @@ class Ray:
                     del in_flight[reference]
                     yield outcome
         finally:
-            for reference in in_flight:
+            for reference in in_flight if ray.is_initialized() else ():
                 ray.cancel(reference, force=True)
 
 
@@ -88,14 +89,15 @@ def _answer(ray: Any, reference: Any, key: str) -> Outcome:
     try:
         outcome: Outcome = ray.get(reference)
     except ray.exceptions.RayError as error:
-        first = str(error).partition("\n")[0]
-        return Outcome(key, None, f"its worker died each time that it was tried: {first}", 0.0)
+        reason = (str(error).strip().splitlines() or [""])[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0]
+        return Outcome(key, None, f"Ray has no answer ({type(error).__name__}): {reason}", 0.0)
     return outcome
 
 
-def _evaluate(job: Job, surroundings: Surroundings) -> Outcome:
+def _evaluate(pickled: bytes, surroundings: Surroundings) -> Outcome:
+    """Of a job, whose modules may be found only in its surroundings."""
     _enter(surroundings)
-    return evaluate(job)
+    return evaluate(pickle.loads(pickled))
 
 
 @functools.lru_cache(1)
