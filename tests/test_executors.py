@@ -336,10 +336,6 @@ def test_a_job_that_always_kills_its_worker_is_one_outcome(ray_cluster: Executor
 
 
 @needs_ray
-@pytest.mark.long
 def test_no_cluster_at_an_address_is_told() -> None:
-    import ray
-
-    ray.shutdown()
     with pytest.raises(ScenarioError, match="no Ray cluster"), executor_named("ray", address="127.0.0.1:1"):
         pass

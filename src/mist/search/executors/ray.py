@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -20,6 +21,8 @@ from mist.workers import Surroundings
 
 #: jobs that wait at each core of the cluster, so that none is idle while an answer is on its way
 _AHEAD = 2
+#: how long the head of a cluster may take to answer
+_CONNECT_S = 10.0
 
 
 @register("executor", "ray")
@@ -42,15 +45,16 @@ class Ray:
         if self._ray.is_initialized():
             return self
         quiet = {"log_to_driver": False, "logging_level": "error"}
-        try:
-            if self.address:
+        if self.address:
+            try:
+                _check_reachable(self.address)
                 self._ray.init(address=self.address, **quiet)
-            else:
-                num_cpus = self.num_workers or None
-                self._ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
-        except (ConnectionError, ValueError) as error:
-            hint = "name the head of a running cluster, such as 10.0.0.1:6379 or ray://10.0.0.1:10001"
-            raise ScenarioError(Problem(f"there is no Ray cluster at {self.address!r}: {error}", hint=hint)) from None
+            except (OSError, ValueError) as error:
+                hint = "name the head of a running cluster, such as 10.0.0.1:6379 or ray://10.0.0.1:10001"
+                message = f"there is no Ray cluster at {self.address!r}: {error}"
+                raise ScenarioError(Problem(message, hint=hint)) from None
+        else:
+            self._ray.init(address="local", num_cpus=self.num_workers or None, include_dashboard=False, **quiet)
         self._is_ours = True
         return self
 
@@ -104,6 +108,13 @@ def _evaluate(pickled: bytes, surroundings: Surroundings) -> Outcome:
 def _enter(surroundings: Surroundings) -> None:
     """Once per worker and run."""
     surroundings.enter()
+
+
+def _check_reachable(address: str) -> None:
+    """OSError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), _CONNECT_S).close()
 
 
 def _imported() -> Any:
