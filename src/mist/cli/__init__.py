@@ -17,6 +17,8 @@ import click
 
 from mist import __version__
 from mist.cli.calibration import calibrate
+from mist.cli.capacity import capacity
+from mist.cli.compare import compare
 from mist.cli.interference import interference
 from mist.cli.output import folded, print_json, table
 from mist.cli.scenario import inputs, load_plugins, load_scenario, scenario_options
@@ -72,6 +74,8 @@ def main() -> None:
         mist run scenario.yaml                          latencies, throughput, load
         mist run scenario.yaml --set clients.gpu.tp=2   the same on two devices each
         mist check scenario.yaml                        is it right, and does it fit?
+        mist capacity scenario.yaml                     the highest rate within its SLO
+        mist compare a.yaml b.yaml                      request by request, with confidence
         mist list devices                               what can be named
     """
 
@@ -329,6 +333,8 @@ def _tell(problems: Iterable[Problem]) -> None:
             click.echo(hint, err=True)
 
 
+main.add_command(capacity)
+main.add_command(compare)
 main.add_command(interference)
 main.add_command(calibrate)
 main.add_command(validate)

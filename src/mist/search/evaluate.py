@@ -20,6 +20,8 @@ from mist.scenario.value import Scenario
 
 Summary = dict[str, Any]
 
+_BROKEN = "a law of the simulation broke, which is a bug: "
+
 
 def summary_of(scenario: Scenario) -> Summary:
     """Run it; the summary document without its wall times, which are all that two runs of it differ in."""
@@ -67,6 +69,11 @@ class Outcome:
     error: str | None
     cpu_s: float
 
+    @property
+    def is_bug(self) -> bool:
+        """Whether it failed by a law of the simulation that broke, which no scenario should do."""
+        return self.error is not None and self.error.startswith(_BROKEN)
+
 
 class Executor(Protocol):
     """Runs jobs somewhere; registered under the kind `executor`. Within a `with` block it keeps what it has started."""
@@ -94,7 +101,7 @@ def evaluate(job: Job) -> Outcome:
     except ScenarioError as problem:
         error = str(problem)
     except InvariantError as problem:
-        error = f"a law of the simulation broke, which is a bug: {problem}"
+        error = f"{_BROKEN}{problem}"
     except Exception as problem:
         # many are run for one answer: whatever one of them brings to light is told with it, and costs no other
         error = f"the simulator failed: {type(problem).__name__}: {problem}"
