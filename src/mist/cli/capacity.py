@@ -84,7 +84,7 @@ def _headline(found: Capacity) -> str:
         return "no value holds for every seed."
     rate, devices = answer["requests_per_s"], answer["devices"]
     load = f", {rate:.4g} requests/s" if rate is not None else ""
-    hardware = f" of {devices} device{'s' * (devices != 1)} in all" if devices else ""
+    hardware = f" ({devices} device{'s' * (devices != 1)})" if devices else ""
     return f"holds {'up to' if found.knob.rises else 'from'} {found.shown(answer['value'])}{hardware}{load}."
 
 
@@ -92,7 +92,9 @@ def _confidence(found: Capacity) -> str | None:
     told = found.as_json()["confidence"]
     if told["share_at_least"] is None:
         return None
-    text = f"{told['num_hold']} of {told['num_seeds']} seed{'s' * (told['num_seeds'] != 1)} hold there"
+    if told["num_seeds"] == 1:
+        return "One seed says nothing of the spread: --seeds 5 does."
+    text = f"{told['num_hold']} of {told['num_seeds']} seeds hold there"
     text += f": with {told['level']:.0%} confidence at least {told['share_at_least']:.0%} of all would."
     if told["low"] is not None:
         spread = f"{found.shown(told['mean'])} on average, {told['level']:.0%} interval {told['low']:.4g} to"

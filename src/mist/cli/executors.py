@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 def executor_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = (
-        click.option("--executor", default="processes", show_default=True, metavar="NAME",
-                     help="Where runs take place: processes, serial, ray, or a plug-in's."),  # fmt: skip
+        click.option(
+            "--executor",
+            default="processes",
+            show_default=True,
+            metavar="NAME",
+            help="Where runs take place: processes, serial, ray, or a plug-in's.",
+        ),
         click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes; 0 is one per core."),
         click.option("--ray-address", default="", metavar="HOST:PORT", help="A Ray cluster; left out, one is started."),
     )

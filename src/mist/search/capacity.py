@@ -136,7 +136,7 @@ class Capacity:
         """A value as text: "0.85 x the rate", "3 clients"."""
         if self.knob.name == RATE:
             return f"{value:.4g} x the rate"
-        return f"{value:.0f} {'at once' if self.knob.rises else 'client' + 's' * (value != 1)}"
+        return f"{value:.4g} {'at once' if self.knob.rises else 'client' + 's' * (value != 1)}"
 
     def _at(self, value: float) -> list[Trial]:
         return [each.trials[value] for each in self.bisections if value in each.trials]
