@@ -20,7 +20,7 @@ from mist.cli.calibration import calibrate
 from mist.cli.capacity import capacity
 from mist.cli.compare import compare
 from mist.cli.interference import interference
-from mist.cli.output import folded, print_json, table
+from mist.cli.output import clean_up_when_terminated, folded, print_json, table
 from mist.cli.scenario import inputs, load_plugins, load_scenario, scenario_options
 from mist.cli.validation import validate
 
@@ -80,15 +80,6 @@ def main() -> None:
     """
 
 
-def _clean_up_when_terminated() -> None:
-    """SIGTERM ends the process as Ctrl-C does: half-written files are removed on the way out."""
-    import signal
-    import threading
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-
-
 @main.command()
 @scenario_options
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON document.")
@@ -108,7 +99,7 @@ def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, ch
         mist run scenario.yaml --set 'workload.input_tokens={lognormal: {mean: 1155, cv: 0.9}}'
         mist run scenario.yaml --out out/first --trace out/first.json.gz
     """
-    _clean_up_when_terminated()
+    clean_up_when_terminated()
     scenario = load_scenario(**options)
     _check_outputs(out, trace, overwrite, inputs(scenario, options["scenario"], options["plugins"]))
     from mist.scenario.build import run as run_scenario

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mist.cli.output import clean_up_when_terminated
+
 if TYPE_CHECKING:
     from mist.search.evaluate import Executor
 
@@ -32,9 +34,13 @@ def executor_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def chosen_executor(executor: str, workers: int, ray_address: str) -> Executor:
-    """The executor of these options; ScenarioError where there is no such one, or it hasn't one of them."""
+    """The executor of these options; ScenarioError where there is no such one, or it hasn't one of them.
+
+    What it starts ends with the process, however that is ended.
+    """
     from mist.search.executors import executor_named
 
+    clean_up_when_terminated()
     if ray_address and executor == "processes":
         executor = "ray"
     return executor_named(executor, num_workers=workers, address=ray_address)
