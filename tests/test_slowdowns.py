@@ -75,7 +75,7 @@ def test_nothing_else_of_the_result_knows_of_it() -> None:
 
 DISTURBED = {
     "workload": {**POISSON, "timeout_s": 0.2, "cancellation": {"probability": 0.3, "after_ms": 1}},
-    "admission": {"rate_limit": {"rate_per_s": 8, "burst": 5}},
+    "admission": {"rate_limit": {"rate_per_s": 3, "burst": 5}},
     "events": [{"at_s": 0.5, "client_down": "gpu", "for_s": 1.0}],
     "max_time_s": 3,
     "warmup_s": 0.5,
