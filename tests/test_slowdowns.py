@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mist.errors import ScenarioError
-from mist.scenario import Scenario, load
+from mist.scenario import Scenario, load, unloaded
 
 SLO = {"ttft_slowdown": {"mean": 3, "p50": 2}, "tpot_slowdown": {"p99": 1.5}, "e2e_slowdown": {"mean": 2}}
 
@@ -118,6 +118,21 @@ def test_sessions_come_one_request_after_the_other() -> None:
     work = {"arrivals": {"poisson": {"rate_per_s": 5}}, "sessions": sessions, "input_tokens": 300, "output_tokens": 9}
     summary = scenario(work, gpu={"kv_cache": {"enable_prefix_caching": True}}).run(check=True).summary()
     assert actual(summary, "e2e_slowdown", "mean") >= 1
+
+
+def test_the_reference_is_played_once_for_all_rates_of_the_same_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(unloaded, "_remembered", {})
+    scenarios = [scenario({**POISSON, "rate_scale": scale}) for scale in (1, 2)]
+    found = [each.run().summary()["slo"] for each in scenarios]
+    assert len(unloaded._remembered) == 1
+    for changed in ({"seed": 1}, {"gpu": {"tp": 2}}, {"routing": "round_robin"}):
+        number = len(unloaded._remembered)
+        scenario(POISSON, **changed).run()
+        assert len(unloaded._remembered) == number + 1
+    unloaded._remembered.clear()
+    assert scenarios[1].run().summary()["slo"] == found[1] != found[0]
 
 
 def test_a_slowdown_of_one_or_less_is_refused() -> None:

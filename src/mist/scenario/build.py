@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -34,7 +35,7 @@ from mist.scenario.result import Result
 from mist.scenario.tables import build_tables
 from mist.scenario.tenancy import SOLE
 from mist.scenario.tenants import build_tenants, table_notes, tenant_infos
-from mist.scenario.unloaded import asking, one_at_a_time, times_alone, undisturbed
+from mist.scenario.unloaded import asking, one_at_a_time, remembered, undisturbed
 from mist.scenario.value import Scenario
 from mist.tenant import Tenant
 from mist.units import NS_PER_S, seconds_to_ns
@@ -134,12 +135,11 @@ def _alone(scenario: Scenario, tenants: Mapping[str, Tenant]) -> dict[str, Mappi
     if not names:
         return {}
     twin, tables = undisturbed(scenario), {name: one_at_a_time(each.workload) for name, each in tenants.items()}
-    return {
-        name: times_alone(
-            run(twin, only=name, tables=tables).records, tenants[name].first_request, len(tenants[name].workload)
-        )
-        for name in names
-    }
+
+    def play(name: str) -> Records:
+        return run(twin, only=name, tables=tables).records
+
+    return {name: remembered(twin, tables[name], tenants[name].first_request, partial(play, name)) for name in names}
 
 
 def _lending(scenario: Scenario, fleet: Fleet, records: Records) -> Lending | None:
