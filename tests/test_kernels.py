@@ -230,6 +230,19 @@ def test_provenance_is_the_share_of_time(prepared: Prepared) -> None:
     assert shares["interpolated"] == pytest.approx(1 - gemms / total, rel=0.01)
 
 
+def test_what_was_tabulated_is_shared_but_not_what_is_counted(prepared: Prepared) -> None:
+    beyond = step([(100_000, 0)])
+    first = prepared(small_deployment())
+    before = first.provenance()
+    assert first.step_time(beyond) == prepared(small_deployment()).step_time(beyond)
+    counted, again = first.provenance(), prepared(small_deployment())
+    assert again.provenance() == before != counted
+    assert again._dense.ns is first._dense.ns
+    again.step_time(step(decodes=3, context=900))
+    assert first.provenance() == counted
+    assert prepared(replace(small_deployment(), clock=0.5))._dense.ns is not first._dense.ns
+
+
 def test_what_it_cant_price_has_a_reason(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MIST_KERNEL_TABLES", raising=False)
     given: dict[str, Any] = {"tables": str(made_up), "system": "made_up"}

@@ -122,6 +122,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def opened(root: Path, **choice: str) -> OperatorTables:
+    """As a process does that has read nothing yet."""
+    tables._read_once.cache_clear()
     return OperatorTables(TablesFolder(root, "1.0"), **{"system": "made_up", **choice})
 
 
@@ -253,6 +255,15 @@ def test_no_damage_to_a_cached_file_changes_a_table(tmp_path: Path, monkeypatch:
         table = tables.load(family, source, tmp_path)
         assert np.array_equal(table.ns, arrays["ns"])
         assert all(np.array_equal(table.columns[name], arrays[name]) for name in family.columns)
+
+
+def test_a_cached_table_is_mapped_and_read_once_per_process(tmp_path: Path, cache: Path) -> None:
+    root = write_system(tmp_path / "t")
+    opened(root).table("gemm")
+    first = opened(root).table("gemm")
+    assert first is not None
+    assert all(isinstance(column, np.memmap) for column in [first.ns, *first.columns.values()])
+    assert OperatorTables(TablesFolder(root, "1.0"), system="made_up").table("gemm") is first
 
 
 def test_a_cache_that_cant_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

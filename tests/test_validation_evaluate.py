@@ -20,9 +20,10 @@ from mist.scenario.build import run
 from mist.validation import evaluate as evaluation
 from mist.validation import journal as journals
 from mist.validation.evaluate import Evaluated, evaluate
+from mist.validation.limit import TooLong, time_limit
 from mist.validation.points import read_points
 from mist.validation.score import report
-from mist.validation.workers import TooLong, each, time_limit
+from mist.workers import each
 
 ROOFLINE = ["roofline"]
 

@@ -31,10 +31,12 @@ HOMES = {
     "admission": "mist.admission",
     "perf": "mist.perf",
     "eviction": "mist.memory.eviction",
+    "executor": "mist.search.executors",
 }
 
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in HOMES}
 _imported: set[str] = set()
+_plugin_files: dict[str, None] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,12 @@ def load_plugin_file(path: str | Path) -> None:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ScenarioError(f"plug-in {path} failed: {type(error).__name__}: {error}") from error
+    _plugin_files[str(path.resolve())] = None
+
+
+def plugin_files() -> tuple[str, ...]:
+    """The plug-in files that were run, in order, with their whole paths: what another process must run too."""
+    return tuple(_plugin_files)
 
 
 def _import_home(kind: str) -> None:

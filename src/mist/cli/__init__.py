@@ -17,8 +17,10 @@ import click
 
 from mist import __version__
 from mist.cli.calibration import calibrate
+from mist.cli.capacity import capacity
+from mist.cli.compare import compare
 from mist.cli.interference import interference
-from mist.cli.output import folded, print_json, table
+from mist.cli.output import clean_up_when_terminated, folded, print_json, table
 from mist.cli.scenario import inputs, load_plugins, load_scenario, scenario_options
 from mist.cli.validation import validate
 
@@ -72,17 +74,10 @@ def main() -> None:
         mist run scenario.yaml                          latencies, throughput, load
         mist run scenario.yaml --set clients.gpu.tp=2   the same on two devices each
         mist check scenario.yaml                        is it right, and does it fit?
+        mist capacity scenario.yaml                     the highest rate within its SLO
+        mist compare a.yaml b.yaml                      request by request, with confidence
         mist list devices                               what can be named
     """
-
-
-def _clean_up_when_terminated() -> None:
-    """SIGTERM ends the process as Ctrl-C does: half-written files are removed on the way out."""
-    import signal
-    import threading
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 @main.command()
@@ -104,7 +99,7 @@ def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, ch
         mist run scenario.yaml --set 'workload.input_tokens={lognormal: {mean: 1155, cv: 0.9}}'
         mist run scenario.yaml --out out/first --trace out/first.json.gz
     """
-    _clean_up_when_terminated()
+    clean_up_when_terminated()
     scenario = load_scenario(**options)
     _check_outputs(out, trace, overwrite, inputs(scenario, options["scenario"], options["plugins"]))
     from mist.scenario.build import run as run_scenario
@@ -329,6 +324,8 @@ def _tell(problems: Iterable[Problem]) -> None:
             click.echo(hint, err=True)
 
 
+main.add_command(capacity)
+main.add_command(compare)
 main.add_command(interference)
 main.add_command(calibrate)
 main.add_command(validate)

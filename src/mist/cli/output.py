@@ -21,6 +21,15 @@ Progress = Callable[[int, int], None]
 _BETWEEN_LINES_S = 10.0
 
 
+def clean_up_when_terminated() -> None:
+    """SIGTERM ends the process as Ctrl-C does: half-written files and other processes are removed on the way out."""
+    import signal
+    import threading
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def print_json(document: Any) -> None:
     """The document as JSON on stdout."""
     click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))

@@ -20,7 +20,7 @@ from mist.metrics.memories import MemoryInfo, summarise_memories
 from mist.metrics.offered import offered_load
 from mist.metrics.quality import summarise_quality
 from mist.metrics.saturation import judge, unjudged
-from mist.metrics.slo import Targets, percentiles_of, summarise_slo
+from mist.metrics.slo import SLO_METRICS, SLOWDOWNS, Targets, percentiles_of, slowdowns_ns, summarise_slo
 from mist.metrics.stages import stage_times, summarise_stages
 from mist.metrics.tenants import TenantInfo, all_levels, fairness, rows_of
 from mist.metrics.tokens import DecodeSteps, Segments, longest_gaps, token_gaps, tokens_by_client
@@ -33,7 +33,6 @@ from mist.units import NS_PER_S
 __all__ = ["SCHEMA_VERSION", "SLO_METRICS", "ClientInfo", "MemoryInfo", "Targets", "TenantInfo", "summarise"]
 
 SCHEMA_VERSION = 1
-SLO_METRICS = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
 
 
 def summarise(
@@ -47,6 +46,7 @@ def summarise(
     provenance: Mapping[str, Any] | None = None,
     oracle_output_tokens: IntColumn | None = None,
     quality: Mapping[str, float] | None = None,
+    alone: Mapping[str, FloatColumn] | None = None,
     tenants: Sequence[TenantInfo] = (),
 ) -> dict[str, Any]:
     """The summary document of a run: JSON values only, seconds and fractions, None for what has no value.
@@ -56,14 +56,18 @@ def summarise(
     system (closed loop, all at once), which can't be saturated. `slo` adds verdicts and goodput, and its percentiles to
     the latency figures; `provenance` (which model answered which share) is carried over. `oracle_output_tokens`
     (int64[requests], by request number) are those that the workload asks for, which the offered load is made of; left
-    out, those generated stand for them. `quality` of an answer by the stage kind that gave it. `tenants`, where there
-    are several, have figures of their own, and what they say stands for `slo` and `quality`. Raises ValueError for an
-    SLO metric or statistic that isn't known.
+    out, those generated stand for them. `alone` (float64[requests] in ns by metric, by request number, -1 for none) is
+    what requests take by themselves, which slowdowns in `slo` are relative to. `quality` of an answer by the stage kind
+    that gave it. `tenants`, where there are several, have figures of their own, and what they say stands for `slo` and
+    `quality`. Raises ValueError for an SLO metric or statistic that isn't known.
     """
     span = Window.of(records, window)
     run = _Rows.of(records, len(clients))
     sums = activity(run.steps, run.tasks, run.tokens_by_client(span), len(clients), span)
-    whole = TenantInfo(open_loop=open_loop, slo=slo or {}, oracle_output_tokens=oracle_output_tokens, quality=quality)
+    whole = TenantInfo(
+        open_loop=open_loop, slo=slo or {}, oracle_output_tokens=oracle_output_tokens, quality=quality,
+        alone=alone or {},
+    )  # fmt: skip
     figures = _figures(run, whole, span, _statistics(slo, *(tenant.slo for tenant in tenants)))
     by_tenant = {
         each.name: {"priority": each.priority, **_figures(run.of_tenant(each), each, span, _statistics(each.slo))}
@@ -133,8 +137,8 @@ def _statistics(*slos: Targets | None) -> list[float]:
     """The percentiles of latencies: those always told, and those that targets name."""
     targets: dict[str, Mapping[str, float]] = {}
     for number, slo in enumerate(slos):
-        if unknown := set(slo or {}) - set(SLO_METRICS):
-            raise ValueError(f"no SLO metric {sorted(unknown)[0]!r}; known: {', '.join(SLO_METRICS)}")
+        if unknown := set(slo or {}) - {*SLO_METRICS, *SLOWDOWNS}:
+            raise ValueError(f"no SLO metric {sorted(unknown)[0]!r}; known: {', '.join((*SLO_METRICS, *SLOWDOWNS))}")
         targets |= {f"{number}.{metric}": bounds for metric, bounds in (slo or {}).items()}
     return sorted({*PERCENTILES, *percentiles_of(targets)})
 
@@ -152,6 +156,10 @@ def _figures(run: _Rows, asked: TenantInfo, span: Window, percentiles: Sequence[
         first_tokens = _first_tokens(requests, requests["status"] == FINISHED)
         longest = longest_gaps(segments.since(first_tokens, decode_steps), decode_steps, len(first_tokens))
         times["itl_s"] = longest[requests["request"]]
+    slowdowns = {name: of for name, of in SLOWDOWNS.items() if name in targets}
+    for name, of in slowdowns.items():
+        times[name] = slowdowns_ns(times[of], asked.alone[of][requests["request"] - asked.first_request])
+    judged = {name: distribution(times[name][chosen & (times[name] >= 0)], percentiles) for name in slowdowns}
     oracle = asked.oracle_output_tokens
     offered = offered_load(requests, chosen, oracle, asked.first_request) if asked.open_loop else None
     visible = _visible(int(run.tokens_by_client(span).sum()), requests, run.tasks)
@@ -163,7 +171,7 @@ def _figures(run: _Rows, asked: TenantInfo, span: Window, percentiles: Sequence[
         "throughput": _throughput(requests, visible, span),
         "stages": _stages(finished, run.tasks, run.kinds, run.transfers),
         "quality": summarise_quality(asked.quality or {}, finished, run.tasks, run.kinds),
-        "slo": summarise_slo(targets, times, latencies, requests, chosen, span) if targets else None,
+        "slo": summarise_slo(targets, times, latencies | judged, requests, chosen, span) if targets else None,
     }
 
 

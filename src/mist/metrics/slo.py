@@ -18,8 +18,12 @@ from mist.metrics.window import BoolColumn, Columns, Window
 from mist.records import FINISHED, REFUSED, REJECTED, TIMED_OUT, IntColumn
 from mist.units import NS_PER_S
 
-#: target seconds by percentile ("p99", "mean") by metric ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+#: targets by percentile ("p99", "mean") by metric: seconds of one of `SLO_METRICS`, or a factor of one of `SLOWDOWNS`
 Targets = Mapping[str, Mapping[str, float]]
+
+SLO_METRICS = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+#: times over those of the same request alone, and of which metric
+SLOWDOWNS = {"ttft_slowdown": "ttft_s", "tpot_slowdown": "tpot_s", "e2e_slowdown": "e2e_s"}
 
 
 def summarise_slo(
@@ -36,7 +40,7 @@ def summarise_slo(
     request's longest gap. `distributions` holds the statistics of those that finished; those of ITL are over gaps, not
     requests. `chosen` are the rows that arrived in the window: verdicts and attainment are over them, goodput over what
     finished in the window. Requests that were rejected or timed out count as infinitely late in a verdict, which tells
-    their number (`num_lost`), and so miss any target of a mean.
+    their number (`num_lost`), and so miss any target of a mean. A slowdown of 1 is given as a second.
     """
     verdicts = []
     met_all = requests["status"] == FINISHED
@@ -49,12 +53,13 @@ def summarise_slo(
             if num_lost and metric == "itl_s" and judged_s is not None and judged_s < math.inf:
                 judged_s = actual_s  # over gaps, of which lost requests have none
             met = None if judged_s is None else judged_s <= target_s
+            unit = "slowdown" if metric in SLOWDOWNS else "s"
             verdicts.append(
                 {
                     "metric": metric,
                     "statistic": statistic,
-                    "target_s": target_s,
-                    "actual_s": actual_s,
+                    f"target_{unit}": target_s,
+                    f"actual_{unit}": actual_s,
                     "num_lost": num_lost,
                     "met": met,
                 }
@@ -69,6 +74,12 @@ def summarise_slo(
         "goodput_requests_per_s": ratio(good * NS_PER_S, window.span_ns),
         "attainment": ratio(int(np.count_nonzero(met_all & chosen)), int(np.count_nonzero(wanted))),
     }
+
+
+def slowdowns_ns(times_ns: IntColumn | FloatColumn, alone_ns: FloatColumn) -> FloatColumn:
+    """Each of `times_ns` over that of its request alone, a factor of 1 as a second; -1 where either isn't known."""
+    known = (times_ns >= 0) & (alone_ns > 0)
+    return np.where(known, times_ns / np.where(known, alone_ns, 1.0) * NS_PER_S, -1.0)
 
 
 def _lost(requests: Columns) -> BoolColumn:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mist.metrics.distribution import FloatColumn
 from mist.metrics.slo import Targets
 from mist.metrics.window import BoolColumn, Columns
 from mist.records import IntColumn
@@ -21,8 +22,9 @@ from mist.records import IntColumn
 class TenantInfo:
     """What a summary needs to know of a tenant: its requests are `num_requests` from `first_request` on.
 
-    `stages`: the kinds that they may go through. The other fields are those of `mist.metrics.summarise`, for these
-    requests alone.
+    `stages`: the kinds that they may go through. `alone` (float64[num_requests] in ns, by metric): what each request
+    takes by itself, -1 where it has none; for slowdowns. The other fields are those of `mist.metrics.summarise`, for
+    these requests.
     """
 
     name: str = ""
@@ -34,6 +36,7 @@ class TenantInfo:
     slo: Targets = field(default_factory=dict)
     oracle_output_tokens: IntColumn | None = None
     quality: Mapping[str, float] | None = None
+    alone: Mapping[str, FloatColumn] = field(default_factory=dict)
 
     def holds(self, requests: IntColumn) -> BoolColumn:
         """Which of the request numbers are its own."""

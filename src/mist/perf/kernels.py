@@ -6,10 +6,12 @@ step from lists. What isn't measured a fallback prices, operator by operator; it
 
 from __future__ import annotations
 
+import pickle
 from array import array
 from bisect import bisect_right
 from collections.abc import MutableSequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from math import ceil
 from typing import Literal
 
@@ -31,6 +33,11 @@ MIN_TABULATED_TOKENS = 8192
 FOREVER = 1 << 62
 #: Tokens of context, all prefills of a step together, up to which their expansion (latent attention) is tabulated.
 _MAX_PREFILL_CONTEXT = 2**18
+#: deployments whose tables a process keeps, some MB each
+_MAX_TABULATED = 24
+
+#: those that were tabulated, by all that they depend on, the one used last at the end
+_tabulated: dict[tuple[object, ...], Kernels] = {}
 
 
 @register("perf", "kernels")
@@ -81,9 +88,35 @@ class Kernels:
         return self.fallback.supports(deployment)
 
     def prepare(self, deployment: Deployment) -> None:
-        """Tabulate `deployment`: per-row operators for 0 .. max tokens, attention by length, sequences, Σ context."""
+        """Tabulate `deployment`: per-row operators for 0 .. max tokens, attention by length, sequences, Σ context.
+
+        Deployments that were tabulated lately in this process aren't again: theirs are shared, but for what is counted.
+        """
         tables = self._open(deployment)
         assert isinstance(tables, OperatorTables), tables
+        key = (repr(self), tables.identity(), pickle.dumps(deployment))
+        if (known := _tabulated.pop(key, None)) is None:
+            self._tabulate(tables, deployment)
+            self._begin()
+            known = copy(self)
+        else:
+            for name in ("fallback", *(each.name for each in fields(self) if not each.init)):
+                setattr(self, name, getattr(known, name))
+        _tabulated[key] = known
+        if len(_tabulated) > _MAX_TABULATED:
+            del _tabulated[next(iter(_tabulated))]
+        self._begin()
+
+    def _begin(self) -> None:
+        """Count from here on, and for itself."""
+        self._dense, self._classifier = self._dense.unused(), self._classifier.unused()
+        self._shared, self._decode_rows, self._prefill_rows = (
+            table.unused() if table else None for table in (self._shared, self._decode_rows, self._prefill_rows)
+        )
+        self._ran = array("q")
+        self._attention_ns = [0.0] * len(ORIGINS)
+
+    def _tabulate(self, tables: OperatorTables, deployment: Deployment) -> None:
         assert self.fallback is not None
         # asked for single operators and floors, never for steps: it needs no tables of its own
         self.fallback.prepare(replace(deployment, max_num_batched_tokens=1, max_num_seqs=1))
@@ -113,13 +146,11 @@ class Kernels:
         )
         num_tabled = min(len(self._dense.ns), len(self._classifier.ns), *(len(d.rows) for d in self._decode))
         self._num_alike = num_tabled if is_alike else 0
-        self._ran = array("q")
         self._prefill = []
         for found in self._by_window("prefill_tokens"):
             p = PrefillTable(price, found, num_tokens, self._decode)
             shared_ns = min(p.launch_ns, sum(d.launch_ns for d in self._decode if d.window == p.window))
             self._prefill.append((p, shared_ns))
-        self._attention_ns = [0.0] * len(ORIGINS)
 
     def step_time(self, step: Step) -> int:
         """Device time of `step`, ns, rounded up. Prefills and decodes of a mixed step share one attention launch."""

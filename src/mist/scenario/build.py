@@ -7,7 +7,8 @@ of the simulation itself happens here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from mist.kernel import FOREVER, Kernel
 from mist.ledger import Ledger
 from mist.lending import Lending
 from mist.metrics import TenantInfo, summarise
+from mist.metrics.distribution import FloatColumn
 from mist.metrics.window import Window
 from mist.metrics.words import counted
 from mist.perf import ORIGINS, HostModel, PerfModel
@@ -33,6 +35,7 @@ from mist.scenario.result import Result
 from mist.scenario.tables import build_tables
 from mist.scenario.tenancy import SOLE
 from mist.scenario.tenants import build_tenants, table_notes, tenant_infos
+from mist.scenario.unloaded import asking, one_at_a_time, remembered, undisturbed
 from mist.scenario.usage import bill
 from mist.scenario.value import Scenario
 from mist.tenant import Tenant
@@ -45,15 +48,21 @@ Progress = Callable[[int, int], None]
 
 
 def run(
-    scenario: Scenario, *, check: bool = False, progress: Progress | None = None, only: str | None = None
+    scenario: Scenario,
+    *,
+    check: bool = False,
+    progress: Progress | None = None,
+    only: str | None = None,
+    tables: Mapping[str, RequestTable] | None = None,
 ) -> Result:
     """Simulate `scenario` to its end; `check` recounts every conservation law on the way.
 
     `only`: the name of a tenant that has the clients for itself; its requests are those that it has among the others.
+    `tables`: the requests of each tenant, in place of those that the scenario reads or draws.
     Raises ScenarioError where the workload or the memory makes it impossible, InvariantError if MIST itself is wrong.
     """
     began = time.perf_counter()
-    tables = build_tables(scenario)
+    tables = build_tables(scenario) if tables is None else dict(tables)
     kernel, records = Kernel(), Records(stage_kinds=list(scenario.stages))
     hash_block_size = max(table.hash_block_size for table in tables.values())
     fleet = build_fleet(scenario, hash_block_size, kernel, records)
@@ -62,7 +71,7 @@ def run(
     add_memories(scenario, fleet, hash_block_size, network, records)
     tenants = build_tenants(scenario, tables, fleet, records)
     playing = tenants if only is None else {only: tenants[only]}
-    infos = tenant_infos(scenario, playing)
+    infos = tenant_infos(scenario, playing, _alone(scenario, tenants))
     window = _window_ns(scenario, list(tables.values()))
     tables = {name: tables[name] for name in playing}
     coordinator = Coordinator(
@@ -85,6 +94,7 @@ def run(
         provenance=_provenance(records, fleet.models),
         oracle_output_tokens=everybody.oracle_output_tokens,
         quality=everybody.quality,
+        alone=everybody.alone,
         tenants=[info for info in infos.values() if info.name != SOLE],
     )
     whole = Window.of(records)
@@ -119,6 +129,19 @@ def run(
         },
         timing={"startup_s": started - began, "run_s": ended - started, "wall_s": time.perf_counter() - began},
     )
+
+
+def _alone(scenario: Scenario, tenants: Mapping[str, Tenant]) -> dict[str, Mapping[str, FloatColumn]]:
+    """What every request takes by itself, of the tenants whose SLOs are slowdowns: a run of each for them."""
+    names = asking(scenario)
+    if not names:
+        return {}
+    twin, tables = undisturbed(scenario), {name: one_at_a_time(each.workload) for name, each in tenants.items()}
+
+    def play(name: str) -> Records:
+        return run(twin, only=name, tables=tables).records
+
+    return {name: remembered(twin, tables[name], tenants[name].first_request, partial(play, name)) for name in names}
 
 
 def _lending(scenario: Scenario, fleet: Fleet, records: Records) -> Lending | None:

@@ -219,15 +219,21 @@ def _objectives(summary: Summary) -> RenderableType:
     slo = summary["slo"]
     table = Fitted("SLO", ["target", "actual", "verdict"])
     for target in slo["targets"]:
-        label = f"{_LATENCIES[target['metric']]} {target['statistic'].replace('p', 'P')}"
+        is_slowdown = "target_slowdown" in target
+        name = _LATENCIES[f"{target['metric'].partition('_')[0]}_s"] + (" slowdown" if is_slowdown else "")
+        label = f"{name} {target['statistic'].replace('p', 'P')}"
         if "tenant" in target:
             label = f"{target['tenant']}: {label}"
         verdict = {True: Text("met", "green"), False: Text("missed", "bold red"), None: Text("no data", "yellow")}
-        (actual,), unit = _scaled([target["actual_s"]])
+        if is_slowdown:
+            actual, unit, bound = _times(target["actual_slowdown"]), "", f"{target['target_slowdown']:,.10g} x"
+        else:
+            (actual,), unit = _scaled([target["actual_s"]])
+            bound = _exact(target["target_s"])
         told = verdict[target["met"]]
         if target["num_lost"]:
             told = told + Text(f" ({target['num_lost']:,} lost)")
-        table.add_row(label, f"≤ {_exact(target['target_s'])}", f"{actual} {unit}".strip(), told)
+        table.add_row(label, f"≤ {bound}", f"{actual} {unit}".strip(), told)
     goodput = (
         f"Goodput {_rate(slo['goodput_requests_per_s'])} requests/s; {_percent(slo['attainment'])} of requests met all."
     )
@@ -308,6 +314,10 @@ def _exact(seconds: float) -> str:
     """A time that a user wrote, in the unit that suits it and with the digits it was given."""
     factor, unit = (1.0, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
     return f"{seconds * factor:,.10g} {unit}"
+
+
+def _times(factor: float | None) -> str:
+    return _NOTHING if factor is None else f"{factor:,.2f} x"
 
 
 def _percent(fraction: float | None) -> str:

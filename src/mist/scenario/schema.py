@@ -143,6 +143,7 @@ TenantName = Annotated[str, AfterValidator(_tenant_name)]
 SizeName = Annotated[str, AfterValidator(_size_name)]
 Percentile = Annotated[str, AfterValidator(_percentile)]
 Targets = dict[Percentile, PositiveSeconds]
+Slowdowns = dict[Percentile, Annotated[float, Field(gt=1, le=1e9)]]
 #: a policy by stage; "" is all stages that are not named
 Routings = Annotated[dict[str, Routing], Short(_routing)]
 
@@ -301,7 +302,7 @@ class Workload(Section):
 
 
 class Slo(Section):
-    """Targets by metric and percentile, in seconds, such as ttft_s: {p99: 1.5}."""
+    """Targets by metric and percentile: seconds, such as ttft_s: {p99: 1.5}, or times what the request takes alone."""
 
     ttft_s: Targets = {}  # noqa: RUF012
     """time to first token"""
@@ -311,6 +312,12 @@ class Slo(Section):
     """inter-token latency"""
     e2e_s: Targets = {}  # noqa: RUF012
     """time from arrival to last token"""
+    ttft_slowdown: Slowdowns = {}  # noqa: RUF012
+    """time to first token over that of the same request alone on these clients, such as {p50: 2, p90: 3, p99: 6}"""
+    tpot_slowdown: Slowdowns = {}  # noqa: RUF012
+    """time per output token over that of the same request alone"""
+    e2e_slowdown: Slowdowns = {}  # noqa: RUF012
+    """time from arrival to last token over that of the same request alone"""
 
 
 class TenantSection(Section):

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import lcm
+from pathlib import Path
 
 import numpy as np
 
 from mist.errors import ScenarioError
 from mist.request import PREFILL
+from mist.scenario.named import Spec
 from mist.scenario.seeds import random_of, seed_of
 from mist.scenario.tenancy import Tenancy
 from mist.scenario.value import Scenario
@@ -21,6 +23,10 @@ from mist.workload import RequestTable
 from mist.workload.sessions import begin_sessions, draw_sessions
 from mist.workload.synthetic import draw_table
 from mist.workload.trace import limit, rate_scale, read_trace
+
+#: traces that a process keeps, the one used last at the end
+_MAX_TRACES = 3
+_traces: dict[tuple[object, ...], RequestTable] = {}
 
 
 def build_tables(scenario: Scenario) -> dict[str, RequestTable]:
@@ -100,8 +106,7 @@ def _draw(scenario: Scenario, tenant: Tenancy) -> RequestTable:
 
 def _read(scenario: Scenario, tenant: Tenancy) -> RequestTable:
     workload, process = tenant.workload, tenant.workload.arrival_process
-    trace_format = workload.trace_format
-    table = read_trace(scenario.trace_path(tenant.name), trace_format.build() if trace_format else None)
+    table = _trace(scenario.trace_path(tenant.name), workload.trace_format)
     if workload.limit is not None:
         table = limit(table, workload.limit)
     if process is not None:
@@ -111,6 +116,18 @@ def _read(scenario: Scenario, tenant: Tenancy) -> RequestTable:
         table.arrival_ns = arrivals.arrival_ns(len(table), rng)
         table.concurrency = getattr(arrivals, "concurrency", None)
     return table
+
+
+def _trace(path: Path, trace_format: Spec | None) -> RequestTable:
+    """A trace, which all runs of this process have in common; what is set in the table is of this run alone."""
+    stat = path.stat()
+    key = (path.resolve(), stat.st_size, stat.st_mtime_ns, repr(trace_format))
+    if (table := _traces.pop(key, None)) is None:
+        table = read_trace(path, trace_format.build() if trace_format else None)
+    _traces[key] = table
+    if len(_traces) > _MAX_TRACES:
+        del _traces[next(iter(_traces))]
+    return replace(table, sizes=dict(table.sizes))
 
 
 def _apart(tables: dict[str, RequestTable]) -> dict[str, RequestTable]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from mist.metrics import TenantInfo
+from mist.metrics.distribution import FloatColumn
 from mist.records import Records
 from mist.request import DECODE, NO_DEADLINE, PREFILL
 from mist.scenario.disturbances import patience
@@ -76,8 +77,10 @@ def _seeded(scenario: Scenario, stage: str, pools: Iterable[str]) -> Spec:
     return replace(spec, params={**spec.params, "seed": int(own.generate_state(1)[0])})
 
 
-def tenant_infos(scenario: Scenario, tenants: Mapping[str, Tenant]) -> dict[str, TenantInfo]:
-    """What summaries say of each tenant."""
+def tenant_infos(
+    scenario: Scenario, tenants: Mapping[str, Tenant], alone: Mapping[str, Mapping[str, FloatColumn]]
+) -> dict[str, TenantInfo]:
+    """What summaries say of each tenant; `alone` are the times of the requests of some by themselves."""
     found = {}
     for name, tenant in tenants.items():
         section, table = scenario.tenants[name], tenant.workload
@@ -91,6 +94,7 @@ def tenant_infos(scenario: Scenario, tenants: Mapping[str, Tenant]) -> dict[str,
             {metric: targets for metric, targets in section.slo.model_dump().items() if targets},
             table.output_tokens if DECODE in section.stages else None,
             getattr(tenant.pipeline, "quality", None),
+            alone.get(name, {}),
         )
     return found
 

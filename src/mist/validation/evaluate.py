@@ -19,10 +19,11 @@ from mist.scenario.build import run
 from mist.scenario.result import Result
 from mist.scenario.value import Scenario
 from mist.validation import journal as journals
+from mist.validation.limit import TooLong, time_limit
 from mist.validation.outcome import Outcome
 from mist.validation.points import Point, Skip
 from mist.validation.setting import Overrides, setting_of
-from mist.validation.workers import TooLong, each, time_limit
+from mist.workers import each
 
 #: seconds of real time that one point may take, and requests that are run of one
 LIMIT_S = 120.0

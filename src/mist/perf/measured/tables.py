@@ -7,12 +7,11 @@ number of processes may do it first; it never locks, and works without a cache w
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import io
 import os
 import sys
 import uuid
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy.typing as npt
 
 from mist.perf.measured.families import BY_NAME, Family
 from mist.perf.measured.grid import FloatArray, RaggedGrid, isotonic
+from mist.perf.measured.mapped import read_arrays
 from mist.perf.measured.package import TablesFolder, version_key
 
 CACHE_VARIABLE = "MIST_CACHE"
@@ -106,11 +106,31 @@ class OperatorTables:
         if name not in self._loaded:
             family = BY_NAME[name]
             path = self.folder.file(self.system, family, self.framework, self.version)
-            self._loaded[name] = load(family, path, cache_folder(self.folder.version)) if path else None
+            self._loaded[name] = _shared(path, name, cache_folder(self.folder.version)) if path else None
         return self._loaded[name]
+
+    def identity(self) -> tuple[object, ...]:
+        """What everything that is read from here depends on: the files that there are, and their times of change."""
+        paths = [self.folder.file(self.system, family, self.framework, self.version) for family in BY_NAME.values()]
+        return tuple((str(path), *_version_of(path)) for path in paths if path)
 
 
 _CORE = ("gemm", "context_attention", "generation_attention")
+
+
+def _version_of(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _shared(path: Path, family: str, cache: Path) -> Table:
+    """The table of a file, which all that are prepared in this process have in common."""
+    return _read_once(path, family, cache, _version_of(path))
+
+
+@functools.lru_cache(maxsize=128)
+def _read_once(path: Path, family: str, cache: Path, version: tuple[int, int]) -> Table:
+    return load(BY_NAME[family], path, cache)
 
 
 def cache_folder(package_version: str) -> Path:
@@ -136,14 +156,9 @@ def load(family: Family, path: Path, cache: Path) -> Table:
 
 
 def _cached(family: Family, path: Path) -> Table | None:
-    """The table in a cached file; None if there is no such file, or its checksums say that it is damaged.
-
-    Members are read whole: `np.load` reads as much as an array's header says, so that a damaged header may pass.
-    """
+    """The table in a cached file; None if there is no such file, or its checksums say that it is damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = {name.removesuffix(".npy"): io.BytesIO(archive.read(name)) for name in archive.namelist()}
-        return _table(family, {name: np.lib.format.read_array(member) for name, member in members.items()})
+        return _table(family, read_arrays(path))
     except Exception:  # a damaged archive breaks in many ways, and all that it holds can be converted again
         return None
 

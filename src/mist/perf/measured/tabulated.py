@@ -6,6 +6,7 @@ and asks for the parts of a time to explain it. It never looks at a step itself.
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -43,6 +44,12 @@ class RowTable:
         self.ns: list[float] = rising.tolist()
         self.uses = [0] * (last + 1)
         self.beyond_ns: FloatArray = np.zeros(len(ORIGINS))
+
+    def unused(self) -> RowTable:
+        """The same table with uses of its own, none so far."""
+        twin = copy.copy(self)
+        twin.uses, twin.beyond_ns = [0] * len(self.uses), np.zeros(len(ORIGINS))
+        return twin
 
     def time(self, rows: int) -> float:
         """Time for any number of `rows`, computed anew where the table ends; counted as used."""
