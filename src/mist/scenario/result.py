@@ -31,7 +31,9 @@ from mist.units import NS_PER_S
 Columns = dict[str, npt.NDArray[Any]]
 
 #: what `Result.write` makes
-RESULT_FILES = ("summary.json", "requests.parquet", "steps.parquet", "transfers.parquet", "scenario.yaml")
+RESULT_FILES = (
+    "summary.json", "requests.parquet", "tasks.parquet", "steps.parquet", "transfers.parquet", "scenario.yaml"
+)  # fmt: skip
 
 #: width of the printed form where there is no terminal to fill
 PLAIN_WIDTH = 100
@@ -95,7 +97,7 @@ class Result:
         return render(self.name, self.summary())
 
     def write(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write summary.json, scenario.yaml and the tables of requests, steps and transfers to `folder`; return it.
+        """Write summary.json, scenario.yaml and a table each of requests, tasks, steps and transfers to `folder`.
 
         The files are made in a new folder beside it, which takes its place in the end: whatever goes wrong, earlier
         results stay whole. Other files of an overwritten folder are kept. Raises ScenarioError where `folder` can't be
@@ -117,9 +119,8 @@ class Result:
     def _write_files(self, folder: Path) -> None:
         (folder / "summary.json").write_text(self.to_json(), encoding="utf-8")
         (folder / "scenario.yaml").write_text(to_yaml(self.scenario), encoding="utf-8")
-        _write_parquet(self.requests, folder / "requests.parquet")
-        _write_parquet(self.steps, folder / "steps.parquet")
-        _write_parquet(self.transfers, folder / "transfers.parquet")
+        for name in ("requests", "tasks", "steps", "transfers"):
+            _write_parquet(getattr(self, name), folder / f"{name}.parquet")
 
 
 def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
