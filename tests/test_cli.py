@@ -115,7 +115,8 @@ def test_out_holds_a_scenario_that_gives_the_same_bytes(scenario: Path) -> None:
     assert invoke("run", scenario, "--out", "a").exit_code == 0
     assert invoke("run", "a/scenario.yaml", "--out", "b").exit_code == 0
     names = sorted(path.name for path in Path("a").iterdir())
-    assert names == ["requests.parquet", "scenario.yaml", "steps.parquet", "summary.json", "transfers.parquet"]
+    files = ["requests.parquet", "scenario.yaml", "steps.parquet", "summary.json", "tasks.parquet", "transfers.parquet"]
+    assert names == files
     for name in names:
         if name != "summary.json":
             assert Path("a", name).read_bytes() == Path("b", name).read_bytes(), name

@@ -22,7 +22,7 @@ from mist.records import FINISHED, Records
 from mist.scenario.result import PLAIN_WIDTH, Result, check_output_folder
 from mist.scenario.result_table import _rate, _size
 
-FILES = ["requests.parquet", "scenario.yaml", "steps.parquet", "summary.json", "transfers.parquet"]
+FILES = ["requests.parquet", "scenario.yaml", "steps.parquet", "summary.json", "tasks.parquet", "transfers.parquet"]
 
 
 def make(story: Story, *, run_s: float = 0.5, **options) -> Result:

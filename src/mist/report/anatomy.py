@@ -31,7 +31,7 @@ STEP_KINDS = ("decodes", "prefills", "both")
 #: what the time of a step is bound by: `BOUNDS`, the engine's host, and what the records don't tell
 PARTS = (*BOUNDS, "host", "rest")
 #: steps of a kind are looked at where these shares of their time lie in shorter ones
-_PLACES = (0.1, 0.3, 0.5, 0.7, 0.9)
+_PLACES = (1 / 6, 1 / 2, 5 / 6)
 
 
 @dataclass(frozen=True, slots=True)

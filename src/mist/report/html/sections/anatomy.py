@@ -28,7 +28,7 @@ def anatomy(view: View) -> Markup | None:
     rows = [_row(each, kind) for each in found for kind in each.kinds]
     lead = "What bounds the steps of each pool, by the performance model's own account of its operators."
     said = note(
-        "Of each kind, five recorded steps from short to long are explained, each standing for a fifth of the time "
+        "Of each kind, three recorded steps from short to long are explained, each standing for a third of the time "
         "that such steps took. Records hold the sums of a step: prompts in it are taken to be alike and to begin "
         "there, so long prompts in chunks, and cached ones, leave some of its time untold."
     )

@@ -21,7 +21,7 @@ from mist.report.html.view import View
 
 #: where requests come from, and where answers go, beside the pools' numbers; memories follow below
 USERS, ANSWERS = "requests", "answers"
-_BOX, _GAP, _TALL, _APART = 152, 56, 96, 26
+_BOX, _GAP, _TALL, _LOW, _APART = 152, 56, 96, 38, 26
 _MOST_LINKS = 16
 
 
@@ -53,7 +53,7 @@ def cluster(view: View) -> Markup | None:
            aria_label="Drawing of the cluster"),
         el("details", el("summary", counted(len(rows), "flow")),
            table(["from", "to", "hand-overs", "bytes"], rows, label="Flows"), open=len(rows) < 12),
-        _moved(view), _clients(view), _links(view.summary),
+        _moved(view), _clients(view), _links(view),
     )  # fmt: skip
 
 
@@ -83,7 +83,8 @@ def flows(view: View) -> list[Flow]:
     for (a, b), total in _sums(ends[0], ends[1], moved["bytes"][ended]).items():
         pair = (_name(view, a), _name(view, b))
         found.setdefault(pair, [0, 0])[1] += total
-    place = {name: i for i, name in enumerate([*names, *view.records.memory_names, ANSWERS])}
+    # a KV store and its memory have one name
+    place = {name: i for i, name in reversed(list(enumerate([*names, ANSWERS, *view.records.memory_names])))}
     return [
         Flow(a, b, n, total)
         for (a, b), (n, total) in sorted(found.items(), key=lambda f: (place[f[0][0]], place[f[0][1]]))
@@ -153,7 +154,7 @@ def _columns(view: View, found: list[Flow]) -> dict[str, int]:
 
 def _box(view: View, name: str, x: int, y: int) -> Markup:
     lines: list[Child]
-    is_pool = name in view.pools
+    is_pool, tall = name in view.pools, _TALL
     if is_pool:
         pool, settings = view.summary["clients"][name], view.settings(name)
         replicas, busy = len(pool["replicas"]), pool["utilisation"]
@@ -165,9 +166,11 @@ def _box(view: View, name: str, x: int, y: int) -> Markup:
             f"busy {percent(busy)}",
         ]
     else:
-        lines, busy = ["memory" if name not in (USERS, ANSWERS) else ""], None
+        lines, busy = [] if name in (USERS, ANSWERS) else ["memory"], None
+        tall = _LOW + 12 * len(lines)
+        y += (_TALL - tall) // 2
     parts: list[Child] = [
-        el("rect", x=x, y=y, width=_BOX, height=_TALL, rx=10, class_="box" if is_pool else "box end"),
+        el("rect", x=x, y=y, width=_BOX, height=tall, rx=10, class_="box" if is_pool else "box end"),
         el("text", _cut(name, 17), x=x + 12, y=y + 24, class_="name"),
         [el("text", line, x=x + 12, y=y + 41 + 15 * i, class_="small") for i, line in enumerate(lines)],
     ]
@@ -193,7 +196,7 @@ def _perf(settings: Mapping[str, Any]) -> str:
     return next(iter(perf), "") if isinstance(perf, Mapping) else str(perf)
 
 
-def _cut(text: str, most: int = 22) -> str:
+def _cut(text: str, most: int = 20) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
@@ -219,6 +222,12 @@ def _arrow(flow: Flow, boxes: Mapping[str, tuple[int, int]], most: int) -> Marku
 def _amount(flow: Flow) -> str:
     parts = [counted(flow.requests, "hand-over")] if flow.requests else []
     return ", ".join([*parts, *([size(flow.bytes)] if flow.bytes else [])])
+
+
+def _channel(view: View, name: str) -> str:
+    """A channel's name; links of clients without a node begin with the client's number."""
+    owner, dot, way = name.partition(".")
+    return f"{view.records.client_names[int(owner)]}{dot}{way}" if owner.isdigit() else name
 
 
 def _moved(view: View) -> Child:
@@ -254,11 +263,12 @@ def _clients(view: View) -> Markup:
     )
 
 
-def _links(summary: Mapping[str, Any]) -> Child:
+def _links(view: View) -> Child:
     """What is shared, busiest first."""
+    summary = view.summary
     rows = [
         (
-            each["name"],
+            _channel(view, each["name"]),
             percent(each["utilisation"]),
             f"{size(each['capacity_bytes_per_s'])}/s",
             size(each["carried_bytes"]),

@@ -47,10 +47,8 @@ def latency(view: View) -> Markup | None:
         if len(times[0])
     ]
     rows += [[f"stage {kind}", *_row(times)] for kind, times in stages.items()]
-    heads = ["", "values", "mean", "P50", "P90", "P95", "P99", "P99.9", "max"]
-    lead = (
-        "Which share of the finished requests (of ITL: of the gaps between tokens) took at most, or more than, a time."
-    )
+    heads = ["latency", "values", "mean", "P50", "P90", "P95", "P99", "P99.9", "max"]
+    lead = "The share of finished requests, or of gaps between tokens for ITL, that took at most or more than a time."
     figures = table(heads, rows, label="Percentiles")
     return section("latency", "Latency", lead, tabs("latency", "Latencies", panels), _reduced(found),
                    el("details", el("summary", "Percentiles"), figures, open=len(rows) <= 12))  # fmt: skip

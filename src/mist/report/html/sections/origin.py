@@ -29,7 +29,7 @@ def _block(title: str, block: Mapping[str, Any]) -> Markup:
     """A block's own figures, then a table for each mapping in it, and its remarks."""
     plain = [(_words(key), _value(value)) for key, value in block.items() if not isinstance(value, Mapping | list)]
     nested = [
-        el("details", el("summary", _words(key)), table(["", ""], _leaves(value), label=_words(key)))
+        el("details", el("summary", _words(key)), table(["figure", "value"], _leaves(value), label=_words(key)))
         for key, value in block.items()
         if isinstance(value, Mapping) and value
     ]

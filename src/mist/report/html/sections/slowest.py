@@ -13,14 +13,16 @@ from mist.metrics.latency import e2e_ns
 from mist.metrics.stages import PARTS, awaited
 from mist.metrics.window import Columns
 from mist.metrics.words import counted
-from mist.records import DROPPED, NO_CLIENT, PREEMPTED, SEGMENT_ENDS, STATUSES
+from mist.records import DROPPED, NO_CLIENT, SEGMENT_ENDS, STATUSES
 from mist.report.html.charts import colour
 from mist.report.html.figures import percent, seconds
-from mist.report.html.markup import Child, Markup, el, section, table
+from mist.report.html.markup import Child, Markup, el, note, section, table
 from mist.report.html.view import View
 from mist.units import NS_PER_S
 
 NUM_SHOWN = 10
+#: of a request with more segments than this the longest are told
+MAX_SEGMENTS = 24
 #: of a limit, from here on it is said to have been reached
 _FULL = 0.97
 
@@ -80,9 +82,15 @@ class _Teller:
             f": {_s(end - arrival)}{first}; {row['input_tokens']:,} tokens in, {row['output_tokens']:,} out. ",
             self._mostly(request),
         ]  # fmt: skip
-        rows = [self._row(each, arrival) for each in found]
+        longest = sorted(found, key=lambda each: each.before - each.ended)[:MAX_SEGMENTS]
+        rows = [self._row(each, arrival) for each in found if each in longest]
+        cut = note(f"The {MAX_SEGMENTS} longest of {len(found):,} stages.") if len(found) > MAX_SEGMENTS else None
         heads = ["stage", "client", "after arrival", "handed over", "waited", "served", "tokens", "what happened"]
-        body = [self._bar(found, arrival, end), table(heads, rows, label=f"Stages of request {request}", wide=True)]
+        body = [
+            self._bar(found, arrival, end),
+            table(heads, rows, label=f"Stages of request {request}", wide=True),
+            cut,
+        ]
         return el("details", el("summary", head), body, class_="story", open=open_)
 
     def _segments(self, request: int, arrival: int) -> list[_Segment]:
@@ -165,19 +173,26 @@ class _Teller:
         return {name: column[begin : max(begin, end)] for name, column in mine.items()}
 
     def _bar(self, found: list[_Segment], arrival: int, end: int) -> Markup:
-        """Each segment on the request's own time: light while it waits, striped on its way."""
+        """A line for each stage kind on the request's own time: light while it waits, striped on its way."""
         whole = max(1, end - arrival)
-        lines = []
+        lines: dict[int, list[Markup]] = {}
         for each in found:
-            pieces = []
+            pieces = lines.setdefault(each.kind, [])
             for begin, stop, look in ((each.before, each.queued, "striped"), (each.queued, each.started, "light"),
                                       (each.started, each.ended, "solid")):  # fmt: skip
                 if stop > begin:
                     place = f"left:{(begin - arrival) / whole * 100:.3f}%;width:{(stop - begin) / whole * 100:.3f}%"
                     pieces.append(el("i", class_=look, style=f"{place};{colour(each.kind)}"))
-            name = self._view.kinds[each.kind] + (", again" if each.how == PREEMPTED else "")
-            lines.append(el("div", el("span", name, class_="rowname"), el("div", pieces, class_="lane"), class_="row"))
-        return el("div", lines, class_="gantt", aria_hidden="true")
+        rows = [
+            el(
+                "div",
+                el("span", self._view.kinds[kind], class_="rowname"),
+                el("div", pieces, class_="lane"),
+                class_="row",
+            )
+            for kind, pieces in lines.items()
+        ]
+        return el("div", rows, class_="gantt", aria_hidden="true")
 
 
 def _s(time_ns: int) -> str:
