@@ -226,6 +226,32 @@ def test_flows_are_the_ways_of_requests_and_bytes():
     }  # fmt: skip
 
 
+def test_ways_back_are_flows_and_what_stays_is_none():
+    records = Records(client_names=["a-0", "a-1", "b"], stage_kinds=["one", "two"])
+    for request, client, queued in ((0, 0, 1), (1, 1, 2), (0, 2, 20), (0, 1, 40), (0, 0, 60), (1, 2, 70)):
+        row = dict.fromkeys(records.tasks.columns, 0) | {"request": request, "client": client, "queued_ns": queued}
+        records.tasks.append(list((row | {"started_ns": queued, "end_ns": queued + 9, "joined_ns": -1}).values()))
+    for request, end in ((0, 69), (1, 79)):
+        records.requests.append([request, 0, end, end, FINISHED, -1, 1, 1, 0, 0])
+    clients = [ClientInfo(name, name[0], 0, 0, 4) for name in records.client_names]
+    view = View(Result("back", {}, records, summarise(records, clients=clients)))
+    assert {(f.sender, f.receiver): f.requests for f in cluster.flows(view)} == {
+        ("requests", "a"): 2, ("a", "b"): 2, ("b", "a"): 1, ("a", "answers"): 1, ("b", "answers"): 1,
+    }  # fmt: skip
+
+
+def test_what_records_do_not_tell_of_a_step_is_a_part_of_its_own():
+    long = small(
+        workload={"concurrency": 1, "num_requests": 2, "input_tokens": 60_000, "output_tokens": 2},
+        clients={"gpu": {"device": "h100-sxm", "model": "llama-3.1-8b", "perf": "roofline"}},
+    )
+    (found,) = anatomies(long, View(long).pools)
+    prefills = next(kind for kind in found.kinds if kind.name == "prefills")
+    # most of a late chunk's attention is to the chunks before it
+    assert prefills.shares[PARTS.index("rest")] > 0.05
+    assert sum(prefills.shares) == pytest.approx(1.0)
+
+
 def test_steps_are_explained_whole(result):
     (found,) = anatomies(result, View(result).pools)
     assert (found.pool, found.perf, found.problem) == ("gpu", "roofline", "")

@@ -37,8 +37,8 @@ def cdf(values: FloatColumn | IntColumn, weights: IntColumn | None = None) -> tu
         half = MAX_POINTS // 2
         upper = total - np.geomspace(total, 1, half) + 1
         wanted = np.union1d(np.linspace(1, total, half), upper)
-        kept = np.union1d(np.searchsorted(counts, wanted), (0, len(counts) - 1))
-        ranked, counts = ranked[np.minimum(kept, len(ranked) - 1)], counts[np.minimum(kept, len(counts) - 1)]
+        kept = np.unique(np.searchsorted(counts, wanted))
+        ranked, counts = ranked[kept], counts[kept]
     return ranked, counts / counts[-1]
 
 
