@@ -297,17 +297,18 @@ def test_what_a_measurement_may_show():
 
 def test_cost_and_energy_are_shown_where_they_are(result):
     blocks = {
-        "cost": {
-            "usd_per_hour": 6.2,
-            "usd_per_million_output_tokens": 1.5,
-            "pools": {"gpu": 0.01},
-            "remarks": ["a quote"],
-        },
-        "energy": {"mean_w": 900.0, "joules_per_output_token": 0.4, "carbon_g": None},
-    }
+        "cost": {"usd": 0.04, "usd_per_hour": 6.2, "usd_per_million_output_tokens": 1.5, "pools": {"gpu": 0.04},
+                 "stages": {"prefill": 0.01, "decode": 0.03}, "tenants": {"one": {"usd": 0.02}},
+                 "quotes": {"gpu": {"device": "h100-sxm", "usd_per_hour": 3.1}}, "remarks": ["a quote"]},
+        "energy": {"joules": 5000.0, "mean_w": 900.0, "joules_per_output_token": 0.4, "carbon_g": None,
+                   "stages": {"prefill": 4000.0}},
+    }  # fmt: skip
     priced = Result(result.name, result.scenario, result.records, result.metrics | blocks)
-    texts = check(report_html(priced)).texts
-    assert {"$6.2", "$1.5 per million output tokens", "a quote", "0.9 kW"} <= set(texts)
+    texts = set(check(report_html(priced)).texts)
+    assert {"$6.2", "$1.5 per million output tokens", "a quote", "0.9 kW", "3.1", "900 W"} <= texts
+    assert {"stage decode", "75 %", "stage prefill", "80 %", "tenant one", "50 %"} <= texts
+    for partial in ({"cost": blocks["cost"]}, {"energy": blocks["energy"]}, {"cost": {"usd": None, "remarks": []}}):
+        check(report_html(Result(result.name, result.scenario, result.records, result.metrics | partial)))
     empty = Result(result.name, result.scenario, result.records, result.metrics | {"cost": None, "energy": None})
     assert 'id="cost"' not in report_html(empty)
 
@@ -318,7 +319,8 @@ def test_the_summary_shows_tenants():
     data = {"tenants": {"one": chat, "two": chat | {"slo": {"ttft_s": {"p99": 1}}}},
             "clients": {"gpu": {"device": "h100-sxm", "model": "llama-3.1-8b", "perf": "roofline"}}}  # fmt: skip
     texts = check(report_html(mist.run(data))).texts
-    assert {"TTFT · one", "TTFT · two", "two"} <= set(texts)
+    assert {"TTFT · one", "TTFT · two", "two", "30 of 30"} <= set(texts)
+    assert any("Jain's fairness index" in text for text in texts)
 
 
 # --- files and commands ---

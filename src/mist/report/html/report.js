@@ -273,6 +273,10 @@
   };
   for (const figure of all("figure.chart")) charts.push(new Chart(figure));
 
+  // ---- paper shows what is folded
+  const folded = all("main > section > details:not(.story, .nested)").filter((each) => !each.open);
+  addEventListener("beforeprint", () => folded.forEach((each) => { each.open = true; }));
+
   // ---- where we are
   const links = new Map(all("nav a").map((link) => [link.hash.slice(1), link]));
   const seen = new Set();

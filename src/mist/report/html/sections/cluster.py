@@ -53,7 +53,7 @@ def cluster(view: View) -> Markup | None:
            aria_label="Drawing of the cluster"),
         el("details", el("summary", counted(len(rows), "flow")),
            table(["from", "to", "hand-overs", "bytes"], rows, label="Flows"), open=len(rows) < 12),
-        _moved(view), _clients(view), _links(view),
+        _moved(view), _clients(view), _memories(view), _links(view),
     )  # fmt: skip
 
 
@@ -261,6 +261,16 @@ def _clients(view: View) -> Markup:
         table(heads, rows, label="Clients"),
         open=len(rows) <= 16,
     )
+
+
+def _memories(view: View) -> Child:
+    rows = [
+        (name, f"{each['instances']:,}", f"{each['hits']:,}", f"{each['misses']:,}", percent(each["hit_rate"]),
+         *(size(each[f"{what}_bytes"]) for what in ("held", "fetched", "written", "evicted")))
+        for name, each in view.summary["memories"].items()
+    ]  # fmt: skip
+    heads = ["memory", "instances", "hits", "misses", "hit rate", "held", "fetched", "written", "evicted"]
+    return el("details", el("summary", "Memories"), table(heads, rows, label="Memories"), open=True) if rows else None
 
 
 def _links(view: View) -> Child:

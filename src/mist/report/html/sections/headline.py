@@ -17,6 +17,7 @@ from mist.scenario.result_table import saturation_verdict
 LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "E2E"}
 LONG = {"ttft_s": "time to first token", "tpot_s": "time per output token", "itl_s": "inter-token latency",
         "e2e_s": "end-to-end latency"}  # fmt: skip
+_FAIR = {"total_tokens_per_s": "tokens/s", "served_share": "shares served", "slo_attainment": "SLOs met"}
 _TRANSFERS = {"kv_transfer": "KV transfers", "prefix_fetch": "prefixes fetched", "hand_off": "hand-offs",
               "kv_write": "KV writes", "kv_swap": "KV swaps"}  # fmt: skip
 
@@ -31,7 +32,7 @@ def headline(view: View) -> Markup:
     return section(
         "summary", "Summary", None, told,
         el("div", [_tile(*each) for each in _tiles(summary)], class_="tiles"),
-        _objectives(summary),
+        _objectives(summary), _tenants(summary),
         _error(summary),
         el("details", el("summary", counted(len(remarks), "remark")), el("ul", remarks), open=len(remarks) < 6)
         if remarks else None,
@@ -111,6 +112,25 @@ def _objectives(summary: Mapping[str, Any]) -> Child:
         "was. Where the target is in this range, the verdict is too close to call."
     )
     return [table(heads, rows, label="Service level objectives"), note(said) if has_ranges else None]
+
+
+def _tenants(summary: Mapping[str, Any]) -> Child:
+    """A line for each tenant, and how evenly they were served."""
+    if not summary["tenants"]:
+        return None
+    rows = [
+        (name, f"{each['requests']['finished']:,} of {each['requests']['arrived']:,}",
+         *(seconds(each[metric][at]) for metric, at in (("ttft_s", "p50"), ("ttft_s", "p99"), ("e2e_s", "p99"))),
+         digits(each["throughput"]["total_tokens_per_s"]), percent(each["slo"]["attainment"] if each["slo"] else None))
+        for name, each in summary["tenants"].items()
+    ]  # fmt: skip
+    heads = ["tenant", "finished", "TTFT P50", "TTFT P99", "E2E P99", "tokens/s", "requests that met all SLOs"]
+    fair = [
+        f"{value:.3f} of {_FAIR[key]}"
+        for key, value in summary["fairness"].items()
+        if key in _FAIR and value is not None
+    ]
+    return [table(heads, rows, label="Tenants"), note(f"Jain's fairness index: {', '.join(fair)}.") if fair else None]
 
 
 def expected_range(summary: Mapping[str, Any], metric: str, value: float | None) -> tuple[float | None, float | None]:

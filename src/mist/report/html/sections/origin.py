@@ -5,54 +5,85 @@ The last sections of a report: cost and energy where the summary has them, prove
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
 from mist.errors import ScenarioError
 from mist.report.html.bars import Part, Row, bar_chart
 from mist.report.html.charts import colour
-from mist.report.html.figures import FRACTION, digits
+from mist.report.html.figures import FRACTION, digits, percent
 from mist.report.html.markup import Child, Markup, el, facts, section, table
 from mist.report.html.view import View
 from mist.scenario import catalogue
 from mist.scenario.value import to_yaml
 
+#: figures of the two blocks, with their names and what stands before and behind them
+_COST = {
+    "usd": ("Cost", "$", ""), "usd_per_hour": ("Per hour", "$", ""),
+    "usd_per_million_output_tokens": ("Per million output tokens", "$", ""),
+    "usd_per_million_total_tokens": ("Per million tokens in all", "$", ""),
+    "usd_per_thousand_requests": ("Per thousand requests", "$", ""),
+    "output_tokens_per_usd": ("Output tokens per USD", "", ""), "prices": ("Prices", "", ""),
+    "purchase": ("Purchase", "", ""),
+}  # fmt: skip
+_ENERGY = {
+    "joules": ("Energy", "", " J"), "mean_w": ("Mean power", "", " W"),
+    "joules_per_output_token": ("Per output token", "", " J"), "joules_per_total_token": ("Per token in all", "", " J"),
+    "wh_per_request": ("Per request", "", " Wh"), "carbon_g": ("Carbon dioxide", "", " g"),
+}  # fmt: skip
+_WHOSE = {"pools": "pool", "hosts": "host", "memories": "memory", "stages": "stage", "tenants": "tenant"}
+
 
 def cost_and_energy(view: View) -> Markup | None:
-    blocks = [(name, view.summary.get(name)) for name in ("cost", "energy")]
-    shown = [_block(name.capitalize(), block) for name, block in blocks if block]
-    return section("cost", "Cost and energy", "Over the span that rates are over.", shown) if shown else None
-
-
-def _block(title: str, block: Mapping[str, Any]) -> Markup:
-    """A block's own figures, then a table for each mapping in it, and its remarks."""
-    plain = [(_words(key), _value(value)) for key, value in block.items() if not isinstance(value, Mapping | list)]
-    nested = [
-        el("details", el("summary", _words(key)), table(["figure", "value"], _leaves(value), label=_words(key)))
-        for key, value in block.items()
-        if isinstance(value, Mapping) and value
+    cost, energy = (view.summary.get(name) or {} for name in ("cost", "energy"))
+    if not cost and not energy:
+        return None
+    blocks = [
+        [el("h3", title), facts(shown), [el("p", text, class_="note") for text in block.get("remarks", ())]]
+        for title, block, names in (("Cost", cost, _COST), ("Energy", energy, _ENERGY))
+        if (shown := _facts(block, names))
     ]
-    remarks = [el("li", str(text)) for key, value in block.items() if isinstance(value, list) for text in value]
-    return el("div", el("h3", title), facts(plain), nested, el("ul", remarks) if remarks else None)
+    quotes = [(name, *map(_value, quote.values())) for name, quote in cost.get("quotes", {}).items()]
+    heads = ["paid for", *next(iter(cost["quotes"].values()))] if quotes else []
+    prices = table([*map(_words, heads)], quotes, label="Prices")
+    return section(
+        "cost", "Cost and energy", "Over the span that rates are over; idle time is charged to whom it was kept for.",
+        blocks, _whose(cost, energy), el("details", el("summary", "Prices"), prices) if quotes else None,
+    )  # fmt: skip
 
 
-def _leaves(block: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in block.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{before}{key} · ")
-        else:
-            yield f"{before}{_words(key)}", _value(value)
+def _facts(block: Mapping[str, Any], names: Mapping[str, tuple[str, str, str]]) -> list[tuple[str, str]]:
+    return [
+        (name, f"{before}{_value(block[key])}{behind}")
+        for key, (name, before, behind) in names.items()
+        if block.get(key) is not None
+    ]
+
+
+def _whose(cost: Mapping[str, Any], energy: Mapping[str, Any]) -> Child:
+    """Who costs and draws how much, and which share of all."""
+    totals, rows = (cost.get("usd"), energy.get("joules")), []
+    for key, name in _WHOSE.items():
+        for owner in dict.fromkeys([*cost.get(key, {}), *energy.get(key, {})]):
+            row = [f"{name} {owner}"]
+            for block, figure, whole in ((cost, "usd", totals[0]), (energy, "joules", totals[1])):
+                value = block.get(key, {}).get(owner)
+                value = value.get(figure) if isinstance(value, Mapping) else value
+                row += [_value(value), percent(value / whole if whole and value is not None else None)]
+            rows.append(row)
+    heads = ["whose", "USD", "share", "joules", "share"]
+    return table(heads, rows, label="Whose cost and energy") if rows else None
 
 
 def _words(key: str) -> str:
-    return str(key).replace("_", " ").replace("usd", "USD")
+    return key.replace("_", " ").replace("usd", "USD")
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return "-" if value is None else str(value)
-    return digits(value) if isinstance(value, int | float) else ", ".join(map(str, value))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return digits(value)
+    return "-" if value is None else str(value).replace("_", " ")
 
 
 def provenance(view: View) -> Markup:
