@@ -1,7 +1,7 @@
 """A result read back from the folder that `Result.write` made, with its records as they were.
 
 Beside `result`, for whatever looks at a run later: reports, comparisons. Times were written in seconds and come back as
-the same whole nanoseconds; changes of clients' states and loans are in no file. It never runs anything.
+the same whole nanoseconds; changes of clients' states and loans don't. It never runs anything.
 """
 
 from __future__ import annotations
