@@ -6,8 +6,9 @@ READY := .venv/.installed
 .DEFAULT_GOAL := test
 .PHONY: demo test test-long check docs bench validate lock clean
 
-demo: $(READY)  ## simulate the shipped example and print its report
-	$(BIN)/mist run examples/demo.yaml --out out/demo --trace out/demo/timeline.json.gz --overwrite
+demo: $(READY)  ## simulate the shipped example, and make its report and its timeline
+	$(BIN)/mist run examples/demo.yaml --out out/demo --trace out/demo/timeline.json.gz \
+		--report out/demo/report.html --overwrite
 
 test: $(READY)
 	$(BIN)/pytest -n 2 -q

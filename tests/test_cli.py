@@ -121,6 +121,7 @@ def test_out_holds_a_scenario_that_gives_the_same_bytes(scenario: Path) -> None:
         "scenario.yaml",
         "steps.parquet",
         "summary.json",
+        "tasks.parquet",
         "transfers.parquet",
     ]
     for name in names:

@@ -19,10 +19,10 @@ from handmade import Story, random_story
 from mist.errors import ScenarioError
 from mist.metrics import ClientInfo, summarise
 from mist.records import FINISHED, Records
-from mist.scenario.result import PLAIN_WIDTH, Result, check_output_folder
+from mist.scenario.result import PLAIN_WIDTH, RESULT_FILES, Result, check_output_folder
 from mist.scenario.result_table import _rate, _size
 
-FILES = ["changes.parquet", "requests.parquet", "scenario.yaml", "steps.parquet", "summary.json", "transfers.parquet"]
+FILES = sorted(RESULT_FILES)
 
 
 def make(story: Story, *, run_s: float = 0.5, **options) -> Result:

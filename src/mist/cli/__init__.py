@@ -1,6 +1,6 @@
 """The command `mist`: run, check, explain-step, schema and list, each a few lines around the library.
 
-The outermost layer (`calibrate` and `validate` are beside it): options become overrides of the scenario, errors become
+The outermost layer (other commands are beside it): options become overrides of the scenario, errors become
 exit codes (2 the user's files, 3 a broken law, 130 interrupted). It computes nothing, prints results to stdout only,
 and imports the simulator only to use it.
 """
@@ -21,6 +21,7 @@ from mist.cli.capacity import capacity
 from mist.cli.compare import compare
 from mist.cli.interference import interference
 from mist.cli.output import clean_up_when_terminated, folded, print_json, table
+from mist.cli.report import report
 from mist.cli.scenario import inputs, load_plugins, load_scenario, scenario_options
 from mist.cli.validation import validate
 
@@ -84,11 +85,15 @@ def main() -> None:
 @scenario_options
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON document.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Write summary, tables and scenario here.")
-@click.option("--overwrite", is_flag=True, help="Let --out and --trace replace what is there.")
+@click.option("--overwrite", is_flag=True, help="Let --out, --trace and --report replace what is there.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a timeline for ui.perfetto.dev, such as out.json.gz.")  # fmt: skip
+@click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE",
+              help="Write a report to open in a browser, such as out.html.")  # fmt: skip
 @click.option("--check", is_flag=True, help="Recount the conservation laws while running and at the end (slower).")
-def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, check: bool, **options: Any) -> None:
+def run(
+    as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, page: Path | None, check: bool, **options: Any
+) -> None:  # fmt: skip
     """Simulate SCENARIO and print what came out.
 
     \b
@@ -97,21 +102,28 @@ def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, ch
         mist run scenario.yaml --rate-scale 2 --json > summary.json
         mist run scenario.yaml --set clients.gpu.count=4 --set routing=round_robin
         mist run scenario.yaml --set 'workload.input_tokens={lognormal: {mean: 1155, cv: 0.9}}'
+        mist run scenario.yaml --report out.html
         mist run scenario.yaml --out out/first --trace out/first.json.gz
     """
     clean_up_when_terminated()
     scenario = load_scenario(**options)
-    _check_outputs(out, trace, overwrite, inputs(scenario, options["scenario"], options["plugins"]))
+    _check_outputs(
+        out, {"timeline": trace, "report": page}, overwrite, inputs(scenario, options["scenario"], options["plugins"])
+    )
     from mist.scenario.build import run as run_scenario
 
     with _progress_bar() as progress:
         result = run_scenario(scenario, check=check, progress=progress)
-    if trace is not None:  # the slow one first: until it is whole, nothing that was there has changed
+    if trace is not None:  # the slow ones first: until they are whole, nothing that was there has changed
         from mist.report.timeline import write_timeline
 
         write_timeline(result, trace)
+    if page is not None:
+        from mist.report.html import write_report
+
+        write_report(result, page)
     if out is not None:
-        result.write(out, overwrite=overwrite or trace is not None)
+        result.write(out, overwrite=overwrite or trace is not None or page is not None)
     _print_result(result, as_json)
     if out is not None:
         from mist.scenario.result import RESULT_FILES
@@ -119,6 +131,8 @@ def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, ch
         click.echo(f"Results are in {out}: {', '.join(RESULT_FILES)}", err=True)
     if trace is not None:
         click.echo(f"The timeline is {trace}: open it at ui.perfetto.dev", err=True)
+    if page is not None:
+        click.echo(f"The report is {page}: open it in a browser", err=True)
 
 
 @main.command()
@@ -271,23 +285,27 @@ def list_names(what: str, as_json: bool, plugins: tuple[str, ...]) -> None:
         click.echo(table(folded(found) if what in ("policies", "pipelines", "perf") else found))
 
 
-def _check_outputs(out: Path | None, trace: Path | None, overwrite: bool, inputs: Iterable[Path]) -> None:
+def _check_outputs(
+    out: Path | None, files: dict[str, Path | None], overwrite: bool, inputs: Iterable[Path]
+) -> None:  # fmt: skip
     """Refuse, before anything runs, to write where results can't go, or over what the run reads."""
     from mist.errors import Problem, ScenarioError
     from mist.scenario.outputs import check_not_read
     from mist.scenario.result import RESULT_FILES, check_output_folder
 
     outputs = [out / name for name in RESULT_FILES] if out is not None else []
-    outputs += [trace] if trace is not None else []
+    asked = {what: path for what, path in files.items() if path is not None}
+    outputs += asked.values()
     check_not_read(outputs, inputs)
+    if lost := [path for path in outputs if [each.resolve() for each in outputs].count(path.resolve()) > 1]:
+        raise ScenarioError(Problem(f"{lost[0]} would be written twice", hint="name another file"))
     if out is not None:
         check_output_folder(out, overwrite=overwrite)
-    if trace is None:
-        return
-    if trace.exists() and not (overwrite and trace.is_file()):
-        raise ScenarioError(Problem(f"{trace} is there already", hint="name another file, or give --overwrite"))
-    if not trace.parent.is_dir() and trace.parent != out:
-        raise ScenarioError(Problem(f"there is no folder {trace.parent} for the timeline", hint="make it first"))
+    for what, path in asked.items():
+        if path.exists() and not (overwrite and path.is_file()):
+            raise ScenarioError(Problem(f"{path} is there already", hint="name another file, or give --overwrite"))
+        if not path.parent.is_dir() and path.parent != out:
+            raise ScenarioError(Problem(f"there is no folder {path.parent} for the {what}", hint="make it first"))
 
 
 @contextmanager
@@ -327,5 +345,6 @@ def _tell(problems: Iterable[Problem]) -> None:
 main.add_command(capacity)
 main.add_command(compare)
 main.add_command(interference)
+main.add_command(report)
 main.add_command(calibrate)
 main.add_command(validate)

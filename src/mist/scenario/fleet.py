@@ -82,7 +82,7 @@ def build_fleet(scenario: Scenario, hash_block_size: int, kernel: Kernel, record
 def _add_replicas(
     fleet: Fleet, scenario: Scenario, pool_name: str, pool: Pool, hash_block_size: int, kernel: Kernel, records: Records
 ) -> None:
-    perf, fleet.priced_by[pool_name], refusals = _perf_model(scenario, pool_name, pool)
+    perf, fleet.priced_by[pool_name], refusals = perf_model(scenario, pool_name, pool)
     fleet.remarks += refusals
     token_bytes = pool.model.kv_bytes_per_token(pool.kv_dtype)
     num_blocks = (pool.kv_cache.num_blocks or pool.kv_capacity().num_blocks) // pool.pp
@@ -260,7 +260,7 @@ def _host_link(pool: Pool) -> Link:
     return Link(device.host_link_bytes_per_s * (whole / share if share else 1), device.host_link_latency_ns)
 
 
-def _perf_model(scenario: Scenario, name: str, pool: Pool) -> tuple[PerfModel, str, list[str]]:
+def perf_model(scenario: Scenario, name: str, pool: Pool) -> tuple[PerfModel, str, list[str]]:
     """The first of the pool's performance models that supports it, prepared, its name, and a remark on those before."""
 
     def priced(deployment: Deployment, what: str) -> tuple[PerfModel, str, list[str]]:

@@ -34,7 +34,8 @@ Columns = dict[str, npt.NDArray[Any]]
 
 #: what `Result.write` makes
 RESULT_FILES = (
-    "summary.json", "requests.parquet", "steps.parquet", "transfers.parquet", "changes.parquet", "scenario.yaml"
+    "summary.json", "requests.parquet", "tasks.parquet", "steps.parquet", "transfers.parquet", "changes.parquet",
+    "scenario.yaml",
 )  # fmt: skip
 
 #: width of the printed form where there is no terminal to fill
@@ -136,10 +137,8 @@ class Result:
     def _write_files(self, folder: Path) -> None:
         (folder / "summary.json").write_text(self.to_json(), encoding="utf-8")
         (folder / "scenario.yaml").write_text(to_yaml(self.scenario), encoding="utf-8")
-        _write_parquet(self.requests, folder / "requests.parquet")
-        _write_parquet(self.steps, folder / "steps.parquet")
-        _write_parquet(self.transfers, folder / "transfers.parquet")
-        _write_parquet(self.changes, folder / "changes.parquet")
+        for name in ("requests", "tasks", "steps", "transfers", "changes"):
+            _write_parquet(getattr(self, name), folder / f"{name}.parquet")
 
 
 def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:

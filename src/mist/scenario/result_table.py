@@ -242,7 +242,7 @@ def _objectives(summary: Summary) -> RenderableType:
 
 def _remarks(summary: Summary) -> RenderableType:
     lines = []
-    if (verdict := _verdict(summary)) is not None:
+    if (verdict := saturation_verdict(summary)) is not None:
         lines.append(verdict)
     told = [
         *summary["notes"],
@@ -260,7 +260,7 @@ def _remarks(summary: Summary) -> RenderableType:
     return Group(*lines)
 
 
-def _verdict(summary: Summary) -> Text | None:
+def saturation_verdict(summary: Summary) -> Text | None:
     """What was seen of the queues while load arrived, and no more than that; None where there is nothing to say."""
     queue = summary["backlog"]
     if summary["saturated"]:
