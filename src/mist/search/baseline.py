@@ -42,10 +42,15 @@ def baseline_points(space: Space) -> list[Point]:
 
 def best_baseline(lab: Laboratory, points: Sequence[Point], seeds: Sequence[int]) -> Point | None:
     """Of the baselines, the feasible one that is best in the first objective, run with every seed; None if none is."""
-    lab.measure(points, WHOLE, seeds)
-    scores = {point.number: lab.score(point, WHOLE, seeds) for point in points}
-    feasible = [point for point in points if scores[point.number].violation <= 0]
-    return min(feasible, key=lambda point: (scores[point.number].values, -point.number), default=None)
+    lab.measure(points, WHOLE, seeds[:1])
+    scores = {point.number: lab.score(point, WHOLE, seeds[:1]) for point in points}
+    for point in sorted(points, key=lambda point: (scores[point.number].values, -point.number)):
+        if scores[point.number].violation > 0:
+            continue
+        lab.measure([point], WHOLE, seeds)
+        if lab.score(point, WHOLE, seeds).violation <= 0:
+            return point
+    return None
 
 
 def _completed(space: Space) -> Iterator[dict[str, Any]]:

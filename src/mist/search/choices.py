@@ -7,7 +7,7 @@ It never knows what a key means.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 #: called with the name of a choice and its labels; gives the index of one
@@ -36,25 +36,35 @@ def every(tree: Any) -> Iterator[tuple[dict[str, str], Any]]:
     """Every way to choose, as the labels by choice and the plain data; the last choice changes fastest."""
     script: list[int] = []
     while True:
-        trail: list[tuple[int, int]] = []
-        made: dict[str, str] = {}
-
-        def choose(
-            name: str, labels: tuple[str, ...], trail: list[tuple[int, int]] = trail, made: dict[str, str] = made
-        ) -> int:
-            index = script[len(trail)] if len(trail) < len(script) else 0
-            trail.append((index, len(labels)))
-            made[name] = labels[index]
-            return index
-
-        resolved = resolve(tree, choose)
-        yield made, resolved
+        taken = _Script(script)
+        resolved = resolve(tree, taken)
+        yield taken.made, resolved
+        trail = taken.trail
         while trail and trail[-1][0] + 1 == trail[-1][1]:
             trail.pop()
         if not trail:
             return
         script = [index for index, _ in trail]
         script[-1] += 1
+
+
+@dataclass(slots=True)
+class _Script:
+    """A chooser that takes the options of a script in turn, and the first where it has ended.
+
+    `trail`: the index taken and the number of options, of each choice; `made`: the labels taken.
+    """
+
+    indices: list[int]
+    trail: list[tuple[int, int]] = field(default_factory=list)
+    made: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, name: str, labels: tuple[str, ...]) -> int:
+        at = len(self.trail)
+        index = self.indices[at] if at < len(self.indices) else 0
+        self.trail.append((index, len(labels)))
+        self.made[name] = labels[index]
+        return index
 
 
 def count(tree: Any) -> int:

@@ -53,13 +53,10 @@ def titles(objectives: Sequence[str]) -> dict[str, tuple[int, Eligible]]:
 
 def last_round(lab: Laboratory, points: Mapping[int, Point], seeds: Sequence[int]) -> Podium:
     """Measure with every seed until the front and all the best have been."""
-    measured = [number for number, share, _ in lab.runs if share == WHOLE and number in points]
-    seeded: set[int] = set()
+    measured = sorted({number for number, share, _ in lab.runs if share == WHOLE and number in points})
+    seeded = {n for n in measured if all((n, WHOLE, seed) in lab.runs for seed in seeds)}
     while True:
-        scores = {
-            number: lab.score(points[number], WHOLE, seeds if number in seeded else seeds[:1])
-            for number in sorted(set(measured))
-        }
+        scores = {n: lab.score(points[n], WHOLE, seeds if n in seeded else seeds[:1]) for n in measured}
         best = {title: _best(scores, points, k, may) for title, (k, may) in titles(lab.objectives).items()}
         podium = Podium(front(scores), best, scores)
         missing = {*podium.front, *(number for number in best.values() if number is not None)} - seeded

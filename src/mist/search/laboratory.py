@@ -54,7 +54,8 @@ class Laboratory:
         wanted = {at: point for at, point in wanted.items() if at not in self.runs}
         jobs: dict[str, tuple[Job, Point]] = {}
         keys = {}
-        for at, point in wanted.items():
+        # neighbours ask for the same tables of step times, which are made once for them
+        for at, point in sorted(wanted.items(), key=lambda item: item[1].deployment):
             job = self._job(point, share, at[2])
             keys[at] = job.key
             if job.key not in self.store.runs:
@@ -64,9 +65,8 @@ class Laboratory:
         self._tell(done)
         for outcome in self.executor.run(job for job, _ in jobs.values()):
             job, point = jobs[outcome.key]
-            kept = {"error": outcome.error} if outcome.summary is None else {}
-            if outcome.summary is not None:
-                kept = {"excerpt": excerpt(outcome.summary, point.devices)}
+            found = outcome.summary
+            kept: Run = {"error": outcome.error} if found is None else {"excerpt": excerpt(found, point.devices)}
             about = {"choices": dict(point.choices), "share": share, **job.overrides}
             self.store.add(outcome.key, {**kept, "cpu_s": outcome.cpu_s}, **about)
             done += 1

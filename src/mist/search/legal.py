@@ -31,7 +31,7 @@ _REASONS = (
     (r"heads|don't divide|doesn't divide|too few for pp|doesn't fill whole groups|no experts to split",
      "tp, pp, ep or attn_dp doesn't divide the model or the devices"),
     (r"no fp32 rate", "the devices don't compute in the dtype"),
-    (r"has another model|have others than|one model and kv_dtype", "pools that exchange KV caches differ in their layout"),
+    (r"has another model|have others than|one model and kv_dtype", "pools that exchange KV caches differ in layout"),
 )  # fmt: skip
 DUPLICATE = "the same as another but for the order or the names of clients"
 UNPRICED = "no performance model supports it"
@@ -47,6 +47,11 @@ class Point:
     scenario: Scenario
     resolved: Mapping[str, Any]
     devices: int
+
+    @property
+    def deployment(self) -> str:
+        """What serves, as text: the same for points that differ in their load alone."""
+        return json.dumps(self.resolved["clients"], sort_keys=True, default=str)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -210,7 +215,7 @@ def _devices(source: Source, client: Mapping[str, Any]) -> int:
     if not each or not isinstance(number, int):
         return 0
     try:
-        device = catalogue.read("devices", client.get("device"), source.folder)[0]
+        device = catalogue.read("devices", client.get("device", ""), source.folder)[0]
     except ScenarioError:
         return 0  # which validation will tell
     return 0 if device.num_cores else each * number
@@ -231,4 +236,3 @@ def _nothing_legal(space: Space, legal: Legal) -> list[Problem]:
     message = f"none of the {total:,} configurations can be run"
     hint = "; ".join(f"{number:,}: {legal.examples[reason]}" for reason, number in legal.refused.most_common(3))
     return [Problem(message, place.file, place.line, place.column, hint)]
-

@@ -110,7 +110,7 @@ def excesses(summary: Summary, constraints: tuple[Constraint, ...]) -> dict[str,
 def excerpt(summary: Summary, devices: int) -> dict[str, Any]:
     """The part of a summary that a search keeps of every run, with the number of accelerators."""
     metrics = ("throughput", "offered", "saturated", "near_capacity", "open_loop", "duration_s", "requests", "quality",
-               "slo", *LATENCIES)  # fmt: skip
+               "slo", "provenance", *LATENCIES)  # fmt: skip
     kept: dict[str, Any] = {key: summary.get(key) for key in metrics}
     for section, keys in (("cost", ("usd_per_hour", "usd")), ("energy", ("mean_w", "joules_per_output_token"))):
         given = summary.get(section)

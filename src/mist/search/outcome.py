@@ -102,6 +102,12 @@ def _deployment(lab: Laboratory, point: Point, seeds: Sequence[int]) -> dict[str
             name: _finite(math.fsum(each.get(name, 0.0) for each in missed) / len(missed))
             for name in sorted({name for each in missed for name in each})
         },
+        "step_times": {
+            origin: math.fsum(each["provenance"].get(origin, 0.0) for each in found) / len(found)
+            for origin in (found[0]["provenance"] or {})
+        }
+        if found
+        else {},
         "seeds_met": sum(all(excess <= 0 for excess in each.values()) for each in missed),
         "num_seeds": len(found),
     }

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +23,7 @@ class Score:
 
 def covers(one: Score, other: Score, margin: float = 0.0) -> bool:
     """Whether the feasible `one` is as good as `other` in everything, to within a share of `margin` of it."""
-    return one.violation <= 0 and all(
-        a <= b + margin * abs(b) for a, b in zip(one.values, other.values, strict=True)
-    )
+    return one.violation <= 0 and all(a <= b + margin * abs(b) for a, b in zip(one.values, other.values, strict=True))
 
 
 def front(scores: Mapping[int, Score]) -> list[int]:
@@ -53,15 +53,21 @@ def ranked(scores: Mapping[int, Score]) -> list[int]:
 
 def _in_turns(members: Sequence[int], scores: Mapping[int, Score]) -> list[int]:
     """By the first value, by the second, ... in turns, so that a few of them span the rank."""
-    num_values = len(scores[members[0]].values)
-    orders = [sorted(members, key=lambda i, k=k: (scores[i].values[k], scores[i].values, i)) for k in range(num_values)]
+    orders = [sorted(members, key=partial(_from, scores, k)) for k in range(len(scores[members[0]].values))]
     return list(dict.fromkeys(i for turn in zip(*orders, strict=True) for i in turn))
+
+
+def _from(scores: Mapping[int, Score], k: int, number: int) -> tuple[float, tuple[float, ...], int]:
+    """What to sort by for the order of the value `k`."""
+    values = scores[number].values
+    return values[k], values, number
 
 
 def _layers(values: Sequence[tuple[float, ...]]) -> list[int]:
     """The Pareto rank of each: 0 where nothing dominates it, 1 where only those of rank 0 do, and so on."""
     points = np.array(values, dtype=float).reshape(len(values), -1)
-    better = (points[:, None, :] <= points[None, :, :]).all(-1) & (points[:, None, :] < points[None, :, :]).any(-1)
+    one, other = points[:, None, :], points[None, :, :]
+    better: npt.NDArray[np.bool_] = np.all(one <= other, axis=-1) & np.any(one < other, axis=-1)
     worse_than, layers, layer = better.sum(0), np.full(len(values), -1), 0
     while (here := np.flatnonzero((layers < 0) & (worse_than == 0))).size:
         layers[here] = layer

@@ -17,9 +17,10 @@ from mist.search.evaluate import Executor
 from mist.search.finalists import last_round
 from mist.search.laboratory import Laboratory, Progress
 from mist.search.legal import Legal, legal_points
+from mist.search.objectives import objective
 from mist.search.outcome import Found, outcome
 from mist.search.space import Space, read_space
-from mist.search.store import Store, open_store
+from mist.search.store import excerpt_of, open_store
 from mist.search.strategies import SAMPLERS, Halving, Sampled, exhaustive
 
 STRATEGIES = ("halving", "exhaustive", *SAMPLERS)
@@ -45,12 +46,11 @@ def search(
     first = sample.scenario.seed if sample else 0
     seeds = range(first, first + num_seeds)
     lab = Laboratory(executor, kept, space.objectives, space.constraints, progress=progress)
-    _apply(strategy, num_trials, space, legal, lab, first)
+    _apply(strategy, num_trials, space, legal, lab, seeds)
     best = best_baseline(lab, base, seeds)
     podium = last_round(lab, legal.points, seeds)
-    _check_measured(space, lab, podium.scores.keys())
-    wall_s = time.perf_counter() - began
-    timing = {"wall_s": wall_s, "cpu_s": _cpu_s(lab, kept), "runs_per_cpu_s": _rate(lab, kept)}
+    _check_measured(space, lab)
+    timing = _timing(lab, time.perf_counter() - began)
     return outcome(space, strategy, legal, lab, podium, list(seeds), best, timing)
 
 
@@ -63,21 +63,18 @@ def _enumerated(space: Space) -> Legal:
     return legal_points(space)
 
 
-def _apply(strategy: str, num_trials: int, space: Space, legal: Legal, lab: Laboratory, seed: int) -> None:
+def _apply(strategy: str, num_trials: int, space: Space, legal: Legal, lab: Laboratory, seeds: Sequence[int]) -> None:
     if strategy == "exhaustive":
-        exhaustive(lab, legal.points, seed)
+        exhaustive(lab, legal.points, seeds)
     elif strategy == "halving":
         table = build_tables(next(iter(legal.points.values())).scenario)
-        Halving().run(lab, legal.points, seed, sum(map(len, table.values())))
+        Halving().run(lab, legal.points, seeds[0], sum(map(len, table.values())))
     else:
-        Sampled(strategy, num_trials).run(lab, space, legal, seed)
+        Sampled(strategy, num_trials).run(lab, space, legal, seeds[0])
 
 
-def _check_measured(space: Space, lab: Laboratory, measured: Sequence[int] | object) -> None:
+def _check_measured(space: Space, lab: Laboratory) -> None:
     """ScenarioError where an objective has no value in any run, such as dollars without prices."""
-    from mist.search.objectives import objective
-    from mist.search.store import excerpt_of
-
     found = [each for run in lab.runs.values() if (each := excerpt_of(run)) is not None]
     for index, name in enumerate(space.objectives):
         if found and all(objective(each, name) is None for each in found):
@@ -85,10 +82,7 @@ def _check_measured(space: Space, lab: Laboratory, measured: Sequence[int] | obj
             raise ScenarioError(space.own.problem(("objectives", index), f"no run has a value of {name}", hint))
 
 
-def _cpu_s(lab: Laboratory, store: Store) -> float:
-    return float(sum(run["cpu_s"] for run in lab.runs.values()))
-
-
-def _rate(lab: Laboratory, store: Store) -> float:
-    spent = _cpu_s(lab, store)
-    return len(lab.runs) / spent if spent else 0.0
+def _timing(lab: Laboratory, wall_s: float) -> dict[str, float]:
+    """Wall time of this search, and processor time of all its runs, those that it found in the store too."""
+    spent = sum(run["cpu_s"] for run in lab.runs.values())
+    return {"wall_s": wall_s, "cpu_s": spent, "runs_per_cpu_s": len(lab.runs) / spent if spent else 0.0}

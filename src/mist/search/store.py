@@ -1,4 +1,4 @@
-"""What has been run already: an Optuna study, in a SQLite file or a database, from which a search that was killed goes on.
+"""What has been run already: an Optuna study in a SQLite file or a database, from which a killed search goes on.
 
 Under the laboratory, which asks for what is known and adds what is new. A trial is one run, whole, with the excerpt of
 its summary; a strategy is run again from its start and finds its runs here. It never decides what is run.

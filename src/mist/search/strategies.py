@@ -1,13 +1,14 @@
 """How to find the front: every point, those that a halving leaves, or those that an Optuna sampler asks for.
 
-Between the legal points and the finalists. Each strategy is a deterministic function of what its runs give, whoever runs
-them in whatever order; it leaves points measured on the whole workload with the first seed. It never looks into a run.
+Between the legal points and the finalists. Each strategy is a deterministic function of what its runs give, whoever
+runs them in whatever order; it leaves points measured on the whole workload with the first seed. It never looks into a
+run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,10 @@ from mist.search.space import Space
 WHOLE = 1.0
 
 
-def exhaustive(lab: Laboratory, points: Mapping[int, Point], seed: int) -> None:
-    """Every point on the whole workload."""
-    lab.planned = len(points)
-    lab.measure(points.values(), WHOLE, [seed])
+def exhaustive(lab: Laboratory, points: Mapping[int, Point], seeds: Sequence[int]) -> None:
+    """Every point on the whole workload, with every seed: what the others are held against."""
+    lab.planned = len(points) * len(seeds)
+    lab.measure(points.values(), WHOLE, seeds)
 
 
 @dataclass(frozen=True, slots=True)
