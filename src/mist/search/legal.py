@@ -78,24 +78,25 @@ class Legal:
     remarks: list[str] = field(default_factory=list)
     num_configurations: int = 0
 
-    def add(self, space: Space, choices: Mapping[str, str], settings: Mapping[str, Any]) -> Point | None:
-        """The point of these choices, if it is legal and new; else it is counted."""
-        self.num_configurations += 1
+    def add(
+        self, space: Space, choices: Mapping[str, str], settings: Mapping[str, Any], *, again: bool = False
+    ) -> Point | None:
+        """The point of these choices, if it is legal; else it is counted.
+
+        One that is the same as an earlier one is counted too or, where `again`, is that one.
+        """
         found = examine(space, choices, settings, len(self.points))
         if isinstance(found, Point) and (same := self._known.get(identity(found.resolved))) is not None:
+            if again:
+                return same
             found = Refusal(DUPLICATE, f"{_told(choices)} is {_told(same.choices)}")
+        self.num_configurations += 1
         if isinstance(found, Refusal):
             self.refused[found.reason] += 1
             self.examples.setdefault(found.reason, found.problem)
             return None
         self.points[found.number] = self._known[identity(found.resolved)] = found
         return found
-
-    def find(self, space: Space, choices: Mapping[str, str], settings: Mapping[str, Any]) -> Point | None:
-        """As `add`, for who may ask for the same configuration again: the point that it is already, uncounted."""
-        found = examine(space, choices, settings, len(self.points))
-        known = self._known.get(identity(found.resolved)) if isinstance(found, Point) else None
-        return known or self.add(space, choices, settings)
 
     def __post_init__(self) -> None:
         self._known: dict[str, Point] = {}
@@ -117,7 +118,7 @@ def legal_points(space: Space) -> Legal:
     if not legal.points:
         raise ScenarioError(_nothing_legal(space, legal))
     legal.remarks = [
-        f"{space.label(name.partition('[')[0])}: {label} is in no legal configuration: {why[name, label]}"
+        f"{space.label(name)}: {name}: {label} is in no legal configuration: {why[name, label]}"
         for name, label in tried
         if not kept[name, label] and (name, label) in why
     ]

@@ -65,6 +65,8 @@ def _from(scores: Mapping[int, Score], k: int, number: int) -> tuple[float, tupl
 
 def _layers(values: Sequence[tuple[float, ...]]) -> list[int]:
     """The Pareto rank of each: 0 where nothing dominates it, 1 where only those of rank 0 do, and so on."""
+    if not values:
+        return []
     points = np.array(values, dtype=float).reshape(len(values), -1)
     one, other = points[:, None, :], points[None, :, :]
     better: npt.NDArray[np.bool_] = np.all(one <= other, axis=-1) & np.any(one < other, axis=-1)

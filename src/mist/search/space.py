@@ -6,6 +6,7 @@ problems are raised at once with their places. It never runs or validates the sc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +41,10 @@ class Space:
     constraints: tuple[Constraint, ...]
     baseline: Mapping[str, Any] | None
 
-    def label(self, path: str) -> str:
-        """FILE:LINE:COLUMN of what the space says at `path`, for messages about it."""
-        keys = _written(self.own, path)
-        found = self.own.problem(keys, "")
-        return f"{found.file}:{found.line}:{found.column}" if found.line else f"{found.file}: {path}"
+    def label(self, name: str) -> str:
+        """FILE:LINE:COLUMN of what the space says of a choice or a path into the scenario, for messages about it."""
+        found = self.own.problem(_written(self.own, name), "", key=True)
+        return f"{found.file}:{found.line}:{found.column}" if found.line else f"{found.file}: {name}"
 
 
 def read_space(path: str | Path) -> Space:
@@ -244,11 +244,11 @@ def _plain(node: Node) -> Any:
     return Source(node).data()
 
 
-def _written(own: Source, path: str) -> KeyPath:
-    """Where the space itself says something of a path into the scenario."""
-    whole: KeyPath = ("space", path)
-    try:
-        own.at(whole)
-    except KeyError:
-        return ("space", *path.split("."))
-    return whole
+def _written(own: Source, name: str) -> KeyPath:
+    """Where the space itself says something of a choice, such as clients[apart].decode.tp, or of a path."""
+    keys = own.at(("space",))
+    over = max((key for key in keys if re.match(re.escape(key) + r"($|[.\[])", name)), key=len, default="")
+    path: list[str | int] = ["space", over]
+    for key, label in re.findall(r"\.([^.\[]+)|\[([^\]]*)\]", name[len(over) :]):
+        path += [key] if key else [_ANY, label]
+    return tuple(path)

@@ -131,7 +131,7 @@ class Sampled:
                 tries += 1
                 trial = study.ask()
                 choices, settings = _choose(space, trial)
-                point = legal.find(space, choices, settings)
+                point = legal.add(space, choices, settings, again=True)
                 if point is None:
                     study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 else:
