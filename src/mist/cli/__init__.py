@@ -20,7 +20,7 @@ from mist.cli.calibration import calibrate
 from mist.cli.interference import interference
 from mist.cli.output import folded, print_json, table
 from mist.cli.scenario import inputs, load_plugins, load_scenario, scenario_options
-from mist.cli.search import search
+from mist.cli.search import search, sensitivity
 from mist.cli.validation import validate
 
 if TYPE_CHECKING:
@@ -334,3 +334,4 @@ main.add_command(interference)
 main.add_command(calibrate)
 main.add_command(validate)
 main.add_command(search)
+main.add_command(sensitivity)

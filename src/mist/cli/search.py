@@ -1,4 +1,4 @@
-"""`mist search`: a scenario with alternatives, and the deployments of it that are worth having.
+"""`mist search` and `mist sensitivity`: the deployments that are worth having, and what would change one of them.
 
 A few lines around `mist.search`, like every command. It computes nothing.
 """
@@ -6,13 +6,14 @@ A few lines around `mist.search`, like every command. It computes nothing.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mist.cli.output import progress_of
-from mist.cli.scenario import load_plugins
+from mist.cli.output import print_json, progress_of, table
+from mist.cli.scenario import load_plugins, load_scenario, scenario_options
 
 if TYPE_CHECKING:
     from mist.search.outcome import Found
@@ -106,3 +107,54 @@ def _print(found: Found, as_json: bool) -> None:
     from mist.search.page import render
 
     Console(width=None if sys.stdout.isatty() else 120).print(render(found.document))
+
+
+@click.command()
+@scenario_options
+@click.option("--objective", "objectives", multiple=True, metavar="NAME",
+              help="What is looked at, such as ttft_s.p99; may be repeated.")  # fmt: skip
+@click.option("--step", type=click.FloatRange(0, 1, min_open=True), default=0.1, show_default=True, metavar="X",
+              help="How far each parameter moves, as a share of it.")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, metavar="N",
+              help="Seeds: the scenario's and those after it.")  # fmt: skip
+@click.option("--executor", metavar="NAME", help="Where runs take place, such as serial or processes.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, metavar="N", help="How many; 0 is one per core.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def sensitivity(
+    objectives: tuple[str, ...], step: float, seeds: int, executor: str | None, workers: int, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Say what would change the results of SCENARIO: by how many percent for 1 % more of each parameter.
+
+    Load, prices, limits of batching, KV capacity, replicas, and the figures of the devices: FLOP/s, HBM bandwidth,
+    links. Each moves alone, up and down, under the same requests. Devices move under the roofline.
+
+    \b
+    Examples:
+        mist sensitivity scenario.yaml
+        mist sensitivity scenario.yaml --objective e2e_s.p90 --objective output_tokens_per_usd --seeds 10
+    """
+    scenario = load_scenario(**options)
+    from mist.search.executors import DEFAULT, executor_named
+    from mist.search.sensitivity import DEFAULT_OBJECTIVES
+    from mist.search.sensitivity import sensitivity as measured
+
+    with executor_named(executor or DEFAULT, num_workers=workers) as runs_here, progress_of("runs") as progress:
+        document = measured(
+            scenario, runs_here, objectives=objectives or DEFAULT_OBJECTIVES, step=step, num_seeds=seeds,
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print_json(document)
+        return
+    click.echo(f"{document['name']}: change in % for 1 % more, over {len(document['seeds'])} seeds\n")
+    click.echo(table([_elasticities(row, objectives or DEFAULT_OBJECTIVES) for row in document["parameters"]]))
+
+
+def _elasticities(row: dict[str, Any], objectives: Sequence[str]) -> dict[str, Any]:
+    cells: dict[str, Any] = {"parameter": row["parameter"]}
+    for name in objectives:
+        mean, low = row["elasticities"][name]["mean"], row["elasticities"][name]["low"]
+        half = "" if low is None else f" ±{mean - low:.2f}"
+        cells[name] = "-" if mean is None else f"{mean:+.2f}{half}"
+    return cells | {"": row["error"] or ""}
