@@ -190,6 +190,7 @@ def test_what_can_not_keep_up_is_in_no_front(tmp_path: Path) -> None:
 
 def test_nothing_feasible_is_told_and_is_no_error(tmp_path: Path) -> None:
     document = found(written(tmp_path, constraints={"ttft_s.p99": 1e-6}))
+    assert document["remarks"] == ["The baseline meets the constraints under no load of the space."]
     assert document["front"] == []
     assert document["gain"] is None
     assert set(document["best"].values()) == {None}

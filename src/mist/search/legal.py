@@ -104,25 +104,30 @@ class Legal:
 
 def legal_points(space: Space) -> Legal:
     """Every configuration of the space, tried; ScenarioError where none is legal."""
-    legal, tried, kept = Legal(), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    why: dict[tuple[str, str], str] = {}
+    legal = Legal()
+    kept: set[tuple[str, str]] = set()
+    why: dict[tuple[str, str], Counter[str]] = {}
     for choices, settings in every(space.tree):
         before = legal.refused.copy()
         point = legal.add(space, choices, settings)
-        tried.update(choices.items())
         if point is not None:
             kept.update(choices.items())
-        elif reason := next(iter(legal.refused - before), None):
-            for chosen in choices.items():
-                why.setdefault(chosen, reason)
+        for chosen in choices.items():
+            why.setdefault(chosen, Counter()).update(legal.refused - before)
     if not legal.points:
         raise ScenarioError(_nothing_legal(space, legal))
     legal.remarks = [
-        f"{space.label(name)}: {name}: {label} is in no legal configuration: {why[name, label]}"
-        for name, label in tried
-        if not kept[name, label] and (name, label) in why
+        f"{space.label(name)}: {name}: {label} is in no legal configuration: {_blamed(name, reasons)}"
+        for (name, label), reasons in why.items()
+        if (name, label) not in kept
     ]
     return legal
+
+
+def _blamed(name: str, reasons: Counter[str]) -> str:
+    """Of the reasons against a choice one that names it, else the most frequent."""
+    path = re.sub(r"\[[^\]]*\]", "", name)
+    return next((reason for reason in reasons if path in reason), reasons.most_common(1)[0][0])
 
 
 def examine(space: Space, choices: Mapping[str, str], settings: Mapping[str, Any], number: int) -> Point | Refusal:
@@ -192,7 +197,7 @@ def reason_of(problem: Problem) -> str:
     for pattern, reason in _REASONS:
         if re.search(pattern, problem.message):
             return reason
-    return re.sub(r"\d[\d,.]*", "N", problem.message)
+    return re.sub(r"(?<![\w.-])\d[\d,.]*(?![\w-])", "N", problem.message)
 
 
 def identity(resolved: Mapping[str, Any]) -> str:

@@ -73,8 +73,8 @@ def outcome(
                 for reason, number in sorted(legal.refused.items(), key=lambda item: (-item[1], item[0]))
             ],
             "failed": _failed(lab),
-            "remarks": legal.remarks,
         },
+        "remarks": [*legal.remarks, *_remarks(space, base)],
         "runs": _runs(lab),
         "front": [{"name": names[number], **told[number]} for number in podium.front],
         "best": {
@@ -87,6 +87,12 @@ def outcome(
         "timing": dict(timing),
     }
     return Found(document, {names[number]: legal.points[number].resolved for number in podium.front})
+
+
+def _remarks(space: Space, base: Point | None) -> list[str]:
+    if space.baseline is None or base is not None:
+        return []
+    return ["The baseline meets the constraints under no load of the space."]
 
 
 def _deployment(lab: Laboratory, point: Point, seeds: Sequence[int]) -> dict[str, Any]:

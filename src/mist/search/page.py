@@ -24,7 +24,7 @@ def render(document: Document) -> RenderableType:
     parts: list[RenderableType] = [Text(document["name"], style="bold"), Text(_counts(document))]
     if document["configurations"]["refused"] or document["configurations"]["failed"]:
         parts.append(_refused(document["configurations"]))
-    parts += [Text(remark, style="yellow") for remark in document["configurations"]["remarks"]]
+    parts += [Text(remark, style="yellow") for remark in document["remarks"]]
     if document["front"]:
         parts += [_deployments("Pareto front", document["front"], [d["name"] for d in document["front"]], document)]
         known = {title: best for title, best in document["best"].items() if best is not None}
@@ -90,7 +90,7 @@ def _figure(interval: Document) -> str:
 def _gain(document: Document) -> str:
     gain = document["gain"]
     if gain is None or gain["factor"]["mean"] is None:
-        return "The baseline does not meet the constraints." if document["baseline"] is None else ""
+        return ""
     factor, by_seed = gain["factor"], gain["by_seed"]
     within = "" if factor["low"] is None else f" (95 % confidence {factor['low']:.3g} to {factor['high']:.3g}"
     within += f", {len(by_seed)} seeds)" if within else ""
