@@ -23,6 +23,7 @@ from mist.cli.interference import interference
 from mist.cli.output import clean_up_when_terminated, folded, print_json, table
 from mist.cli.report import report
 from mist.cli.scenario import inputs, load_plugins, load_scenario, scenario_options
+from mist.cli.search import search, sensitivity
 from mist.cli.validation import validate
 
 if TYPE_CHECKING:
@@ -348,3 +349,5 @@ main.add_command(interference)
 main.add_command(report)
 main.add_command(calibrate)
 main.add_command(validate)
+main.add_command(search)
+main.add_command(sensitivity)

@@ -82,3 +82,13 @@ def _built(specs: Sequence[Spec]) -> list[PerfModel]:
         assert behind is not None
         built.append(behind)
     return built[::-1]
+
+
+def refusals_of(specs: Sequence[Spec], deployment: Deployment) -> tuple[str, ...]:
+    """Why none of `specs` prices `deployment`, one reason each; nothing where one does. No model is prepared."""
+    found = []
+    for spec, model in zip(specs, _built(specs), strict=True):
+        if (reason := model.supports(deployment)) is None:
+            return ()
+        found.append(f"{spec.name}: {reason}")
+    return tuple(found)

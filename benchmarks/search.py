@@ -1,0 +1,69 @@
+"""Halving against exhaustive search on the example spaces: the best that each finds, and the processor time it takes.
+
+    python benchmarks/search.py [SPACE ...] [--seeds N] [--workers N] [--halving-only]
+
+Exhaustive search runs every configuration on the whole workload with every seed. Prints a table; its ratio of times is
+of the processor time of all runs, which a busy machine changes less than wall times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mist.cli.output import progress_of, table
+from mist.search.executors import executor_named
+from mist.search.run import search
+
+SPACES = Path(__file__).parent.parent / "examples" / "search"
+NAMES = ("rag-summarisation", "math-reasoning", "code-generation")
+
+
+def measured(path: Path, strategy: str, seeds: int, workers: int) -> dict[str, Any]:
+    """The document of a search, with its wall time of this machine."""
+    with executor_named("processes", num_workers=workers) as executor, progress_of(f"{path.stem} runs") as progress:
+        return search(path, executor, strategy=strategy, num_seeds=seeds, progress=progress).document
+
+
+def row(path: Path, strategy: str, document: dict[str, Any], against: dict[str, Any] | None) -> dict[str, Any]:
+    name = next(iter(document["objectives"]))
+    best = document["best"][f"best {name}"]
+    value = best["objectives"][name]["mean"] if best else None
+    theirs = against and against["best"][f"best {name}"]["objectives"][name]["mean"]
+    return {
+        "space": path.stem,
+        "strategy": strategy,
+        "legal": document["configurations"]["legal"],
+        "runs": sum(each["runs"] for each in document["runs"]),
+        "CPU s": round(document["timing"]["cpu_s"], 1),
+        "wall s": round(document["timing"]["wall_s"], 1),
+        "times as fast": round(against["timing"]["cpu_s"] / document["timing"]["cpu_s"], 2) if against else None,
+        "best": f"{value:.5g}" if value else "-",
+        "of exhaustive's": f"{value / theirs:.4f}" if theirs and value else None,
+        "front": len(document["front"]),
+        "gain": f"{document['gain']['factor']['mean']:.3f}" if document["gain"] else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spaces", nargs="*", type=Path, default=[SPACES / f"{name}.yaml" for name in NAMES])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--halving-only", action="store_true")
+    given = parser.parse_args()
+    rows, began = [], time.monotonic()
+    for path in given.spaces:
+        whole = None if given.halving_only else measured(path, "exhaustive", given.seeds, given.workers)
+        halved = measured(path, "halving", given.seeds, given.workers)
+        rows += [row(path, "exhaustive", whole, None)] if whole else []
+        rows.append(row(path, "halving", halved, whole))
+    print(table(rows))
+    print(f"{time.monotonic() - began:,.0f} s in all", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

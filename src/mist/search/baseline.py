@@ -1,0 +1,81 @@
+"""What one would do without a search: the engine's defaults on the baseline's devices and the same budget.
+
+Beside the strategies, held against what they find. Limits of batching are the engine's, tp the smallest that fits,
+and replicas fill the budget; the loads are those of the space. It never tunes the baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mist.errors import Problem, ScenarioError
+from mist.search.choices import every
+from mist.search.laboratory import Laboratory
+from mist.search.legal import REST, Point, Refusal, examine
+from mist.search.space import Space
+from mist.search.strategies import WHOLE
+
+_TP = (1, 2, 4, 8, 16)
+
+
+def baseline_points(space: Space) -> list[Point]:
+    """The baseline under every load of the space and, within a budget that needn't be spent, with every count."""
+    if space.baseline is None:
+        return []
+    loads = {path: tree for path, tree in space.tree.items() if "workload" in path.split(".")}
+    found: list[Point] = []
+    refused: Refusal | None = None
+    for choices, settings in every(loads):
+        for given in _completed(space):
+            point = _smallest(space, choices, {**settings, **given}, -1 - len(found))
+            if isinstance(point, Point):
+                found.append(point)
+            else:
+                refused = point
+    if not found:
+        place = space.own.problem(("baseline",), "")
+        told = refused.problem if refused else ""
+        raise ScenarioError(Problem(f"the baseline can't be run: {told}", place.file, place.line, place.column))
+    return found
+
+
+def best_baseline(lab: Laboratory, points: Sequence[Point], seeds: Sequence[int]) -> Point | None:
+    """Of the baselines, the feasible one that is best in the first objective, run with every seed; None if none is."""
+    lab.measure(points, WHOLE, seeds[:1])
+    scores = {point.number: lab.score(point, WHOLE, seeds[:1]) for point in points}
+    for point in sorted(points, key=lambda point: (scores[point.number].values, -point.number)):
+        if scores[point.number].violation > 0:
+            continue
+        lab.measure([point], WHOLE, seeds)
+        if lab.score(point, WHOLE, seeds).violation <= 0:
+            return point
+    return None
+
+
+def _completed(space: Space) -> Iterator[dict[str, Any]]:
+    """The baseline's settings, with counts that fill the budget, or less where that may be."""
+    assert space.baseline is not None
+    clients: dict[str, Any] = space.baseline["clients"]
+    others = {key: value for key, value in space.baseline.items() if key != "clients"}
+    open_counts = [name for name, client in clients.items() if "model" in client and "count" not in client]
+    if not open_counts or space.devices is None:
+        yield {**others, "clients": clients}
+        return
+    counts: list[Any] = [*range(1, space.devices + 1)] if space.at_most else [REST]
+    for count in counts:
+        yield {**others, "clients": {**clients, open_counts[0]: {**clients[open_counts[0]], "count": count}}}
+
+
+def _smallest(space: Space, choices: Mapping[str, str], settings: dict[str, Any], number: int) -> Point | Refusal:
+    """The baseline with the smallest tp that fits, in clients that say none."""
+    found: Point | Refusal | None = None
+    for tp in _TP:
+        clients = {
+            name: {"tp": tp, **client} if "model" in client else client for name, client in settings["clients"].items()
+        }
+        found = examine(space, choices, {**settings, "clients": clients}, number)
+        if isinstance(found, Point):
+            return found
+    assert found is not None
+    return found

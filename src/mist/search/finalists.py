@@ -1,0 +1,72 @@
+"""The last round: whoever may be in the front, or best at something, runs the whole workload with every seed.
+
+After a strategy, before the result. What was best with one seed by chance falls back, and who is best then runs with
+every seed too, until the best all have. It never widens the search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mist.search.laboratory import Laboratory
+from mist.search.legal import Point
+from mist.search.pareto import Score, front
+from mist.search.strategies import WHOLE
+
+#: what accelerators' names begin with, by vendor
+_VENDORS = {
+    "nvidia": ("a10", "a30", "b200", "b300", "gb", "gh", "h100", "h20", "h800", "jetson", "l4", "rtx"),
+    "amd": ("mi",),
+    "intel": ("arc", "gaudi"),
+    "google": ("tpu",),
+    "sambanova": ("sn",),
+}
+
+#: which points count for a title
+Eligible = Callable[[Point], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Podium:
+    """Who won: the front by number, the best feasible by title (None: there is none), and the final scores."""
+
+    front: list[int]
+    best: dict[str, int | None]
+    scores: Mapping[int, Score]
+
+
+def vendor_of(device: str) -> str:
+    """Who makes a device; its own name where that isn't known."""
+    known = ((v, start) for v, starts in _VENDORS.items() for start in starts)
+    return next((vendor for vendor, start in known if device.startswith(start)), device)
+
+
+def titles(objectives: Sequence[str]) -> dict[str, tuple[int, Eligible]]:
+    """What one can be best at: the index of an objective, and who may compete."""
+    return {
+        **{f"best {name}": (k, lambda point: True) for k, name in enumerate(objectives)},
+        "best single vendor": (0, lambda point: len({vendor_of(kind) for kind in point.kinds}) == 1),
+        "best homogeneous": (0, lambda point: len(point.kinds) == 1),
+    }
+
+
+def last_round(lab: Laboratory, points: Mapping[int, Point], seeds: Sequence[int]) -> Podium:
+    """Measure with every seed until the front and all the best have been."""
+    measured = sorted({number for number, share, _ in lab.runs if share == WHOLE and number in points})
+    seeded = {n for n in measured if all((n, WHOLE, seed) in lab.runs for seed in seeds)}
+    while True:
+        scores = {n: lab.score(points[n], WHOLE, seeds if n in seeded else seeds[:1]) for n in measured}
+        best = {title: _best(scores, points, k, may) for title, (k, may) in titles(lab.objectives).items()}
+        podium = Podium(front(scores), best, scores)
+        missing = {*podium.front, *(number for number in best.values() if number is not None)} - seeded
+        if not missing:
+            return podium
+        lab.measure([points[number] for number in sorted(missing)], WHOLE, seeds)
+        seeded |= missing
+
+
+def _best(scores: Mapping[int, Score], points: Mapping[int, Point], k: int, may: Eligible) -> int | None:
+    """The best feasible in one objective; of equals by the other objectives, then the lowest number."""
+    eligible = [i for i, score in scores.items() if score.violation <= 0 and may(points[i])]
+    return min(eligible, key=lambda i: (scores[i].values[k], scores[i].values, i), default=None)

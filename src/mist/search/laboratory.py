@@ -1,0 +1,130 @@
+"""Runs of points on a prefix of the workload, with a seed: from the store where they are known, else by the executor.
+
+Between the strategies, which say what to run next, and the jobs. The same prefix and seed give every point the same
+requests; the first requests of each run are left out of its metrics. It never decides what is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mist import __version__
+from mist.perf.measured import find_tables
+from mist.scenario import Scenario
+from mist.scenario.tables import build_tables
+from mist.scenario.tenancy import SOLE
+from mist.search.evaluate import Executor, Job
+from mist.search.legal import Point
+from mist.search.objectives import HOPELESS, Constraint, excerpt, excesses, maximised, objective
+from mist.search.pareto import Score
+from mist.search.store import Run, Store, excerpt_of
+from mist.units import NS_PER_S
+
+#: called with the runs that are done and those that are planned
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Laboratory:
+    """Runs points and keeps what came of them; `runs` are all that this search asked for, by (point, share, seed).
+
+    `warmup`: share of each run's requests that are left out, where the scenario has no warm-up or window of its own.
+    """
+
+    executor: Executor
+    store: Store
+    objectives: tuple[str, ...]
+    constraints: tuple[Constraint, ...]
+    warmup: float = 0.1
+    progress: Progress | None = None
+    planned: int = 0
+    runs: dict[tuple[int, float, int], Run] = field(default_factory=dict)
+    _tables: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+
+    def measure(self, points: Iterable[Point], share: float, seeds: Sequence[int]) -> None:
+        """Run what isn't known of `points` on the first `share` of the workload, with each seed."""
+        wanted = {(point.number, share, seed): point for point in points for seed in seeds}
+        wanted = {at: point for at, point in wanted.items() if at not in self.runs}
+        jobs: dict[str, tuple[Job, Point]] = {}
+        keys = {}
+        # neighbours ask for the same tables of step times, which are made once for them
+        for at, point in sorted(wanted.items(), key=lambda item: item[1].deployment):
+            job = self._job(point, share, at[2])
+            keys[at] = job.key
+            if job.key not in self.store.runs:
+                jobs[job.key] = job, point
+        self.planned = max(self.planned, len(self.runs) + len(wanted))
+        done = len(self.runs) + len(wanted) - len(jobs)
+        self._tell(done)
+        for outcome in self.executor.run(job for job, _ in jobs.values()):
+            job, point = jobs[outcome.key]
+            found = outcome.summary
+            kept: Run = {"error": outcome.error} if found is None else {"excerpt": excerpt(found, point.devices)}
+            about = {"choices": dict(point.choices), "share": share, **job.overrides}
+            self.store.add(outcome.key, {**kept, "cpu_s": outcome.cpu_s}, **about)
+            done += 1
+            self._tell(done)
+        for at, key in keys.items():
+            self.runs[at] = self.store.runs[key]
+
+    def score(self, point: Point, share: float, seeds: Sequence[int]) -> Score:
+        """The means over the runs of `seeds` that there are: of each objective, and of what each constraint misses."""
+        runs = [run for seed in seeds if (run := self.runs.get((point.number, share, seed))) is not None]
+        found = [excerpt_of(run) for run in runs]
+        if not found or any(each is None for each in found):
+            return Score((math.inf,) * len(self.objectives), HOPELESS)
+        values, missed = [], []
+        for each in found:
+            assert each is not None
+            values.append([self._value(each, name) for name in self.objectives])
+            missed.append(excesses(each, self.constraints))
+        means = tuple(math.fsum(column) / len(column) for column in zip(*values, strict=True))
+        names = missed[0].keys() | {name for each in missed for name in each}
+        worst = max((math.fsum(each.get(name, 0.0) for each in missed) / len(missed) for name in names), default=0.0)
+        return Score(means, max(worst, 0.0) if all(map(math.isfinite, means)) else HOPELESS)
+
+    def _value(self, found: Mapping[str, Any], name: str) -> float:
+        value = objective(found, name)
+        if value is None:
+            return math.inf
+        return -value if maximised(name) else value
+
+    def _job(self, point: Point, share: float, seed: int) -> Job:
+        overrides = {"seed": seed, **self._prefix(point, share, seed)}
+        parts = [__version__, str(find_tables()), point.resolved, overrides]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        return Job(key, point.resolved, overrides)
+
+    def _prefix(self, point: Point, share: float, seed: int) -> dict[str, Any]:
+        """What takes the first `share` of every tenant's requests, and leaves the first of these out of the metrics."""
+        own = {key: point.resolved.get(key) for key in ("workload", "tenants", "pipeline", "warmup_s", "window_s")}
+        key = json.dumps([own, seed, share], sort_keys=True, default=str)
+        if key not in self._tables:
+            scenario = point.scenario.source.with_value(("seed",), seed, "seed")
+            self._tables[key] = self._cut(Scenario.from_source(scenario), share)
+        return self._tables[key]
+
+    def _cut(self, scenario: Scenario, share: float) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        arrivals = []
+        for name, table in build_tables(scenario).items():
+            number = math.ceil(len(table) * share)
+            if share < 1:
+                found["workload.limit" if name == SOLE else f"tenants.{name}.workload.limit"] = number
+            if table.concurrency is None:
+                arrivals.append(table.arrival_ns[:number])
+        if arrivals and self.warmup and not scenario.warmup_s and scenario.window_s is None:
+            times = np.sort(np.concatenate(arrivals))
+            found["warmup_s"] = float(times[int(len(times) * self.warmup)] - times[0]) / NS_PER_S
+        return found
+
+    def _tell(self, done: int) -> None:
+        if self.progress is not None:
+            self.progress(done, self.planned)

@@ -1,0 +1,85 @@
+"""Elasticities of a deployment: those that are known in closed form, and signs of the others."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from mist.cli import main
+from mist.errors import ScenarioError
+from mist.scenario import load
+from mist.scenario.value import to_yaml
+from mist.search.executors import executor_named
+from mist.search.sensitivity import sensitivity
+
+SCENARIO: dict[str, Any] = {
+    "name": "one",
+    "seed": 5,
+    "workload": {
+        "arrivals": {"poisson": {"rate_per_s": 1}},
+        "num_requests": 40,
+        "input_tokens": 4000,
+        "output_tokens": 30,
+    },
+    "clients": {
+        "gpu": {"device": "h100-sxm", "model": "llama-3.1-8b", "count": 2, "engine": "ideal", "perf": "roofline"}
+    },
+}
+OBJECTIVES = ("devices", "output_tokens_per_s", "ttft_s.p50", "tpot_s.p50")
+
+
+def measured(**overrides: Any) -> dict[str, dict[str, dict[str, float | None]]]:
+    with executor_named("serial") as executor:
+        document = sensitivity(load(SCENARIO, **overrides), executor, objectives=OBJECTIVES, num_seeds=2)
+    assert all(row["error"] is None for row in document["parameters"])
+    return {row["parameter"]: row["elasticities"] for row in document["parameters"]}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, dict[str, float | None]]]:
+    return measured()
+
+
+def test_elasticities_obey_the_roofline(found: dict[str, dict[str, dict[str, Any]]]) -> None:
+    means = {name: {key: each["mean"] for key, each in row.items()} for name, row in found.items()}
+    compute, memory = means["gpu: FLOP/s"], means["gpu: HBM bandwidth"]
+    # a time that is all FLOP and bytes is 1 % shorter where both rates are 1 % higher; launches are neither
+    for latency in ("ttft_s.p50", "tpot_s.p50"):
+        assert -1.02 < compute[latency] + memory[latency] < -0.8
+    assert compute["ttft_s.p50"] < -0.8, "prompts are bound by compute"
+    assert memory["tpot_s.p50"] < -0.6, "decodes read weights"
+    assert 0.8 < means["workload: load"]["output_tokens_per_s"] < 1.1
+    for idle in ("gpu: link bandwidth", "gpu: host link bandwidth", "gpu: KV capacity"):
+        assert set(means[idle].values()) == {0.0}, idle
+    assert {name: row["devices"] for name, row in means.items() if row["devices"]} == {
+        "gpu: replicas": pytest.approx(1)
+    }
+
+
+def test_intervals_are_over_seeds_under_the_same_requests(found: dict[str, dict[str, dict[str, Any]]]) -> None:
+    each = found["workload: load"]["output_tokens_per_s"]
+    assert each["low"] < each["mean"] < each["high"]
+    assert measured() == found
+
+
+def test_links_matter_to_tensor_parallelism() -> None:
+    found = measured(**{"clients.gpu.tp": 4, "clients.gpu.count": 1})
+    assert found["gpu: link bandwidth"]["ttft_s.p50"]["mean"] < -0.05  # type: ignore[operator]
+
+
+def test_what_can_not_move_is_told(tmp_path: Any) -> None:
+    path = tmp_path / "one.yaml"
+    path.write_text(to_yaml({**SCENARIO, "clients": {"gpu": {**SCENARIO["clients"]["gpu"], "batching": {
+        "chunked": {"max_num_batched_tokens": 64, "max_num_seqs": 64}}}}}))  # fmt: skip
+    arguments = ["sensitivity", str(path), "--seeds", "1", "--executor", "serial", "--objective", "ttft_s.p99"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.stdout.splitlines() if line.startswith("gpu: max_num_batched_tokens"))
+    assert "max_num_seqs" in line.split("  ", 1)[1], line
+    document = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
+    assert document["seeds"] == [5]
+    with pytest.raises(ScenarioError, match=r"did you mean 'ttft_s\.p99'"), executor_named("serial") as executor:
+        sensitivity(load(SCENARIO), executor, objectives=["ttft_s.p98"])
