@@ -93,7 +93,11 @@ def _clean_up_when_terminated() -> None:
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a timeline for ui.perfetto.dev, such as out.json.gz.")  # fmt: skip
 @click.option("--check", is_flag=True, help="Recount the conservation laws while running and at the end (slower).")
-def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, check: bool, **options: Any) -> None:
+@click.option("--records", type=click.Choice(["full", "summary"]), default="full",
+              help="summary: the same figures in less memory, without tables, --trace and --check.")  # fmt: skip
+def run(
+    as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, check: bool, records: str, **options: Any
+) -> None:
     """Simulate SCENARIO and print what came out.
 
     \b
@@ -103,14 +107,17 @@ def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, ch
         mist run scenario.yaml --set clients.gpu.count=4 --set routing=round_robin
         mist run scenario.yaml --set 'workload.input_tokens={lognormal: {mean: 1155, cv: 0.9}}'
         mist run scenario.yaml --out out/first --trace out/first.json.gz
+        mist run scenario.yaml --set workload.num_requests=10000000 --records summary
     """
+    if records != "full" and (trace is not None or check):
+        raise click.UsageError("--trace and --check need all records: leave them out, or --records summary")
     _clean_up_when_terminated()
     scenario = load_scenario(**options)
     _check_outputs(out, trace, overwrite, inputs(scenario, options["scenario"], options["plugins"]))
     from mist.scenario.build import run as run_scenario
 
     with _progress_bar() as progress:
-        result = run_scenario(scenario, check=check, progress=progress)
+        result = run_scenario(scenario, check=check, progress=progress, records=records)
     if trace is not None:  # the slow one first: until it is whole, nothing that was there has changed
         from mist.report.timeline import write_timeline
 
@@ -119,9 +126,10 @@ def run(as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, ch
         result.write(out, overwrite=overwrite or trace is not None)
     _print_result(result, as_json)
     if out is not None:
-        from mist.scenario.result import RESULT_FILES
+        from mist.scenario.result import RESULT_FILES, SUMMARY_FILES
 
-        click.echo(f"Results are in {out}: {', '.join(RESULT_FILES)}", err=True)
+        files = RESULT_FILES if records == "full" else SUMMARY_FILES
+        click.echo(f"Results are in {out}: {', '.join(files)}", err=True)
     if trace is not None:
         click.echo(f"The timeline is {trace}: open it at ui.perfetto.dev", err=True)
 
