@@ -15,6 +15,7 @@ import mist
 from mist.cli import main
 from mist.coordinator import Coordinator
 from mist.metrics import tally
+from mist.records import StepTable
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 GPU: dict[str, Any] = {"device": "h100-sxm", "model": "llama-3.1-8b", "engine": "vllm-0.10"}
@@ -150,6 +151,26 @@ def test_blocks_are_counted_while_the_run_goes_on(monkeypatch: pytest.MonkeyPatc
     count_often(monkeypatch)
     mist.run({"workload": {**WORKLOAD, "num_requests": 400}, "clients": {"gpu": GPU}}, records="summary")
     assert 0 < most[0] < 200
+
+
+def test_a_table_gives_what_was_written_since() -> None:
+    """Steps one by one, those of spans among them, whenever it was asked before, and whether it forgets them."""
+    rows = [(0, 10 * i, 10 * i + 10, 1, 8, 2, 40 + 2 * i, 5, 0) for i in range(9)]
+    for forgetful in (False, True):
+        table, found = StepTable(), []
+        mark = table.mark()
+        for first in range(0, 9, 3):
+            table.append(rows[first])
+            last = [(0, 10 * i, 10 * i + 10, 0, 0, 2, 40 + 2 * i, 6 + i, 1) for i in (first + 1, first + 2)]
+            table.append_span(0, 2, last[0][6], 1, last[0][1], [each[2] for each in last], [each[7] for each in last])
+            rows[first + 1 : first + 3] = last
+            found += list(zip(*(column.tolist() for column in table.since(mark).values()), strict=True))
+            if forgetful:
+                table.forget()
+                assert len(table) == 0
+            mark = table.mark()
+        assert found == rows
+        assert len(table) == (0 if forgetful else 9)
 
 
 # --- what isn't there is said ---

@@ -44,12 +44,11 @@ class Table:
     A row is written by `write(pack(...))`, one value per column, in order: half of what a method takes to do it.
     """
 
-    __slots__ = ("_num_taken", "_rows", "columns", "pack", "write")
+    __slots__ = ("_rows", "columns", "pack", "write")
 
     def __init__(self, columns: Sequence[str]) -> None:
         self.columns = tuple(columns)
         self._rows = array("q")
-        self._num_taken = 0
         self.pack = Struct(f"{len(columns)}q").pack
         self.write = self._rows.frombytes
 
@@ -69,14 +68,17 @@ class Table:
         """Every column as a strided view of the table, without copying; no row can be written while one is held."""
         return self._named(np.frombuffer(self._rows, dtype=np.int64))
 
-    def take(self, keep: bool) -> dict[str, IntColumn]:
-        """Every column of the rows written since the last call; unless `keep`, the table forgets them."""
-        rows = _rest(self._rows, self._num_taken * len(self.columns))
-        self._num_taken += len(rows) // len(self.columns)
-        if not keep:
-            del self._rows[:]
-            self._num_taken = 0
-        return self._named(rows)
+    def mark(self) -> tuple[int, int]:
+        """Where the table ends now, for `since`."""
+        return len(self._rows), 0
+
+    def since(self, mark: tuple[int, int]) -> dict[str, IntColumn]:
+        """Every column of the rows written since then, a copy."""
+        return self._named(_rest(self._rows, mark[0]))
+
+    def forget(self) -> None:
+        """Let all rows go."""
+        del self._rows[:]
 
     def _named(self, cells: IntColumn) -> dict[str, IntColumn]:
         rows = cells.reshape(-1, len(self.columns))
@@ -98,7 +100,7 @@ _STEPS = (
 class StepTable(Table):
     """The table of steps. Decodes alone that follow each other, a span, take one row and two numbers for each step."""
 
-    __slots__ = ("_blocks", "_ends", "_num_ends_taken", "_num_spans")
+    __slots__ = ("_blocks", "_ends", "_num_spans")
 
     def __init__(self) -> None:
         super().__init__(_STEPS)
@@ -106,7 +108,6 @@ class StepTable(Table):
         self._ends = array("q")
         self._blocks = array("q")
         self._num_spans = 0
-        self._num_ends_taken = 0
 
     def append_span(
         self,
@@ -139,13 +140,17 @@ class StepTable(Table):
         ends, blocks = (np.frombuffer(cells, dtype=np.int64) for cells in (self._ends, self._blocks))
         return _unfold(super().as_columns(), ends, blocks)
 
-    def take(self, keep: bool) -> dict[str, IntColumn]:
-        ends, blocks = (_rest(cells, self._num_ends_taken) for cells in (self._ends, self._blocks))
-        self._num_ends_taken += len(ends)
-        if not keep:
-            del self._ends[:], self._blocks[:]
-            self._num_spans = self._num_ends_taken = 0
-        return _unfold(super().take(keep), ends, blocks)
+    def mark(self) -> tuple[int, int]:
+        return len(self._rows), len(self._ends)
+
+    def since(self, mark: tuple[int, int]) -> dict[str, IntColumn]:
+        ends, blocks = (_rest(cells, mark[1]) for cells in (self._ends, self._blocks))
+        return _unfold(super().since(mark), ends, blocks)
+
+    def forget(self) -> None:
+        super().forget()
+        del self._ends[:], self._blocks[:]
+        self._num_spans = 0
 
 
 def _unfold(rows: dict[str, IntColumn], ends_ns: IntColumn, kv_blocks: IntColumn) -> dict[str, IntColumn]:

@@ -65,6 +65,8 @@ class Tally:
         self._requests: Columns = {}
         self._tasks: Columns = {}
         self._steps: Columns = {}
+        #: where the tables of requests, steps and tasks are read from next
+        self._marks = [(0, 0)] * 3
         self._num_old_steps = 0
         #: told of steps, the number of those told before, and tasks, as they are counted
         self.watchers: list[Callable[[Columns, int, Columns], None]] = []
@@ -109,8 +111,13 @@ class Tally:
 
     def _read(self) -> None:
         """What was written since, and the sums over all steps of it."""
-        records, keep = self.records, self.records.are_whole
-        requests, steps, tasks = records.requests.take(True), records.steps.take(keep), records.tasks.take(keep)
+        records = self.records
+        tables = (records.requests, records.steps, records.tasks)
+        requests, steps, tasks = (table.since(mark) for table, mark in zip(tables, self._marks, strict=True))
+        if not records.are_whole:
+            records.steps.forget()
+            records.tasks.forget()
+        self._marks = [table.mark() for table in tables]
         self._num_read = len(records.tasks) + len(records.steps)
         self._requests, self._tasks = _together(self._requests, requests), _together(self._tasks, tasks)
         self._num_old_steps = len(self._steps.get("client", ()))
