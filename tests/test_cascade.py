@@ -16,7 +16,7 @@ import pytest
 from kit import POLICIES, LinearSteps, Run, play, table
 from mist.batching import BatchingPolicy
 from mist.errors import ScenarioError
-from mist.metrics.quality import summarise_quality
+from mist.metrics.quality import answers, summarise_quality
 from mist.pipeline import PipelineFactory
 from mist.pipeline.cascade import Cascade
 from mist.pipeline.model_router import ModelRouter
@@ -256,7 +256,7 @@ def test_prompts_share_prefixes_on_each_model() -> None:
 def quality_of(run: Run, quality: dict[str, float]) -> dict[str, Any] | None:
     requests, tasks = run.records.requests.as_columns(), run.records.tasks.as_columns()
     finished = {name: values[requests["status"] == FINISHED] for name, values in requests.items()}
-    return summarise_quality(quality, finished, tasks, run.records.stage_kinds)
+    return summarise_quality(quality, answers(quality, finished, tasks, run.records.stage_kinds))
 
 
 def test_quality_is_the_mean_over_the_answers_kept() -> None:
@@ -266,8 +266,8 @@ def test_quality_is_the_mean_over_the_answers_kept() -> None:
         ModelRouter(probability={"small": 0.7}),
     ):
         run = two_models(pipeline, workload())
-        answers = [[kind for kind in kinds if kind in QUALITY][-1] for kinds in asked_of(run.records)]
-        answered = [kind for kind, tokens in zip(answers, column(run, "output_tokens"), strict=True) if tokens]
+        kept = [[kind for kind in kinds if kind in QUALITY][-1] for kinds in asked_of(run.records)]
+        answered = [kind for kind, tokens in zip(kept, column(run, "output_tokens"), strict=True) if tokens]
         share = answered.count("large") / len(answered)
         found = quality_of(run, QUALITY)
         assert found is not None

@@ -174,9 +174,15 @@ def test_a_split_gives_every_step_away_once() -> None:
     tasks = {"started_ns": [0, 0, 10, 10], "joined_ns": [10, -1, -1, -1], "end_ns": [10, 10, 30, 30],
              "computed_tokens": [100, 300, 0, 50], "join_step": [0, -1, 0, -1],
              "last_step": [0, -1, 1, -1]}  # fmt: skip
-    split = Split.of(*({k: np.array(v, np.int64) for k, v in table.items()} for table in (steps, tasks)))
-    amounts = split.shares(np.array([8.0, 51.0]))
-    assert amounts.tolist() == pytest.approx([2.0, 6.0, 1.0, 50.0])
+    rows, work = ({k: np.array(v, np.int64) for k, v in table.items()} for table in (steps, tasks))
+    split = Split(4, 1)
+    split.add(rows, work, np.arange(4), np.array([[8.0, 51.0]]))
+    assert split.shares(0).tolist() == pytest.approx([2.0, 6.0, 1.0, 50.0])
+    # the first step and its prompts, then both steps, of which one was there before, and the others
+    parts, cut = Split(4, 1), ({k: v[:1] for k, v in rows.items()}, {k: v[:2] for k, v in work.items()})
+    parts.add(*cut, np.arange(2), np.array([[8.0]]))
+    parts.add(rows, {k: v[2:] for k, v in work.items()}, np.array([2, 3]), np.array([[8.0, 51.0]]), 1)
+    assert parts.shares(0).tolist() == pytest.approx([2.0, 6.0, 1.0, 50.0])
 
 
 def test_the_power_model_is_near_what_was_measured() -> None:

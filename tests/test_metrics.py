@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from handmade import Story, random_story
 from mist.metrics import ClientInfo, summarise
-from mist.metrics.distribution import distribution, weighted_distribution, weighted_percentiles
+from mist.metrics.distribution import Blocks, Multiset, distribution
 from mist.metrics.latency import e2e_ns
 from mist.metrics.load import littles_identity
 from mist.metrics.stages import PARTS, stage_times
@@ -52,31 +52,44 @@ def expected(values_ns: list[float]) -> dict[str, float | None]:
 # --- distributions ---
 
 
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6)), min_size=1, max_size=30))
-def test_weighted_percentiles_are_those_of_the_expanded_multiset(pairs):
-    values, weights = (np.array(column, np.int64) for column in zip(*pairs, strict=True))
-    expanded = np.repeat(values, weights)
-    assert weighted_distribution(values, weights) == distribution(expanded)
-    if len(expanded):
-        percentiles = [0, 0.1, 25, 50, 66.6, 90, 99, 99.9, 100]
-        kept = weights > 0
-        assert weighted_percentiles(values[kept], weights[kept], percentiles) == list(
-            np.percentile(expanded, percentiles)
-        )
+def multiset(*blocks: tuple[list[int], list[int]]) -> Multiset:
+    found = Multiset()
+    for values, weights in blocks:
+        found.add(np.array(values, np.int64), np.array(weights, np.int64))
+    return found
 
 
-def test_weighted_percentiles_of_billions_need_no_billions():
-    values, weights = np.array([3, 1, 2]), np.array([10**9, 10**9, 1])
-    assert weighted_percentiles(values, weights, [0, 50, 100]) == [1, 2, 3]
+TIMES = st.one_of(st.integers(0, 50), st.integers(0, 2**41))
+
+
+@given(st.lists(st.lists(st.tuples(TIMES, st.integers(0, 6)), min_size=1, max_size=12), min_size=1, max_size=4))
+def test_a_multiset_in_blocks_has_the_percentiles_of_the_expanded_column(blocks):
+    percentiles = [0, 0.1, 25, 50, 66.6, 90, 99, 99.9, 100]
+    found = multiset(*(tuple(zip(*pairs, strict=True)) for pairs in blocks))
+    pairs = [pair for block in blocks for pair in block]
+    expanded = np.repeat(*(np.array(column, np.int64) for column in zip(*pairs, strict=True)))
+    assert found.distribution(percentiles) == distribution(expanded, percentiles)
+
+
+def test_billions_need_no_billions_and_sums_do_not_overflow():
+    found = multiset(([3, 1, 2], [10**9, 10**9, 1])).distribution([0, 50, 100])
+    assert [found[name] for name in ("p0", "p50", "p100")] == [1e-9, 2e-9, 3e-9]
+    assert multiset(([2**61], [3]), ([2**61], [3])).distribution()["mean"] == 2**61 / 1e9
 
 
 def test_an_empty_column_has_no_percentiles():
     nothing = {"mean": None, "p50": None, "p90": None, "p99": None}
-    none = np.zeros(0, np.int64)
-    assert distribution(none) == nothing
-    assert weighted_distribution(none, none) == nothing
-    with pytest.raises(ValueError, match="no values"):
-        weighted_percentiles(none, none, [50])
+    assert distribution(np.zeros(0, np.int64)) == nothing
+    assert multiset(([], []), ([5], [0])).distribution() == nothing
+
+
+@given(st.lists(st.lists(st.integers(-3, 2**62)), max_size=4))
+def test_blocks_keep_every_value(blocks):
+    column = Blocks()
+    for block in blocks:
+        column.add(np.array(block, np.int64))
+    assert column.whole().tolist() == [value for block in blocks for value in block]
+    assert column.whole().dtype == np.int64
 
 
 # --- against the token-by-token truth ---

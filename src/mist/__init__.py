@@ -32,18 +32,20 @@ def run(
     *,
     check: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    records: str = "full",
     **overrides: Any,
 ) -> Result:
     """Simulate a scenario (a YAML file, a mapping or a `Scenario`) to the end.
 
     `overrides` replace values by dotted path: seed=3, or **{"clients.gpu.tp": 2}. `check` recounts every conservation
-    law while running. `progress` is called with requests done and requests in all. Raises ScenarioError, and
-    InvariantError where a law breaks.
+    law while running. `progress` is called with requests done and requests in all. `records="summary"` is for long
+    runs: the summary is the same to the last bit, tables aren't kept. Raises ScenarioError, and InvariantError where a
+    law breaks.
     """
     from mist.scenario import load
     from mist.scenario.build import run as run_scenario
 
-    return run_scenario(load(scenario, **overrides), check=check, progress=progress)
+    return run_scenario(load(scenario, **overrides), check=check, progress=progress, records=records)
 
 
 def __getattr__(name: str) -> Any:

@@ -426,14 +426,14 @@ class Coordinator:
         first_token_ns = request.first_token_ns
         if 0 <= first_token_ns < request.gate_ns:
             first_token_ns = request.gate_ns
-        if self.on_progress is not None and not self.num_left & 0xFF:
-            self.on_progress(self.num_left)
         table = self.records.requests
         table.write(table.pack(
             request.index, request.arrival_ns, first_token_ns, now, status, self._reason(reason) if reason else -1,
             request.prompt_tokens or request.input_tokens, request.output_tokens, request.cached_tokens,
             request.num_preemptions,
         ))  # fmt: skip
+        if self.on_progress is not None and not self.num_left & 0xFF:
+            self.on_progress(self.num_left)
         if status == UNFINISHED:
             return
         self.tenants[request.tenant].left(request, now)

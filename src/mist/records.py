@@ -65,9 +65,29 @@ class Table:
         return self._rows
 
     def as_columns(self) -> dict[str, IntColumn]:
-        """Every column as a strided view of the table, without copying."""
-        rows = np.frombuffer(self.cells, dtype=np.int64).reshape(-1, len(self.columns))
+        """Every column as a strided view of the table, without copying; no row can be written while one is held."""
+        return self._named(np.frombuffer(self._rows, dtype=np.int64))
+
+    def mark(self) -> tuple[int, int]:
+        """Where the table ends now, for `since`."""
+        return len(self._rows), 0
+
+    def since(self, mark: tuple[int, int]) -> dict[str, IntColumn]:
+        """Every column of the rows written since then, a copy."""
+        return self._named(_rest(self._rows, mark[0]))
+
+    def forget(self) -> None:
+        """Let all rows go."""
+        del self._rows[:]
+
+    def _named(self, cells: IntColumn) -> dict[str, IntColumn]:
+        rows = cells.reshape(-1, len(self.columns))
         return {name: rows[:, i] for i, name in enumerate(self.columns)}
+
+
+def _rest(cells: array[int], first: int) -> IntColumn:
+    """A copy of what is in `cells` from `first` on."""
+    return np.array(np.frombuffer(cells, dtype=np.int64)[first:])
 
 
 #: columns of the table of steps; in the row of a span, `end_ns` is -1 - its number of steps
@@ -80,7 +100,7 @@ _STEPS = (
 class StepTable(Table):
     """The table of steps. Decodes alone that follow each other, a span, take one row and two numbers for each step."""
 
-    __slots__ = ("_blocks", "_ends", "_num_spans", "_whole")
+    __slots__ = ("_blocks", "_ends", "_num_spans")
 
     def __init__(self) -> None:
         super().__init__(_STEPS)
@@ -88,7 +108,6 @@ class StepTable(Table):
         self._ends = array("q")
         self._blocks = array("q")
         self._num_spans = 0
-        self._whole = array("q")
 
     def append_span(
         self,
@@ -112,26 +131,42 @@ class StepTable(Table):
     @property
     def cells(self) -> array[int]:
         """All rows, one behind the other, those of spans step by step."""
-        if len(self._whole) < len(self) * len(self.columns):
-            self._whole = self._unfold() if self._num_spans else self._rows
-        return self._whole
-
-    def _unfold(self) -> array[int]:
-        rows = np.frombuffer(self._rows, dtype=np.int64).reshape(-1, len(self.columns))
-        is_span = rows[:, 2] < 0
-        sizes = np.where(is_span, -1 - rows[:, 2], 1)
-        whole = np.repeat(rows, sizes, axis=0)
-        in_span = np.repeat(is_span, sizes)
-        first = np.repeat(np.cumsum(sizes) - sizes, sizes)
-        place = (np.arange(len(whole)) - first)[in_span]
-        start_ns, end_ns = whole[in_span, 1], np.frombuffer(self._ends, dtype=np.int64)
-        whole[in_span, 1] = np.where(place > 0, np.roll(end_ns, 1), start_ns)
-        whole[in_span, 2] = end_ns
-        whole[in_span, 6] += place * whole[in_span, 5]
-        whole[in_span, 7] = np.frombuffer(self._blocks, dtype=np.int64)
         found = array("q")
-        found.frombytes(whole.tobytes())
+        found.frombytes(np.column_stack(list(self.as_columns().values())).tobytes())
         return found
+
+    def as_columns(self) -> dict[str, IntColumn]:
+        """Every column, with the steps of spans one by one."""
+        ends, blocks = (np.frombuffer(cells, dtype=np.int64) for cells in (self._ends, self._blocks))
+        return _unfold(super().as_columns(), ends, blocks)
+
+    def mark(self) -> tuple[int, int]:
+        return len(self._rows), len(self._ends)
+
+    def since(self, mark: tuple[int, int]) -> dict[str, IntColumn]:
+        ends, blocks = (_rest(cells, mark[1]) for cells in (self._ends, self._blocks))
+        return _unfold(super().since(mark), ends, blocks)
+
+    def forget(self) -> None:
+        super().forget()
+        del self._ends[:], self._blocks[:]
+        self._num_spans = 0
+
+
+def _unfold(rows: dict[str, IntColumn], ends_ns: IntColumn, kv_blocks: IntColumn) -> dict[str, IntColumn]:
+    """The columns of steps from those with spans in them and what these have of each step."""
+    if not len(ends_ns):
+        return rows
+    is_span = rows["end_ns"] < 0
+    sizes = np.where(is_span, -1 - rows["end_ns"], 1)
+    columns = {name: np.repeat(column, sizes) for name, column in rows.items()}
+    in_span = np.repeat(is_span, sizes)
+    place = (np.arange(len(in_span)) - np.repeat(np.cumsum(sizes) - sizes, sizes))[in_span]
+    columns["start_ns"][in_span] = np.where(place > 0, np.roll(ends_ns, 1), columns["start_ns"][in_span])
+    columns["end_ns"][in_span] = ends_ns
+    columns["decode_context"][in_span] += place * columns["num_decodes"][in_span]
+    columns["kv_blocks"][in_span] = kv_blocks
+    return columns
 
 
 def _table(*columns: str) -> Table:
@@ -159,6 +194,8 @@ class Records:
     changes: one row per client and instant from which it is in another state (`CLIENT_STATES`), with the index of the
       reason in `causes`; they are up at first. One that drains is off when it is empty, without a row.
     loans: one row per time that a client was lent to prompts, written when it returned (or at the end: `end_ns` is -1).
+
+    Unless `are_whole`, rows of tasks and steps are forgotten once they are counted.
     """
 
     client_names: list[str] = field(default_factory=list)
@@ -180,3 +217,4 @@ class Records:
     transfers: Table = _table("request", "kind", "sender", "receiver", "bytes", "queued_ns", "start_ns", "end_ns")
     changes: Table = _table("client", "state", "time_ns", "cause")
     loans: Table = _table("client", "start_ns", "end_ns")
+    are_whole: bool = True

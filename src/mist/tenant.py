@@ -90,13 +90,14 @@ class Tenant:
         self.first_request = first_request
         self._first_session = first_session
         self._num_posted = 0
-        self._arrival_ns: list[int] = workload.arrival_ns.tolist()
-        self._input_tokens: list[int] = workload.input_tokens.tolist()
-        self._output_tokens: list[int] = workload.output_tokens.tolist()
+        # views give whole numbers as lists do, and take no memory
+        self._arrival_ns = workload.arrival_ns.data
+        self._input_tokens = workload.input_tokens.data
+        self._output_tokens = workload.output_tokens.data
         self._sizes = tuple(workload.sizes.items())
         self._mean_output_tokens = round(workload.output_tokens.mean()) if len(workload) else 0
-        self._hit_tokens: list[int] | None = None if workload.cached_tokens is None else workload.cached_tokens.tolist()
-        self._sessions: list[int] | None = None if workload.sessions is None else workload.sessions.tolist()
+        self._hit_tokens = None if workload.cached_tokens is None else workload.cached_tokens.data
+        self._sessions = None if workload.sessions is None else workload.sessions.data
         #: requests with a time of their own, in their order, and by request those that come after its end
         self._openers: Sequence[int] = range(len(workload))
         self._followers: dict[int, list[tuple[int, int]]] = {}

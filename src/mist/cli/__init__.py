@@ -92,8 +92,11 @@ def main() -> None:
 @click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a report to open in a browser, such as out.html.")  # fmt: skip
 @click.option("--check", is_flag=True, help="Recount the conservation laws while running and at the end (slower).")
+@click.option("--records", type=click.Choice(["full", "summary"]), default="full",
+              help="summary: the same figures in less memory; no tables, timeline, report or --check.")  # fmt: skip
 def run(
-    as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, page: Path | None, check: bool, **options: Any
+    as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, page: Path | None, check: bool, records: str,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Simulate SCENARIO and print what came out.
 
@@ -105,7 +108,10 @@ def run(
         mist run scenario.yaml --set 'workload.input_tokens={lognormal: {mean: 1155, cv: 0.9}}'
         mist run scenario.yaml --report out.html
         mist run scenario.yaml --out out/first --trace out/first.json.gz
+        mist run scenario.yaml --set workload.num_requests=10000000 --records summary
     """
+    if records != "full" and (trace is not None or page is not None or check):
+        raise click.UsageError("--trace, --report and --check need all records: leave them out, or --records summary")
     clean_up_when_terminated()
     scenario = load_scenario(**options)
     _check_outputs(
@@ -114,7 +120,7 @@ def run(
     from mist.scenario.build import run as run_scenario
 
     with _progress_bar() as progress:
-        result = run_scenario(scenario, check=check, progress=progress)
+        result = run_scenario(scenario, check=check, progress=progress, records=records)
     if trace is not None:  # the slow ones first: until they are whole, nothing that was there has changed
         from mist.report.timeline import write_timeline
 
@@ -127,9 +133,10 @@ def run(
         result.write(out, overwrite=overwrite or trace is not None or page is not None)
     _print_result(result, as_json)
     if out is not None:
-        from mist.scenario.result import RESULT_FILES
+        from mist.scenario.result import RESULT_FILES, SUMMARY_FILES
 
-        click.echo(f"Results are in {out}: {', '.join(RESULT_FILES)}", err=True)
+        files = RESULT_FILES if records == "full" else SUMMARY_FILES
+        click.echo(f"Results are in {out}: {', '.join(files)}", err=True)
     if trace is not None:
         click.echo(f"The timeline is {trace}: open it at ui.perfetto.dev", err=True)
     if page is not None:

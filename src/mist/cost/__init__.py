@@ -6,11 +6,12 @@ anything and opens no file.
 """
 
 from mist.cost.bill import cost
+from mist.cost.busy import BusyTime, Holding
 from mist.cost.energy import EnergySettings, energy
 from mist.cost.prices import PURCHASES, ClientPrice, DevicePrice, PriceList, Tariff
-from mist.cost.usage import Holding, HostUse, MemoryUse, used
+from mist.cost.usage import HostUse, MemoryUse, used
 
 __all__ = [
-    "PURCHASES", "ClientPrice", "DevicePrice", "EnergySettings", "Holding", "HostUse", "MemoryUse", "PriceList",
-    "Tariff", "cost", "energy", "used",
+    "PURCHASES", "BusyTime", "ClientPrice", "DevicePrice", "EnergySettings", "Holding", "HostUse", "MemoryUse",
+    "PriceList", "Tariff", "cost", "energy", "used",
 ]  # fmt: skip

@@ -6,46 +6,16 @@ knows no price.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
-from mist.cost.power import FloatColumn, busy_share, busy_watts, peak_shares
-from mist.cost.split import Split
+from mist.cost.busy import Busy, BusyTime, Holding
 from mist.hardware import Device
-from mist.metrics import ClientInfo
-from mist.metrics.window import Columns, Window
-from mist.perf import Deployment
-from mist.records import IntColumn, Records
+from mist.metrics.window import Window
 from mist.units import NS_PER_S
 
 Json = dict[str, Any]
-
-_STEP_COLUMNS = ("start_ns", "end_ns", "num_prefills", "num_prefill_tokens", "num_decodes", "decode_context")
-_TASK_COLUMNS = (
-    "request", "kind", "started_ns", "joined_ns", "end_ns", "computed_tokens", "join_step", "last_step"
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """What each of `count` replicas of a pool holds: `num_devices` devices, of which one of its clients keeps
-    `busy_devices` busy during a step (less than one: some cores of a CPU).
-
-    `deployment`: the model that runs there, None where none does. `on_host`: on the host of a node, which is held once
-    for all. `power_cap_w`: of each device.
-    """
-
-    device: Device
-    count: int = 1
-    num_devices: int = 1
-    busy_devices: float = 1.0
-    deployment: Deployment | None = None
-    on_host: bool = False
-    power_cap_w: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,33 +44,31 @@ class MemoryUse:
 
 
 def used(
-    records: Records,
+    busy_time: BusyTime,
     metrics: Mapping[str, Any],
+    span: Window,
     *,
-    clients: Sequence[ClientInfo],
-    holdings: Mapping[str, Holding],
     hosts: Sequence[HostUse] = (),
     memories: Sequence[MemoryUse] = (),
-    window: tuple[int | None, int | None] = (None, None),
     remarks: Sequence[str] = (),
 ) -> Json:
-    """The usage of a run over the span of `window`; `metrics` is the summary of `records` over the same.
+    """The usage of a run over a `span`; `metrics` is its summary over the same.
 
-    `holdings`: by pool, of those that have devices. `machines`: the devices of each pool, and hosts of nodes, with the
+    `busy_time` has all its steps. `machines`: the devices of each pool, and hosts of nodes, with the
     `device_s` that they were held (replicas that weren't there aren't counted) and the `whole_device_s` had all been
     there throughout; `busy_s`, the device-seconds of steps; `energy_j`, None where no TDP is known. `shares`: `busy_s`
     and the `energy_j` of steps by pool, tenant and stage.
     """
-    span = Window.of(records, window)
-    busy, shares = _busy(records, clients, holdings, span)
-    machines = [_devices(pool, h, metrics, busy, span) for pool, h in holdings.items() if not h.on_host]
+    busy = busy_time.by_replica
+    held = busy_time.holdings.items()
+    machines = [_devices(pool, holding, metrics, busy, span) for pool, holding in held if not holding.on_host]
     return {
         "span_s": span.span_ns / NS_PER_S,
         **_rates(metrics),
         "tenants": {name: _rates(tenant) for name, tenant in metrics["tenants"].items()},
         "machines": [*machines, *_alike(_host(host, busy, span) for host in hosts)],
         "memories": [{**asdict(memory), "pools": list(memory.pools)} for memory in memories],
-        "shares": shares,
+        "shares": busy_time.shares(),
         "remarks": list(remarks),
     }
 
@@ -109,79 +77,7 @@ def _rates(metrics: Mapping[str, Any]) -> Json:
     return {key: metrics["throughput"][key] for key in ("output_tokens_per_s", "total_tokens_per_s", "requests_per_s")}
 
 
-@dataclass(slots=True)
-class _Busy:
-    """Device-seconds of the steps of a replica, and their joules; `pool` is whose it is."""
-
-    pool: str
-    device_s: float = 0.0
-    energy_j: float = 0.0
-
-
-def _busy(
-    records: Records, clients: Sequence[ClientInfo], holdings: Mapping[str, Holding], span: Window
-) -> tuple[dict[str, _Busy], list[Json]]:
-    """By replica how busy it was, and whose that was."""
-    busy: dict[str, _Busy] = {}
-    found: dict[tuple[str, str, str], list[float]] = {}
-    names, first = zip(*(records.tenants or [("", 0)]), strict=True)
-    kinds = records.stage_kinds
-    tables = (
-        _by_client(records.steps.as_columns(), _STEP_COLUMNS, len(clients)),
-        _by_client(records.tasks.as_columns(), _TASK_COLUMNS, len(clients)),
-    )
-    for info, steps, tasks in zip(clients, *tables, strict=True):
-        holding = holdings.get(info.pool)
-        if holding is None:  # a KV store that is nowhere in particular
-            continue
-        device_s = _seconds_inside(steps, span) * holding.busy_devices
-        joules = device_s * _watts(holding, steps)
-        own = busy.setdefault(info.replica, _Busy(info.pool))
-        own.device_s += float(device_s.sum())
-        own.energy_j += float(joules.sum())
-        split = Split.of(steps, tasks)
-        keys = (np.searchsorted(first, tasks["request"], side="right") - 1) * len(kinds) + tasks["kind"]
-        for at, amounts in enumerate((device_s, joules)):
-            sums = np.bincount(keys, split.shares(amounts))
-            for key in np.flatnonzero(sums).tolist():
-                whose = (info.pool, names[key // len(kinds)], kinds[key % len(kinds)])
-                found.setdefault(whose, [0.0, 0.0])[at] += float(sums[key])
-    shares = [
-        {"pool": pool, "tenant": tenant, "stage": kind, "busy_s": device_s, "energy_j": joules}
-        for (pool, tenant, kind), (device_s, joules) in found.items()
-    ]
-    return busy, shares
-
-
-def _by_client(rows: Columns, columns: Sequence[str], num_clients: int) -> Iterator[dict[str, IntColumn]]:
-    """Some columns of the rows of each client, in their order."""
-    # of 16 bits, where they do, numpy sorts in linear time
-    client = rows["client"].astype(np.int16 if num_clients < 2**15 else np.int32)
-    order = np.argsort(client, kind="stable")
-    bounds = np.searchsorted(client[order], np.arange(num_clients + 1)).tolist()
-    for begin, end in pairwise(bounds):
-        yield {name: rows[name][order[begin:end]] for name in columns}
-
-
-def _seconds_inside(steps: Columns, span: Window) -> FloatColumn:
-    """How much of each step lies in the span, s."""
-    inside = np.minimum(steps["end_ns"], span.end_ns) - np.maximum(steps["start_ns"], span.start_ns)
-    seconds: FloatColumn = np.maximum(inside, 0) / NS_PER_S
-    return seconds
-
-
-def _watts(holding: Holding, steps: Columns) -> FloatColumn:
-    """Power of a device during each step; 1 W where none is known, so that shares of energy go by time."""
-    every = np.ones(len(steps["start_ns"]))
-    if holding.device.tdp_w is None:
-        return every
-    share = every
-    if holding.deployment is not None and not holding.device.num_cores:
-        share = busy_share(*peak_shares(holding.deployment, steps))
-    return busy_watts(holding.device, share, holding.power_cap_w)
-
-
-def _devices(pool: str, holding: Holding, metrics: Mapping[str, Any], busy: Mapping[str, _Busy], span: Window) -> Json:
+def _devices(pool: str, holding: Holding, metrics: Mapping[str, Any], busy: Mapping[str, Busy], span: Window) -> Json:
     """The devices of a pool that aren't hosts of nodes."""
     held_s = metrics["clients"][pool]["replica_s"] * holding.num_devices
     num_devices = holding.count * holding.num_devices
@@ -197,7 +93,7 @@ def _devices(pool: str, holding: Holding, metrics: Mapping[str, Any], busy: Mapp
     }
 
 
-def _host(host: HostUse, busy: Mapping[str, _Busy], span: Window) -> Json:
+def _host(host: HostUse, busy: Mapping[str, Busy], span: Window) -> Json:
     """The host of a node, once whoever shares it; it stays throughout."""
     mine, span_s = [busy[name] for name in host.replicas], span.span_ns / NS_PER_S
     return {
@@ -211,7 +107,7 @@ def _host(host: HostUse, busy: Mapping[str, _Busy], span: Window) -> Json:
     }
 
 
-def _held(device: Device | None, held_s: float, busy: Sequence[_Busy]) -> Json:
+def _held(device: Device | None, held_s: float, busy: Sequence[Busy]) -> Json:
     """Energy of devices held for `held_s`: idle power all the time, and what steps draw beyond it.
 
     Steps of clients that share a host slow each other down, and count at most as long as it was held.

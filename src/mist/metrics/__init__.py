@@ -1,36 +1,46 @@
 """From records to answers: `summarise` turns a run's tables into one document of figures. One file per kind of figure.
 
-It stands after the run: the simulator writes records and never imports this. It never changes a record, and no figure
-is kept anywhere but in the records: each is an expression over them, defined in `docs/metrics.md`.
+It stands after the run, or beside it where a `Tally` counts what has left: the simulator writes records and never
+imports this. Each figure is an expression over the records, defined in `docs/metrics.md`, and never needs all of them
+at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mist.metrics.availability import summarise_availability, up_times
-from mist.metrics.clients import ClientInfo, activity, ratio, summarise_clients
-from mist.metrics.distribution import PERCENTILES, Distribution, FloatColumn, distribution, weighted_distribution
+from mist.metrics.clients import ClientInfo, ratio, summarise_clients
+from mist.metrics.distribution import PERCENTILES, FloatColumn, distribution
 from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
 from mist.metrics.memories import MemoryInfo, summarise_memories
 from mist.metrics.offered import offered_load
+from mist.metrics.portion import Portion
 from mist.metrics.quality import summarise_quality
 from mist.metrics.saturation import judge, unjudged
 from mist.metrics.slo import SLO_METRICS, SLOWDOWNS, Targets, percentiles_of, slowdowns_ns, summarise_slo
-from mist.metrics.stages import stage_times, summarise_stages
+from mist.metrics.tally import Tally
 from mist.metrics.tenants import TenantInfo, all_levels, fairness, rows_of
-from mist.metrics.tokens import DecodeSteps, Segments, longest_gaps, token_gaps, tokens_by_client
 from mist.metrics.transfers import summarise_transfers
-from mist.metrics.window import BoolColumn, Columns, Window
+from mist.metrics.window import BoolColumn, Bounds, Columns, Window
 from mist.metrics.words import counted
 from mist.records import FINISHED, STATUSES, UNFINISHED, IntColumn, Records
 from mist.units import NS_PER_S
 
-__all__ = ["SCHEMA_VERSION", "SLO_METRICS", "ClientInfo", "MemoryInfo", "Targets", "TenantInfo", "summarise"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "SLO_METRICS",
+    "ClientInfo",
+    "MemoryInfo",
+    "Tally",
+    "Targets",
+    "TenantInfo",
+    "summarise",
+    "summary_of",
+]
 
 SCHEMA_VERSION = 1
 
@@ -39,7 +49,7 @@ def summarise(
     records: Records,
     *,
     clients: Sequence[ClientInfo],
-    window: tuple[int | None, int | None] = (None, None),
+    window: Bounds = (None, None),
     open_loop: bool = True,
     slo: Targets | None = None,
     memories: Sequence[MemoryInfo] = (),
@@ -61,76 +71,55 @@ def summarise(
     that gave it. `tenants`, where there are several, have figures of their own, and what they say stands for `slo` and
     `quality`. Raises ValueError for an SLO metric or statistic that isn't known.
     """
-    span = Window.of(records, window)
-    run = _Rows.of(records, len(clients))
-    sums = activity(run.steps, run.tasks, run.tokens_by_client(span), len(clients), span)
+    arrivals = records.requests.as_columns()["arrival_ns"]
     whole = TenantInfo(
         open_loop=open_loop, slo=slo or {}, oracle_output_tokens=oracle_output_tokens, quality=quality,
         alone=alone or {},
     )  # fmt: skip
-    figures = _figures(run, whole, span, _statistics(slo, *(tenant.slo for tenant in tenants)))
+    first_ns = int(arrivals.min()) if len(arrivals) else 0
+    tally = Tally(records, clients=clients, first_ns=first_ns, window=window, whole=whole, tenants=tenants)
+    tally.finish()
+    return summary_of(tally, memories=memories, provenance=provenance)
+
+
+def summary_of(
+    tally: Tally, *, memories: Sequence[MemoryInfo] = (), provenance: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The same, of a run that was counted while it went on; the tally is finished."""
+    records, clients, span, whole = tally.records, tally.clients, tally.window, tally.whole
+    requests, transfers = records.requests.as_columns(), records.transfers.as_columns()
+    asked = [portion.asked for portion in tally.tenants]
+    figures = _figures(whole, requests, transfers, span, _statistics(*(each.slo for each in (whole.asked, *asked))))
     by_tenant = {
-        each.name: {"priority": each.priority, **_figures(run.of_tenant(each), each, span, _statistics(each.slo))}
-        for each in tenants
+        each.name: {
+            "priority": each.priority,
+            **_figures(portion, each.rows(requests), each.rows(transfers), span, _statistics(each.slo)),
+        }
+        for portion, each in zip(tally.tenants, asked, strict=True)
     }
-    pressing = [tenant for tenant in tenants if tenant.open_loop] if not open_loop else []
+    sums = tally.activity
+    sums.output_tokens = whole.emitted
     verdict = unjudged()
-    if open_loop or pressing:
-        requests, tasks, transfers = (
-            rows_of(pressing, table) if pressing else table for table in (run.requests, run.tasks, run.transfers)
-        )
-        verdict = judge(requests, tasks, transfers, clients, sums, span)
-    of_clients = summarise_clients(clients, sums, up_times(records, len(clients), span))
+    if tally.is_judged:
+        pressed = [rows_of(tally.pressing, table) if tally.pressing else table for table in (requests, transfers)]
+        verdict = judge(pressed[0], tally.queues, pressed[1], clients, sums, span)
+    of_clients = summarise_clients(clients, sums, up_times(records, tally.last_ends, len(clients), span))
     return {
         "schema_version": SCHEMA_VERSION,
         **figures,
-        "slo": all_levels(by_tenant) if tenants else figures["slo"],
+        "slo": all_levels(by_tenant) if asked else figures["slo"],
         "tenants": by_tenant,
-        "fairness": fairness(by_tenant) if tenants else None,
+        "fairness": fairness(by_tenant) if asked else None,
         "duration_s": (span.last_ns - span.first_ns) / NS_PER_S,
         "window": {name: getattr(span, f"{name[:-2]}_ns") / NS_PER_S for name in ("start_s", "end_s", "span_s")},
         "clients": of_clients,
-        "availability": summarise_availability(records, of_clients, span),
-        "memories": summarise_memories(memories, run.transfers),
-        "open_loop": open_loop,
+        "availability": summarise_availability(records, tally.last_ends, of_clients, span),
+        "memories": summarise_memories(memories, transfers),
+        "open_loop": whole.asked.open_loop,
         **verdict,
-        "notes": _notes(run.requests, span.holds(run.requests["arrival_ns"]), span, open_loop, pressing),
+        "notes": _notes(requests, span.holds(requests["arrival_ns"]), span, whole.asked.open_loop, tally.pressing),
         "provenance": dict(provenance or {}),
     }
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """The tables of a run, or what one tenant's requests have in them."""
-
-    requests: Columns
-    tasks: Columns
-    transfers: Columns
-    steps: Columns
-    decode_steps: DecodeSteps
-    segments: Segments
-    kinds: Sequence[str]
-
-    @classmethod
-    def of(cls, records: Records, num_clients: int) -> _Rows:
-        tasks, steps = _together(records.tasks.as_columns()), records.steps.as_columns()
-        decode_steps = DecodeSteps.of(steps, num_clients)
-        segments = Segments.of(tasks, decode_steps)
-        requests, transfers = records.requests.as_columns(), records.transfers.as_columns()
-        return cls(requests, tasks, transfers, steps, decode_steps, segments, records.stage_kinds)
-
-    def of_tenant(self, tenant: TenantInfo) -> _Rows:
-        """The same with the rows of a tenant's requests; steps are everybody's."""
-        own = [number for number, kind in enumerate(self.kinds) if kind in tenant.stages]
-        tasks = tenant.rows(self.tasks)
-        tasks = {**tasks, "kind": np.searchsorted(own, tasks["kind"])}
-        kinds = [self.kinds[number] for number in own]
-        segments = Segments.of(tasks, self.decode_steps)
-        requests, transfers = tenant.rows(self.requests), tenant.rows(self.transfers)
-        return _Rows(requests, tasks, transfers, self.steps, self.decode_steps, segments, kinds)
-
-    def tokens_by_client(self, span: Window) -> IntColumn:
-        return tokens_by_client(self.segments, self.decode_steps, span)
 
 
 def _statistics(*slos: Targets | None) -> list[float]:
@@ -143,72 +132,37 @@ def _statistics(*slos: Targets | None) -> list[float]:
     return sorted({*PERCENTILES, *percentiles_of(targets)})
 
 
-def _figures(run: _Rows, asked: TenantInfo, span: Window, percentiles: Sequence[float]) -> dict[str, Any]:
+def _figures(
+    portion: Portion, requests: Columns, transfers: Columns, span: Window, percentiles: Sequence[float]
+) -> dict[str, Any]:
     """What came of some requests: counts, latencies, transfers, load, throughput, stages, quality and SLOs."""
-    requests, segments, decode_steps, targets = run.requests, run.segments, run.decode_steps, dict(asked.slo)
+    asked, targets = portion.asked, dict(portion.asked.slo)
     chosen = span.holds(requests["arrival_ns"])
     times: dict[str, IntColumn | FloatColumn] = {
         "ttft_s": ttft_ns(requests), "tpot_s": tpot_ns(requests), "e2e_s": e2e_ns(requests)
     }  # fmt: skip
-    latencies = _latencies(requests, chosen, times, segments, decode_steps, percentiles)
-    finished = {name: column[chosen & (requests["status"] == FINISHED)] for name, column in requests.items()}
+    of = {name: distribution(column[chosen & (column >= 0)], percentiles) for name, column in times.items()}
+    itl = portion.gaps.distribution(percentiles)
+    latencies = {"ttft_s": of["ttft_s"], "tpot_s": of["tpot_s"], "itl_s": itl, "e2e_s": of["e2e_s"]}
     if "itl_s" in targets:
-        first_tokens = _first_tokens(requests, requests["status"] == FINISHED)
-        longest = longest_gaps(segments.since(first_tokens, decode_steps), decode_steps, len(first_tokens))
-        times["itl_s"] = longest[requests["request"]]
-    slowdowns = {name: of for name, of in SLOWDOWNS.items() if name in targets}
-    for name, of in slowdowns.items():
-        times[name] = slowdowns_ns(times[of], asked.alone[of][requests["request"] - asked.first_request])
+        times["itl_s"] = portion.longest_gap_ns.whole()
+    slowdowns = {name: metric for name, metric in SLOWDOWNS.items() if name in targets}
+    for name, metric in slowdowns.items():
+        times[name] = slowdowns_ns(times[metric], asked.alone[metric][requests["request"] - asked.first_request])
     judged = {name: distribution(times[name][chosen & (times[name] >= 0)], percentiles) for name in slowdowns}
     oracle = asked.oracle_output_tokens
     offered = offered_load(requests, chosen, oracle, asked.first_request) if asked.open_loop else None
-    visible = _visible(int(run.tokens_by_client(span).sum()), requests, run.tasks)
+    visible = _visible(int(portion.emitted.sum()), portion.generated, requests)
     return {
         "requests": _counts(requests, chosen),
         **latencies,
-        **summarise_transfers(run.transfers, requests, chosen, percentiles),
+        **summarise_transfers(transfers, requests, chosen, percentiles),
         "offered": offered,
         "throughput": _throughput(requests, visible, span),
-        "stages": _stages(finished, run.tasks, run.kinds, run.transfers),
-        "quality": summarise_quality(asked.quality or {}, finished, run.tasks, run.kinds),
+        "stages": portion.stages.summary(),
+        "quality": summarise_quality(asked.quality or {}, portion.answered),
         "slo": summarise_slo(targets, times, latencies | judged, requests, chosen, span) if targets else None,
     }
-
-
-def _together(tasks: Columns) -> dict[str, IntColumn]:
-    """Task rows with each request's rows side by side; among them the order of recording, which is that of time."""
-    order = np.argsort(tasks["request"], kind="stable")
-    return {name: column[order] for name, column in tasks.items()}
-
-
-def _first_tokens(requests: Columns, chosen: BoolColumn) -> IntColumn:
-    """First visible token in ns by request number; -1 for those not chosen or not finished."""
-    counted = chosen & (requests["status"] == FINISHED)
-    first = np.full(int(requests["request"].max(initial=-1)) + 1, -1, np.int64)
-    first[requests["request"][counted]] = requests["first_token_ns"][counted]
-    return first
-
-
-def _latencies(
-    requests: Columns,
-    chosen: BoolColumn,
-    times: Mapping[str, IntColumn | FloatColumn],
-    segments: Segments,
-    decode_steps: DecodeSteps,
-    percentiles: Sequence[float],
-) -> dict[str, Distribution]:
-    """TTFT, TPOT, ITL and E2E of the finished among the chosen requests."""
-    of = {name: distribution(column[chosen & (column >= 0)], percentiles) for name, column in times.items()}
-    gaps, weights = token_gaps(segments.since(_first_tokens(requests, chosen), decode_steps), decode_steps)
-    itl = weighted_distribution(gaps, weights, percentiles)
-    return {"ttft_s": of["ttft_s"], "tpot_s": of["tpot_s"], "itl_s": itl, "e2e_s": of["e2e_s"]}
-
-
-def _stages(finished: Columns, tasks: Columns, kinds: Sequence[str], transfers: Columns) -> dict[str, Any]:
-    """Where the time of finished requests went, and until the first token of those that have one."""
-    spoken = {name: column[finished["first_token_ns"] >= 0] for name, column in finished.items()}
-    before_token = stage_times(spoken, tasks, len(kinds), transfers, "first_token_ns")
-    return summarise_stages(stage_times(finished, tasks, len(kinds), transfers), kinds, before_token)
 
 
 def _counts(requests: Columns, chosen: BoolColumn) -> dict[str, int]:
@@ -216,9 +170,9 @@ def _counts(requests: Columns, chosen: BoolColumn) -> dict[str, int]:
     return {"arrived": int(by_status.sum()), **{name: int(by_status[i]) for i, name in enumerate(STATUSES)}}
 
 
-def _visible(emitted: int, requests: Columns, tasks: Columns) -> int:
+def _visible(emitted: int, generated: int, requests: Columns) -> int:
     """Of the tokens emitted in a window those that users see: of all that were generated, the share of the answers."""
-    generated, shown = int(tasks["generated_tokens"].sum()), int(requests["output_tokens"].sum())
+    shown = int(requests["output_tokens"].sum())
     return emitted if shown >= generated else round(emitted * shown / generated)
 
 

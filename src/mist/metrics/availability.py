@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mist.metrics.window import Window
+from mist.metrics.window import Columns, Window
 from mist.records import CLIENT_STATES, DOWN, DRAINING, OFF, STARTING, UP, IntColumn, Records
 from mist.units import NS_PER_S
 
@@ -26,18 +26,49 @@ class Change(NamedTuple):
     reason: str
 
 
-def state_changes(records: Records) -> list[Change]:
-    """All changes of a run by time, those to "off" of replicas that had drained among them."""
-    return sorted((each for rows in _by_replica(records).values() for each in rows), key=lambda each: each.time_ns)
+class LastEnds:
+    """When the last task on a client ended in each of its states, and the run's last event; rows come in blocks."""
+
+    def __init__(self, last_ns: int) -> None:
+        self.last_ns = last_ns
+        #: by client and the number of its changes before
+        self._ends: dict[tuple[int, int], int] = {}
+
+    @classmethod
+    def of(cls, records: Records) -> LastEnds:
+        """Of a run whose records are whole."""
+        found = cls(Window.of(records).last_ns)
+        found.add(records.tasks.as_columns(), records.changes.as_columns())
+        return found
+
+    def add(self, tasks: Columns, changes: Columns) -> None:
+        """`changes` are all until the last end of `tasks`, and perhaps later ones."""
+        for client in np.unique(changes["client"]).tolist():
+            ends = tasks["end_ns"][tasks["client"] == client]
+            states = np.searchsorted(changes["time_ns"][changes["client"] == client], ends)
+            for state in np.unique(states).tolist():
+                last = int(ends[states == state].max())
+                self._ends[client, state] = max(last, self._ends.get((client, state), last))
+
+    def of_state(self, clients: Sequence[int], state: int, otherwise: int) -> int:
+        """Of `clients` together in their `state`-th state from 0, or `otherwise` if that is later."""
+        return max(otherwise, *(self._ends.get((client, state), otherwise) for client in clients))
 
 
-def up_times(records: Records, num_clients: int, window: Window) -> tuple[IntColumn, IntColumn]:
+def state_changes(records: Records, ends: LastEnds | None = None) -> list[Change]:
+    """All changes of a run by time, those to "off" of replicas that had drained among them; `ends`: where records
+    aren't whole."""
+    found = _by_replica(records, ends or LastEnds.of(records))
+    return sorted((each for rows in found.values() for each in rows), key=lambda each: each.time_ns)
+
+
+def up_times(records: Records, ends: LastEnds, num_clients: int, window: Window) -> tuple[IntColumn, IntColumn]:
     """Nanoseconds of the window that each client served, and that it was there, its start-ups included.
 
     int64[num_clients] each. One that drains serves to the end of its last task, or of what it still sends.
     """
     served, there = (np.full(num_clients, window.span_ns, np.int64) for _ in range(2))
-    changes = _by_replica(records)
+    changes = _by_replica(records, ends)
     for client, name in enumerate(records.client_names):
         if rows := changes.get(replica_of(name)):
             times = np.zeros(len(CLIENT_STATES), np.int64)
@@ -49,13 +80,13 @@ def up_times(records: Records, num_clients: int, window: Window) -> tuple[IntCol
 
 
 def summarise_availability(
-    records: Records, clients: Mapping[str, Mapping[str, Any]], window: Window
+    records: Records, ends: LastEnds, clients: Mapping[str, Mapping[str, Any]], window: Window
 ) -> dict[str, Any] | None:
     """`pools` that changed, with figures over the window, and all `changes` of the run; None where nothing changed.
 
     `clients`: the figures of each pool, as `summarise_clients` gives them.
     """
-    by_replica = _by_replica(records)
+    by_replica = _by_replica(records, ends)
     if not by_replica:
         return None
     pools = {}
@@ -66,7 +97,7 @@ def summarise_availability(
             pools[pool] = {"replica_s": figures["replica_s"], **_numbers_up(rows, window), **_counts(rows, window)}
     changes = [
         {"time_s": time_ns / NS_PER_S, "client": replica, "state": CLIENT_STATES[state], "reason": reason}
-        for time_ns, replica, state, reason in state_changes(records)
+        for time_ns, replica, state, reason in state_changes(records, ends)
     ]
     return {"pools": pools, "changes": changes}
 
@@ -105,11 +136,11 @@ def _spans(rows: Sequence[Change], window: Window) -> Iterator[tuple[int, int, i
         yield state, first, max(first, last)
 
 
-def _by_replica(records: Records) -> dict[str, list[Change]]:
+def _by_replica(records: Records, last_ends: LastEnds) -> dict[str, list[Change]]:
     """The changes of each replica that has any, to the run's last event; one that drains is off when it is empty."""
     if not len(records.changes):
         return {}
-    last = Window.of(records).last_ns
+    last = last_ends.last_ns
     members: dict[str, list[int]] = {}
     for client, name in enumerate(records.client_names):
         members.setdefault(replica_of(name), []).append(client)
@@ -121,20 +152,19 @@ def _by_replica(records: Records) -> dict[str, list[Change]]:
         times, states, causes = (columns[name][mine].tolist() for name in ("time_ns", "state", "cause"))
         rows: list[Change] = []
         ends = [*times, last][1:]
-        for time_ns, state, cause, end in zip(times, states, causes, ends, strict=True):
+        for place, (time_ns, state, cause, end) in enumerate(zip(times, states, causes, ends, strict=True), 1):
             rows.append(Change(time_ns, replica, state, records.causes[cause]))
-            if state == DRAINING and (empty_ns := _last_end(records, clients, time_ns, end)) < end:
-                rows.append(Change(empty_ns, replica, OFF, "drained"))
+            if state == DRAINING:
+                empty_ns = max(last_ends.of_state(clients, place, time_ns), _last_sent(records, clients, time_ns, end))
+                if empty_ns < end:
+                    rows.append(Change(empty_ns, replica, OFF, "drained"))
         if rows:
             found[replica] = rows
     return found
 
 
-def _last_end(records: Records, clients: Sequence[int], begin: int, end: int) -> int:
-    """When the last of what was on `clients` at `begin` was gone, if that was before `end`."""
-    tables = ((records.tasks.as_columns(), "client"), (records.transfers.as_columns(), "sender"))
-    ends = [
-        rows["end_ns"][np.isin(rows[where], clients) & (rows["queued_ns"] <= end) & (rows["end_ns"] <= end)]
-        for rows, where in tables
-    ]
-    return max(begin, *(int(each.max(initial=begin)) for each in ends))
+def _last_sent(records: Records, clients: Sequence[int], begin: int, end: int) -> int:
+    """When the last of what `clients` sent was gone, if that was before `end`."""
+    rows = records.transfers.as_columns()
+    mine = np.isin(rows["sender"], clients) & (rows["queued_ns"] <= end) & (rows["end_ns"] <= end)
+    return int(rows["end_ns"][mine].max(initial=begin))

@@ -1,7 +1,7 @@
 """What each client did: utilisation, batch, KV use, preemptions, tokens; per replica and per pool as the user named it.
 
-Sums over the step table and the task segments come in one pass; a pool's figure is the same expression over its
-replicas' sums. It never judges: `saturation` reads the figures and says what they mean.
+Sums over steps and task segments are made block by block; a pool's figure is the same expression over its replicas'
+sums. It never judges: `saturation` reads the figures and says what they mean.
 """
 
 from __future__ import annotations
@@ -64,47 +64,39 @@ class Activity:
     cached_tokens: IntColumn
     preemptions: IntColumn
 
+    @classmethod
+    def none(cls, num_clients: int) -> Activity:
+        return cls(**{f.name: np.zeros(num_clients, float if f.name.endswith("_time") else int) for f in fields(cls)})
 
-def activity(steps: Columns, tasks: Columns, output_tokens: IntColumn, num_clients: int, window: Window) -> Activity:
-    """Add up the records of the window; a step that only partly lies in it counts with that part of its time.
-
-    `tasks` has a request's rows together and in order.
-    """
-    sums = {f.name: np.zeros(num_clients, np.int64) for f in fields(Activity) if not f.name.endswith("_time")}
-    start, end = steps["start_ns"], steps["end_ns"]
-    inside = (end > window.start_ns) & (start < window.stop_ns)
-    if not inside.all():
-        steps = {name: column[inside] for name, column in steps.items()}
+    def add_steps(self, steps: Columns, window: Window) -> None:
+        """Steps of the window; one that only partly lies in it counts with that part of its time."""
         start, end = steps["start_ns"], steps["end_ns"]
-    client = steps["client"]
-    time = np.minimum(end, window.end_ns) - np.maximum(start, window.start_ns)
-    np.add.at(sums["steps"], client, 1)
-    np.add.at(sums["busy_ns"], client, time)
-    np.add.at(sums["prefill_tokens"], client, steps["num_prefill_tokens"])
-    np.maximum.at(sums["kv_blocks_peak"], client, steps["kv_blocks"])
-    np.maximum.at(sums["max_waiting"], client, steps["num_waiting"])
-    preempted = tasks["how"] == PREEMPTED
-    # what was preempted, or lost once it had begun, goes on with the request's next row
-    again = preempted | ((tasks["how"] == LOST) & (tasks["started_ns"] >= 0))
-    first = (tasks["started_ns"] >= 0) & (tasks["client"] != NO_CLIENT) & window.holds(tasks["started_ns"])
-    first[1:] &= ~(again[:-1] & (tasks["request"][1:] == tasks["request"][:-1]))
-    np.add.at(sums["cached_tokens"], tasks["client"][first], tasks["cached_tokens"][first])
-    np.add.at(sums["fresh_tokens"], tasks["client"][first], tasks["computed_tokens"][first])
-    np.add.at(sums["preemptions"], tasks["client"][preempted & window.holds(tasks["end_ns"])], 1)
-    sums["output_tokens"] = output_tokens
-    sequences = steps["num_prefills"] + steps["num_decodes"]
-    # in floating point: blocks x ns pass 2**63 within a day
-    return Activity(
-        _per_client(client, time * sequences.astype(np.float64), num_clients),
-        _per_client(client, time * steps["kv_blocks"].astype(np.float64), num_clients),
-        **sums,
-    )
+        inside = (end > window.start_ns) & (start < window.stop_ns)
+        if not inside.all():
+            steps = {name: column[inside] for name, column in steps.items()}
+            start, end = steps["start_ns"], steps["end_ns"]
+        client = steps["client"]
+        time = np.minimum(end, window.end_ns) - np.maximum(start, window.start_ns)
+        np.add.at(self.steps, client, 1)
+        np.add.at(self.busy_ns, client, time)
+        np.add.at(self.prefill_tokens, client, steps["num_prefill_tokens"])
+        np.maximum.at(self.kv_blocks_peak, client, steps["kv_blocks"])
+        np.maximum.at(self.max_waiting, client, steps["num_waiting"])
+        sequences = steps["num_prefills"] + steps["num_decodes"]
+        # in floating point: blocks x ns pass 2**63 within a day
+        np.add.at(self.sequence_time, client, time * sequences.astype(np.float64))
+        np.add.at(self.kv_block_time, client, time * steps["kv_blocks"].astype(np.float64))
 
-
-def _per_client(client: IntColumn, amounts: FloatColumn, num_clients: int) -> FloatColumn:
-    totals = np.zeros(num_clients)
-    np.add.at(totals, client, amounts)
-    return totals
+    def add_tasks(self, tasks: Columns, window: Window) -> None:
+        """Segments of the window: all of each request, its rows together and in order."""
+        preempted = tasks["how"] == PREEMPTED
+        # what was preempted, or lost once it had begun, goes on with the request's next row
+        again = preempted | ((tasks["how"] == LOST) & (tasks["started_ns"] >= 0))
+        first = (tasks["started_ns"] >= 0) & (tasks["client"] != NO_CLIENT) & window.holds(tasks["started_ns"])
+        first[1:] &= ~(again[:-1] & (tasks["request"][1:] == tasks["request"][:-1]))
+        np.add.at(self.cached_tokens, tasks["client"][first], tasks["cached_tokens"][first])
+        np.add.at(self.fresh_tokens, tasks["client"][first], tasks["computed_tokens"][first])
+        np.add.at(self.preemptions, tasks["client"][preempted & window.holds(tasks["end_ns"])], 1)
 
 
 def summarise_clients(

@@ -16,9 +16,10 @@ import numpy as np
 from mist.metrics.clients import Activity, ClientInfo, pools
 from mist.metrics.distribution import FloatColumn
 from mist.metrics.load import highest_number, mean_number
+from mist.metrics.queues import Arrivals, Queues
 from mist.metrics.window import Columns, Window
 from mist.metrics.words import counted, share
-from mist.records import CUT, FINISHED, KV_SWAP, KV_WRITE, IntColumn
+from mist.records import FINISHED, KV_SWAP, KV_WRITE, IntColumn
 from mist.units import NS_PER_S
 
 #: stretches of equal length into which the arrival period is cut
@@ -91,14 +92,13 @@ class Backlog:
 
 
 def judge(
-    requests: Columns, tasks: Columns, transfers: Columns, clients: Sequence[ClientInfo], sums: Activity, window: Window
+    requests: Columns, queues: Queues, transfers: Columns, clients: Sequence[ClientInfo], sums: Activity, window: Window
 ) -> dict[str, Any]:
     """`saturated`, `near_capacity`, `saturation_reason` and `backlog` of a summary, for open-loop load.
 
-    `tasks` has a request's rows together and in order; all requests of the run count, whatever the window, which is
-    only quoted from. The reason is one clause with figures, None unless saturated; the pool, or the link between
-    pools, whose queue grows fastest is named. `near_capacity`: a queue grew, by less than proves saturation. `backlog`
-    None: all came at one instant.
+    All requests of the run count, whatever the window, which is only quoted from. The reason is one clause with
+    figures, None unless saturated; the pool, or the link between pools, whose queue grows fastest is named.
+    `near_capacity`: a queue grew, by less than proves saturation. `backlog` None: all came at one instant.
     """
     arrivals = requests["arrival_ns"]
     if not len(arrivals) or arrivals.max() <= arrivals.min():
@@ -106,7 +106,7 @@ def judge(
     edges = np.linspace(float(arrivals.min()), float(arrivals.max()), NUM_STRETCHES + 1)
     found = {}
     for pool, members in pools(clients).items():
-        if (queue := _queue(tasks, members, len(clients), edges)) is not None:
+        if (queue := _queue(queues[pool], edges)) is not None:
             found[pool] = queue
         if (queue := _link_queue(transfers, members, edges, window.last_ns)) is not None:
             found[LINK + pool] = queue
@@ -134,21 +134,14 @@ def unjudged() -> dict[str, Any]:
     return {"saturated": False, "near_capacity": False, "saturation_reason": None, "backlog": None}
 
 
-def _queue(tasks: Columns, members: list[int], num_clients: int, edges: FloatColumn) -> Queue | None:
+def _queue(seen: Arrivals, edges: FloatColumn) -> Queue | None:
     """The tasks that waited in a pool."""
-    in_pool = np.zeros(num_clients + 1, np.bool_)  # the last one for no client, -1
-    in_pool[members] = True
-    rows = in_pool[tasks["client"]] & (tasks["queued_ns"] <= edges[-1])
-    request, queued, ended = (tasks[name][rows] for name in ("request", "queued_ns", "end_ns"))
-    if not len(request):
+    arrived, service = seen.arrived_ns.whole(), seen.service_ns.whole()
+    if not len(arrived):
         return None
-    served = tasks["started_ns"][rows] >= 0
-    started = np.where(served, tasks["started_ns"][rows], ended)
-    first = np.flatnonzero(np.append(True, request[1:] != request[:-1]))
-    service = np.add.reduceat(ended - started, first)
-    whole = np.logical_and.reduceat(served & (tasks["how"][rows] != CUT), first)
-    variability = _variability(queued[first], service[whole], edges)
-    return _waiting(queued, started, len(first), variability, edges)
+    # sorted: the same sums, whatever order they came in
+    variability = _variability(arrived, np.sort(service), edges)
+    return _waiting(np.sort(seen.queued_ns.whole()), np.sort(seen.started_ns.whole()), len(arrived), variability, edges)
 
 
 def _link_queue(transfers: Columns, members: list[int], edges: FloatColumn, last_ns: int) -> Queue | None:

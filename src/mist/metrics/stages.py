@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mist.metrics.distribution import Distribution, distribution
+from mist.metrics.distribution import Blocks, Distribution, distribution
 from mist.metrics.window import BoolColumn, Columns
 from mist.records import DROPPED, NO_CLIENT, IntColumn
 
@@ -54,18 +54,28 @@ def stage_times(
     return times
 
 
-def summarise_stages(
-    times: IntColumn, kinds: Sequence[str], before_token: IntColumn | None = None
-) -> dict[str, dict[str, Distribution]]:
-    """Distributions of `stage_times` over all its requests, a stage that a request didn't have counting as zero.
+class Stages:
+    """The times of finished requests, block by block, by stage kind and part."""
 
-    `before_token`: those until the first token, of the requests that have one; all parts together they are `ttft_s`.
-    """
-    found = {kind: {part: distribution(times[:, k, p]) for p, part in enumerate(PARTS)} for k, kind in enumerate(kinds)}
-    if before_token is not None:
-        for k, kind in enumerate(kinds):
-            found[kind]["ttft_s"] = distribution(before_token[:, k].sum(axis=1))
-    return found
+    def __init__(self, kinds: Sequence[str]) -> None:
+        self._times = {kind: {part: Blocks() for part in (*PARTS, "ttft_s")} for kind in kinds}
+
+    def add(self, finished: Columns, tasks: Columns, transfers: Columns) -> None:
+        """As for `stage_times`; `ttft_s` are all parts until the first token, of the requests that have one."""
+        times = stage_times(finished, tasks, len(self._times), transfers)
+        spoken = {name: column[finished["first_token_ns"] >= 0] for name, column in finished.items()}
+        before_token = stage_times(spoken, tasks, len(self._times), transfers, "first_token_ns").sum(axis=2)
+        for kind, found in enumerate(self._times.values()):
+            for part, name in enumerate(PARTS):
+                found[name].add(times[:, kind, part])
+            found["ttft_s"].add(before_token[:, kind])
+
+    def summary(self) -> dict[str, dict[str, Distribution]]:
+        """Distributions over all requests, a stage that one didn't have counting as zero."""
+        return {
+            kind: {name: distribution(times.whole()) for name, times in found.items()}
+            for kind, found in self._times.items()
+        }
 
 
 def awaited(sent: Sequence[int], ended: Sequence[int]) -> list[bool]:

@@ -16,6 +16,8 @@ from mist.records import IntColumn, Records
 
 Columns = Mapping[str, IntColumn]
 BoolColumn = npt.NDArray[np.bool_]
+#: ns on the run's clock; None: open
+Bounds = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +35,20 @@ class Window:
     stop_ns: int
 
     @classmethod
-    def of(cls, records: Records, bounds: tuple[int | None, int | None] = (None, None)) -> Window:
-        """The bounds (ns on the run's clock; None: open) cut to the run, first arrival to last event."""
-        first, last = _extent(records)
+    def of(cls, records: Records, bounds: Bounds = (None, None)) -> Window:
+        """The bounds cut to a run whose records are whole."""
+        return cls.between(*_extent(records), bounds)
+
+    @classmethod
+    def between(cls, first_ns: int, last_ns: int, bounds: Bounds = (None, None)) -> Window:
+        """The bounds cut to a run from its first arrival to its last event.
+
+        `last_ns` may be later than the run lasts: what happens in it is in the same windows.
+        """
         lower, upper = bounds
-        start = first if lower is None else max(lower, first)
-        end = last if upper is None else max(min(upper, last), start)
-        return cls(first, last, start, end, last + 1 if upper is None or upper > last else end)
+        start = first_ns if lower is None else max(lower, first_ns)
+        end = last_ns if upper is None else max(min(upper, last_ns), start)
+        return cls(first_ns, last_ns, start, end, last_ns + 1 if upper is None or upper > last_ns else end)
 
     @property
     def span_ns(self) -> int:

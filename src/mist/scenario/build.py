@@ -14,13 +14,13 @@ import numpy as np
 
 from mist import __version__
 from mist.coordinator import Coordinator
-from mist.errors import InvariantError, ScenarioError
+from mist.cost import BusyTime
+from mist.errors import InvariantError, Problem, ScenarioError
 from mist.kernel import FOREVER, Kernel
 from mist.ledger import Ledger
 from mist.lending import Lending
-from mist.metrics import TenantInfo, summarise
+from mist.metrics import Tally, TenantInfo, summary_of
 from mist.metrics.distribution import FloatColumn
-from mist.metrics.window import Window
 from mist.metrics.words import counted
 from mist.perf import ORIGINS, HostModel, PerfModel
 from mist.records import Records
@@ -36,15 +36,18 @@ from mist.scenario.tables import build_tables
 from mist.scenario.tenancy import SOLE
 from mist.scenario.tenants import build_tenants, table_notes, tenant_infos
 from mist.scenario.unloaded import asking, one_at_a_time, remembered, undisturbed
-from mist.scenario.usage import bill
+from mist.scenario.usage import bill, holdings_of
 from mist.scenario.value import Scenario
 from mist.tenant import Tenant
 from mist.units import NS_PER_S, seconds_to_ns
 from mist.views import Views
-from mist.workload import RequestTable
+from mist.workload import IntArray, RequestTable
 
 #: called with the requests that have left and the requests of the workload
 Progress = Callable[[int, int], None]
+
+#: what a run may keep of what it writes down
+RECORDS = ("full", "summary")
 
 
 def run(
@@ -54,64 +57,71 @@ def run(
     progress: Progress | None = None,
     only: str | None = None,
     tables: Mapping[str, RequestTable] | None = None,
+    records: str = "full",
 ) -> Result:
     """Simulate `scenario` to its end; `check` recounts every conservation law on the way.
 
     `only`: the name of a tenant that has the clients for itself; its requests are those that it has among the others.
+    `records`: "full", or "summary" to forget rows of tasks and steps once they are counted, for long runs.
     `tables`: the requests of each tenant, in place of those that the scenario reads or draws.
     Raises ScenarioError where the workload or the memory makes it impossible, InvariantError if MIST itself is wrong.
     """
     began = time.perf_counter()
+    _check_kept(records, check)
     tables = build_tables(scenario) if tables is None else dict(tables)
-    kernel, records = Kernel(), Records(stage_kinds=list(scenario.stages))
+    kernel, written = Kernel(), Records(stage_kinds=list(scenario.stages), are_whole=records == "full")
     hash_block_size = max(table.hash_block_size for table in tables.values())
-    fleet = build_fleet(scenario, hash_block_size, kernel, records)
-    network = network_of(scenario, fleet, kernel, records)
-    give_swap_spaces(scenario, fleet, network, records)
-    add_memories(scenario, fleet, hash_block_size, network, records)
-    tenants = build_tenants(scenario, tables, fleet, records)
+    fleet = build_fleet(scenario, hash_block_size, kernel, written)
+    network = network_of(scenario, fleet, kernel, written)
+    give_swap_spaces(scenario, fleet, network, written)
+    add_memories(scenario, fleet, hash_block_size, network, written)
+    tenants = build_tenants(scenario, tables, fleet, written)
     playing = tenants if only is None else {only: tenants[only]}
     infos = tenant_infos(scenario, playing, _alone(scenario, tenants))
     window = _window_ns(scenario, list(tables.values()))
     tables = {name: tables[name] for name in playing}
     coordinator = Coordinator(
-        kernel=kernel, records=records, clients=fleet.clients, network=network, tenants=list(tenants.values()),
+        kernel=kernel, records=written, clients=fleet.clients, network=network, tenants=list(tenants.values()),
         views=Views(seconds_to_ns(scenario.view_refresh_s)), terms=terms_of(scenario, fleet.clients, fleet.infos),
-        lending=_lending(scenario, fleet, records),
+        lending=_lending(scenario, fleet, written),
     )  # fmt: skip
     add_disturbances(scenario, fleet, coordinator, sum(len(tenant.workload) for tenant in playing.values()))
-    ledger = Ledger(kernel, coordinator, fleet.clients, records) if check else None
-    started = time.perf_counter()
-    cut = _play(scenario, kernel, coordinator, list(playing.values()), ledger, progress)
     everybody = infos.get(SOLE) or TenantInfo(open_loop=all(info.open_loop for info in infos.values()))
-    metrics = summarise(
-        records,
+    loads = [tables[name].arrival_ns for name, info in infos.items() if info.open_loop]
+    tally = Tally(
+        written,
         clients=fleet.infos,
+        first_ns=min(int(table.arrival_ns[0]) for table in tables.values()),
+        last_arrival_ns=max((int(each[-1]) for each in loads), default=None),
         window=window,
-        open_loop=everybody.open_loop,
-        slo=everybody.slo,
-        memories=memory_infos(fleet),
-        provenance=_provenance(records, fleet.models),
-        oracle_output_tokens=everybody.oracle_output_tokens,
-        quality=everybody.quality,
-        alone=everybody.alone,
+        whole=everybody,
         tenants=[info for info in infos.values() if info.name != SOLE],
     )
-    whole = Window.of(records)
+    busy = BusyTime(written, fleet.infos, holdings_of(scenario), tally.so_far)
+    tally.watchers.append(busy.add)
+    ledger = Ledger(kernel, coordinator, fleet.clients, written) if check else None
+    started = time.perf_counter()
+    coordinator.on_progress = _counting(
+        tally, coordinator, loads, progress, sum(len(tenant.workload) for tenant in playing.values())
+    )
+    cut = _play(scenario, kernel, coordinator, list(playing.values()), ledger)
+    tally.finish()
+    whole = tally.window
+    metrics = summary_of(tally, memories=memory_infos(fleet), provenance=_provenance(tally, fleet.models))
     metrics |= shared(coordinator.network, whole.first_ns, whole.last_ns)
     metrics["notes"] += [
         *cut,
-        *happened(scenario, records),
-        *_rejections(records),
+        *happened(scenario, tally),
+        *_rejections(written),
         *table_notes(tables),
-        *_verified(scenario, fleet, records),
+        *_verified(scenario, fleet, tally),
     ]
     metrics["notes"] += [
         *nothing_to_find(scenario, tables),
         *fleet.remarks,
         *remarks(scenario, fleet.priced_by, saturated=metrics["saturated"]),
     ]
-    metrics |= bill(scenario, fleet, records, metrics, window)
+    metrics |= bill(scenario, busy, metrics, whole)
     metrics["expected_error"] = {
         name: expected_error(scenario, name, fleet.priced_by[name], saturated=metrics["saturated"])
         for name in scenario.pools
@@ -120,12 +130,12 @@ def run(
     return Result(
         name=scenario.name,
         scenario=scenario.resolved(),
-        records=records,
+        records=written,
         metrics=metrics,
         simulator={
             "version": __version__,
-            "events": kernel.num_events + len(records.steps),
-            "steps": len(records.steps),
+            "events": kernel.num_events + tally.num_steps,
+            "steps": tally.num_steps,
         },
         timing={"startup_s": started - began, "run_s": ended - started, "wall_s": time.perf_counter() - began},
     )
@@ -144,28 +154,58 @@ def _alone(scenario: Scenario, tenants: Mapping[str, Tenant]) -> dict[str, Mappi
     return {name: remembered(twin, tables[name], tenants[name].first_request, partial(play, name)) for name in names}
 
 
+def _check_kept(records: str, check: bool) -> None:
+    """ScenarioError unless `records` is one of `RECORDS`, and all of them are there to check the laws of."""
+    if records not in RECORDS:
+        raise ScenarioError(Problem(f"there are no records {records!r}", hint=f"known: {', '.join(RECORDS)}"))
+    if check and records != "full":
+        raise ScenarioError(Problem("a summary keeps no tables to check the laws of", hint="check with full records"))
+
+
 def _lending(scenario: Scenario, fleet: Fleet, records: Records) -> Lending | None:
     lending = {name: pool.lending.threshold_tokens for name, pool in scenario.pools.items() if pool.lending}
     thresholds = {i: lending[info.pool] for i, info in enumerate(fleet.infos) if info.pool in lending}
     return Lending(thresholds, records) if thresholds else None
 
 
-def _verified(scenario: Scenario, fleet: Fleet, records: Records) -> list[str]:
+def _verified(scenario: Scenario, fleet: Fleet, tally: Tally) -> list[str]:
     """How many tokens came out of the steps of each pool that speculates."""
-    tasks = records.tasks.as_columns()
-    decoded = tasks["join_step"] >= 0
     notes = []
     for name, settings in ((name, pool.speculation) for name, pool in scenario.pools.items() if pool.speculation):
         assert settings is not None
-        here = decoded & np.isin(tasks["client"], [i for i, info in enumerate(fleet.infos) if info.pool == name])
-        steps = int((tasks["last_step"] - tasks["join_step"])[here].sum())
+        here = [i for i, info in enumerate(fleet.infos) if info.pool == name]
+        steps = int(tally.decoded_steps[here].sum())
         if steps:
-            mean = int((tasks["generated_tokens"] - 1)[here].sum()) / steps
+            mean = int(tally.decoded_tokens[here].sum()) / steps
             k, share = settings.num_draft_tokens, settings.accepted_share
             notes.append(
                 f"{name}: {mean:.3g} tokens per sequence and decode step, of {k} drafted {share:.3g} accepted."
             )
     return notes
+
+
+def _counting(
+    tally: Tally, coordinator: Coordinator, loads: Sequence[IntArray], progress: Progress | None, total: int
+) -> Callable[[int], None]:
+    """What to do as requests leave: count them, block by block, and tell `progress`.
+
+    `loads`: the arrivals, in order, of what saturation is judged by.
+    """
+
+    def left(num_left: int) -> None:
+        if tally.is_due:
+            now = coordinator.kernel.now
+            # who is cancelled is there until the step in flight is over
+            settled = min([now, *(client.now for client in coordinator.clients if not client.idle)])
+            if any(now <= arrivals[-1] for arrivals in loads):
+                # the run may be cut before another one arrives, and then this is the end of the load
+                last = max((int(each[np.searchsorted(each, now) - 1]) for each in loads if each[0] < now), default=0)
+                settled = min(settled, last + 1)
+            tally.add(settled, min([now, *(each.arrival_ns for each in coordinator.in_system.values())]))
+        if progress is not None:
+            progress(num_left, total)
+
+    return left
 
 
 def _play(
@@ -174,13 +214,10 @@ def _play(
     coordinator: Coordinator,
     tenants: Sequence[Tenant],
     ledger: Ledger | None,
-    progress: Progress | None,
 ) -> list[str]:
     """Let the requests of `tenants` come; what to say of where the clock cut the run, if it did."""
     total = sum(len(tenant.workload) for tenant in tenants)
     until = FOREVER if scenario.max_time_s is None else seconds_to_ns(scenario.max_time_s)
-    if progress is not None:
-        coordinator.on_progress = lambda num_left: progress(num_left, total)
     coordinator.start(tenants)
     kernel.run(until)
     # a step in flight reaches past the clock's end; without any, clients wait for what never comes
@@ -245,13 +282,11 @@ def _rejections(records: Records) -> list[str]:
     return [f"{counts[i]:,} rejected: {records.reasons[i]}." for i in np.argsort(-counts, kind="stable")]
 
 
-def _provenance(records: Records, models: Sequence[PerfModel | HostModel]) -> dict[str, float]:
+def _provenance(tally: Tally, models: Sequence[PerfModel | HostModel]) -> dict[str, float]:
     """Share of all clients' busy time by where the figure for it comes from."""
-    steps = records.steps.as_columns()
-    busy = np.bincount(steps["client"], steps["end_ns"] - steps["start_ns"], minlength=len(models))
-    total = float(busy.sum())
+    total = float(tally.busy_ns.sum())
     times = dict.fromkeys(ORIGINS, 0.0)
-    for model, time_ns in zip(models, busy.tolist(), strict=True):
+    for model, time_ns in zip(models, tally.busy_ns.tolist(), strict=True):
         for origin, share in model.provenance().items():
             times[origin] += share * time_ns
     # sums of shares are off by some 1e-16, which would print as digits

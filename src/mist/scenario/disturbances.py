@@ -18,11 +18,11 @@ from mist.coordinator import Coordinator
 from mist.errors import ScenarioError, nearest
 from mist.fabric import Fabric, PlainLinks
 from mist.kernel import FOREVER
+from mist.metrics import Tally
 from mist.metrics.availability import state_changes
-from mist.metrics.window import Window
 from mist.metrics.words import counted
 from mist.network import HOST, Network
-from mist.records import CANCELLED, LOST, TIMED_OUT, Records
+from mist.records import CANCELLED, TIMED_OUT
 from mist.request import NO_DEADLINE
 from mist.scenario.clients import Pool
 from mist.scenario.events import EventSection
@@ -70,9 +70,9 @@ def patience(scenario: Scenario, tenant: Tenancy, num_requests: int) -> Patience
     return Patience(np.minimum(after, timeout).tolist(), statuses.tolist())
 
 
-def happened(scenario: Scenario, records: Records) -> Iterator[str]:
+def happened(scenario: Scenario, tally: Tally) -> Iterator[str]:
     """Sentences on what happened to clients and to tasks that were there, and on what came too late."""
-    last_s = Window.of(records).last_ns / NS_PER_S
+    last_s = tally.window.last_ns / NS_PER_S
     late = [f"events.{i} at {each.at_s:,g} s" for i, each in enumerate(scenario.events) if each.at_s > last_s]
     for name, pool in scenario.pools.items():
         planned = enumerate(pool.scaling.schedule if pool.scaling else ())
@@ -81,13 +81,11 @@ def happened(scenario: Scenario, records: Records) -> Iterator[str]:
         more = f" and {len(late) - MAX_LATE} more" if len(late) > MAX_LATE else ""
         told = ", ".join(late[:MAX_LATE])
         yield f"Changed nothing, for the run's last event was at {last_s:,.4g} s: {told}{more}."
-    if state_changes(records):
+    if state_changes(tally.records, tally.last_ends):
         yield "Some clients didn't serve all the time: their utilisation is over the time that each did."
-    tasks = records.tasks.as_columns()
-    lost = tasks["how"] == LOST
-    if lost.any():
-        requests = counted(len(np.unique(tasks["request"][lost])), "request")
-        yield f"{counted(int(lost.sum()), 'task')} of {requests} lost with clients that went down."
+    if tally.num_lost_tasks:
+        requests = counted(tally.num_lost_requests, "request")
+        yield f"{counted(tally.num_lost_tasks, 'task')} of {requests} lost with clients that went down."
 
 
 def _replicas(fleet: Fleet) -> dict[str, Replica]:

@@ -38,6 +38,9 @@ RESULT_FILES = (
     "scenario.yaml",
 )  # fmt: skip
 
+#: those that a run which kept no tables makes
+SUMMARY_FILES = ("summary.json", "scenario.yaml")
+
 #: width of the printed form where there is no terminal to fill
 PLAIN_WIDTH = 100
 
@@ -69,27 +72,33 @@ class Result:
     @cached_property
     def requests(self) -> Columns:
         """One row per request, by number: times in seconds on the run's clock, NaN where they don't apply."""
-        return request_columns(self.records)
+        return request_columns(self._tables())
 
     @cached_property
     def steps(self) -> Columns:
         """One row per step of a client, by start; what ran together, on how many KV blocks, with how many waiting."""
-        return step_columns(self.records)
+        return step_columns(self._tables())
 
     @cached_property
     def tasks(self) -> Columns:
         """One row per segment of a task (queueing to end or preemption), by request and in order."""
-        return task_columns(self.records)
+        return task_columns(self._tables())
 
     @cached_property
     def transfers(self) -> Columns:
         """One row per KV cache that moved: when, and from which client (None: host memory) to which."""
-        return transfer_columns(self.records)
+        return transfer_columns(self._tables())
+
+    def _tables(self) -> Records:
+        if not self.records.are_whole:
+            told = "this run kept its summary, and no tables"
+            raise ScenarioError(Problem(told, hint="run it with full records: records='full', or without --records"))
+        return self.records
 
     @cached_property
     def changes(self) -> Columns:
         """One row per instant at which a replica went down, came up, started or drained, by time, with the reason."""
-        return change_columns(self.records)
+        return change_columns(self._tables())
 
     def cost(self, prices: Any = None) -> dict[str, Any]:
         """The bill of this run: the summary's, or by other `prices`, as a scenario would have them, without a new run.
@@ -117,9 +126,9 @@ class Result:
     def write(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write summary.json, scenario.yaml and the tables to `folder` (`RESULT_FILES`); return it.
 
-        The files are made in a new folder beside it, which takes its place in the end: whatever goes wrong, earlier
-        results stay whole. Other files of an overwritten folder are kept. Raises ScenarioError where `folder` can't be
-        used (`check_output_folder`).
+        Without tables (`SUMMARY_FILES`) where the run kept none. The files are made in a new folder beside it, which
+        takes its place in the end: whatever goes wrong, earlier results stay whole. Other files of an overwritten
+        folder are kept. Raises ScenarioError where `folder` can't be used (`check_output_folder`).
         """
         target = Path(folder).resolve()
         check_output_folder(target, overwrite=overwrite)
@@ -137,6 +146,8 @@ class Result:
     def _write_files(self, folder: Path) -> None:
         (folder / "summary.json").write_text(self.to_json(), encoding="utf-8")
         (folder / "scenario.yaml").write_text(to_yaml(self.scenario), encoding="utf-8")
+        if not self.records.are_whole:
+            return
         for name in ("requests", "tasks", "steps", "transfers", "changes"):
             _write_parquet(getattr(self, name), folder / f"{name}.parquet")
 
@@ -290,6 +301,6 @@ def _take_place(made: Path, target: Path) -> None:
     target.rename(earlier)
     made.rename(target)
     for entry in sorted(earlier.iterdir()):
-        if not (target / entry.name).exists():
+        if entry.name not in RESULT_FILES and not (target / entry.name).exists():
             entry.rename(target / entry.name)
     shutil.rmtree(earlier)

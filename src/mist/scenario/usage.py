@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mist.cost import Holding, HostUse, MemoryUse, cost, energy, used
+from mist.cost import BusyTime, Holding, HostUse, MemoryUse, cost, energy, used
+from mist.metrics.window import Window
 from mist.metrics.words import counted
-from mist.records import Records
 from mist.scenario.clients import Pool
-from mist.scenario.fleet import Fleet
 from mist.scenario.hosts import HostPool
 from mist.scenario.pools import AnyClient
 from mist.scenario.prices import tariff_of
@@ -21,23 +20,27 @@ from mist.scenario.value import Scenario
 Json = dict[str, Any]
 
 
-def bill(
-    scenario: Scenario, fleet: Fleet, records: Records, metrics: Mapping[str, Any],
-    window: tuple[int | None, int | None],
-) -> Json:  # fmt: skip
-    """`usage`, `cost` and `energy` of the run that left `records`, whose summary is `metrics`."""
+def bill(scenario: Scenario, busy: BusyTime, metrics: Mapping[str, Any], span: Window) -> Json:
+    """`usage`, `cost` and `energy` of the run whose summary over `span` is `metrics`."""
     usage = used(
-        records,
+        busy,
         metrics,
-        clients=fleet.infos,
-        holdings={name: holding(pool, on_host=_on_host(scenario, name)) for name, pool in _holders(scenario).items()},
+        span,
         hosts=list(_hosts(scenario)),
         memories=list(_memories(scenario, metrics)),
-        window=window,
         remarks=list(_unpaid(scenario)),
     )
     tariff = tariff_of(scenario.prices, {name: pool.price for name, pool in scenario.clients.items()})
     return {"usage": usage, "cost": cost(usage, tariff), "energy": energy(usage, scenario.energy.settings())}
+
+
+def holdings_of(scenario: Scenario) -> dict[str, Holding]:
+    """What each pool with devices holds: all but KV stores that are nowhere in particular."""
+    return {
+        name: holding(pool, on_host=_on_host(scenario, name))
+        for name, pool in scenario.clients.items()
+        if pool.device is not None
+    }
 
 
 def holding(pool: AnyClient, *, on_host: bool = False) -> Holding:
@@ -55,11 +58,6 @@ def holding(pool: AnyClient, *, on_host: bool = False) -> Holding:
         )
     cores = pool.cores / pool.workers if isinstance(pool, HostPool) else 1
     return Holding(pool.device, pool.count, busy_devices=cores / max(1, pool.device.num_cores), on_host=on_host)
-
-
-def _holders(scenario: Scenario) -> dict[str, AnyClient]:
-    """Pools with devices: all but KV stores that are nowhere in particular."""
-    return {name: pool for name, pool in scenario.clients.items() if pool.device is not None}
 
 
 def _on_host(scenario: Scenario, name: str) -> bool:

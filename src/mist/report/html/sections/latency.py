@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mist.metrics.distribution import FloatColumn, distribution, weighted_distribution
+from mist.metrics.distribution import FloatColumn, Multiset, distribution
 from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
 from mist.metrics.tokens import DecodeSteps, Segments, token_gaps
 from mist.metrics.window import Columns
@@ -118,7 +118,12 @@ def _charts(title: str, found: Mapping[str, Times], targets: list[Mark]) -> Mark
 
 def _row(times: Times) -> list[str]:
     values, weights = times
-    figures = distribution(values, _SHOWN) if weights is None else weighted_distribution(values, weights, _SHOWN)  # type: ignore[arg-type]
+    if weights is None:
+        figures = distribution(values, _SHOWN)
+    else:
+        counted = Multiset()
+        counted.add(values.astype(np.int64), weights)
+        figures = counted.distribution(_SHOWN)
     num = len(values) if weights is None else int(weights.sum())
     return [f"{num:,}", *(seconds(figure) for figure in figures.values())]
 
