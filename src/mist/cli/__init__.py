@@ -1,6 +1,6 @@
 """The command `mist`: run, check, explain-step, schema and list, each a few lines around the library.
 
-The outermost layer (`calibrate` and `validate` are beside it): options become overrides of the scenario, errors become
+The outermost layer (`advise`, `calibrate` and `validate` are beside it): options become overrides of the scenario, errors become
 exit codes (2 the user's files, 3 a broken law, 130 interrupted). It computes nothing, prints results to stdout only,
 and imports the simulator only to use it.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mist import __version__
+from mist.cli.advice import advise
 from mist.cli.calibration import calibrate
 from mist.cli.interference import interference
 from mist.cli.output import folded, print_json, table
@@ -71,6 +72,7 @@ def main() -> None:
     Then
         mist run scenario.yaml                          latencies, throughput, load
         mist run scenario.yaml --set clients.gpu.tp=2   the same on two devices each
+        mist advise scenario.yaml                       why it is as slow and dear as it is, and what would help
         mist check scenario.yaml                        is it right, and does it fit?
         mist list devices                               what can be named
     """
@@ -329,6 +331,7 @@ def _tell(problems: Iterable[Problem]) -> None:
             click.echo(hint, err=True)
 
 
+main.add_command(advise)
 main.add_command(interference)
 main.add_command(calibrate)
 main.add_command(validate)
