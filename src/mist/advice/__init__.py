@@ -14,7 +14,7 @@ from mist.advice.changes import changes
 from mist.advice.evidence import Evidence
 from mist.advice.facts import facts
 from mist.advice.latency import METRICS, Account, account, fractions
-from mist.advice.reasons import HEALTHY, NONE, Change, Reason, WhatIf
+from mist.advice.reasons import HEALTHY, INTERFERENCE, NONE, QUEUEING, Change, Reason, WhatIf
 from mist.advice.spending import spending
 from mist.advice.trials import Figures, Trials, figures_of
 from mist.metrics import SCHEMA_VERSION
@@ -110,17 +110,33 @@ def _asked(result: Result) -> list[str]:
 
 
 def _of_latency(evidence: Evidence, accounts: Sequence[Account], figures: Figures) -> list[Reason]:
-    """Each reason once, of the latency that it explains the largest share of."""
+    """Each reason once, of the latency that it explains the largest share of, the largest first."""
     largest: dict[tuple[str, str], tuple[float, Account]] = {}
     for each in accounts:
         for cause, share in fractions(each).items():
             if share > largest.get(cause, (LEAST_SHARE, each))[0]:
                 largest[cause] = (share, each)
-    ranked = sorted(largest.items(), key=lambda item: -item[1][0])[:MOST_REASONS]
-    return [
+    reasons = [
         Reason(code, at, found.metric, share, share * (figures[found.metric] or 0.0), facts(evidence, code, at, found))
-        for (code, at), (share, found) in ranked
+        for (code, at), (share, found) in largest.items()
     ]
+    return sorted(reasons, key=lambda reason: (-_weight(reason, reasons), -reason.share))[:MOST_REASONS]
+
+
+def _weight(reason: Reason, reasons: Sequence[Reason]) -> float:
+    """The share that a reason is ranked by.
+
+    Prompts beside decodes come behind the queueing for the token budget that they fill, where that is above `HEALTHY`:
+    more prompts than there is time for cause both.
+    """
+    if reason.code != INTERFERENCE:
+        return reason.share
+    queues = [each.share for each in reasons if each.code == QUEUEING and each.at == reason.at and _is_full(each)]
+    return min([reason.share, *(share * (1 - 1e-9) for share in queues)])
+
+
+def _is_full(reason: Reason) -> bool:
+    return reason.share > HEALTHY and reason.facts["bound"] == "tokens"
 
 
 def _of_cost(evidence: Evidence, figures: Figures) -> list[Reason]:
