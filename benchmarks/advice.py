@@ -1,4 +1,4 @@
-"""How often `mist advise` names a bottleneck that was planted: five kinds, ten random magnitudes each, and healthy runs.
+"""How often `mist advise` names a bottleneck that was planted: five kinds at ten random magnitudes, and healthy runs.
 
 A healthy deployment is drawn, and one thing about it made worse by a random factor; the first reason must be that
 thing, and "none" where nothing was. Figures are of the roofline, seeds are fixed: `python benchmarks/advice.py [SEED]`.
@@ -127,7 +127,9 @@ def main() -> None:
             advice = advise(scenario, what_ifs=1 if kind != "none" else 0)
             right += advice.bottleneck == kind
             helped = advice.latency[0].what_ifs[0].helps if advice.latency and advice.latency[0].what_ifs else None
-            print(f"{kind:10} {scenario.name:10} {strength:.2f}  {advice.bottleneck:10} {told(advice)}; helps: {helped}")
+            print(
+                f"{kind:10} {scenario.name:10} {strength:.2f}  {advice.bottleneck:10} {told(advice)}; helps: {helped}"
+            )
         rows.append((kind, right))
     print()
     for kind, right in rows:

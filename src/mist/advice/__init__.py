@@ -83,11 +83,10 @@ def advise(
     """
     if unknown := sorted(set(metrics) - set(METRICS)):
         raise ValueError(f"no latency {unknown[0]!r}; known: {', '.join(METRICS)}")
-    count = iter(range(1, 1_000))
-    tell = (lambda: progress(next(count))) if progress is not None else (lambda: None)
+    tell = progress or (lambda number: None)
     if result is None:
         result = run(scenario)
-        tell()
+        tell(1)
     evidence, figures = Evidence(scenario, result), figures_of(result.metrics)
     accounts = [found for metric in metrics or _asked(result) if (found := account(evidence, metric)) is not None]
     latency, cost = _of_latency(evidence, accounts, figures), _of_cost(evidence, figures)
@@ -105,7 +104,9 @@ def advise(
 def _asked(result: Result) -> list[str]:
     """The latencies that reasons are sought for: TTFT and TPOT, those with a target, or E2E where there are neither."""
     targets = {each["metric"] for each in (result.metrics["slo"] or {"targets": ()})["targets"]}
-    found = [name for name in METRICS if (name != "e2e_s" or name in targets) and result.metrics[name].get("p99") is not None]
+    found = [
+        name for name in METRICS if (name != "e2e_s" or name in targets) and result.metrics[name].get("p99") is not None
+    ]
     return found or ["e2e_s"]
 
 
@@ -154,6 +155,8 @@ def _remarks(result: Result) -> list[str]:
     """What one must know to read the reasons: load beyond capacity, requests that aren't in them, no price."""
     summary, counts = result.metrics, result.metrics["requests"]
     found = [f"Saturated: {summary['saturation_reason']}."] if summary["saturated"] else []
-    if counts["finished"] < counts["arrived"]:
+    if not counts["finished"]:
+        found.append("No request finished, so there is no latency to explain.")
+    elif counts["finished"] < counts["arrived"]:
         found.append(f"The reasons are of the {counts['finished']:,} of {counts['arrived']:,} requests that finished.")
     return found + [str(remark) for remark in summary["cost"]["remarks"]]

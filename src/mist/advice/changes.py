@@ -7,11 +7,14 @@ take is left out by whoever runs it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from mist.advice.evidence import Evidence
 from mist.advice.reasons import BATCH, HOST, IDLE, INTERFERENCE, KV, LINK, QUEUEING, RETRIEVAL, STAGE, Change, Reason
+from mist.metrics.words import counted
 from mist.model import DTYPE_BYTES
+from mist.request import PREFILL
 from mist.scenario import Scenario, catalogue
 from mist.scenario.clients import Pool
 from mist.scenario.hosts import HostPool
@@ -36,7 +39,8 @@ def _queueing(scenario: Scenario, reason: Reason) -> Iterator[Change]:
     yield from _replicas(scenario, reason.at, 1)
     if bound == "slots":
         yield from _limit(scenario, reason.at, "max_num_seqs", 2)
-    yield from _limit(scenario, reason.at, "max_num_batched_tokens", 2 if bound == "tokens" else 0.5)
+    if PREFILL in scenario.clients[reason.at].serves:
+        yield from _limit(scenario, reason.at, "max_num_batched_tokens", 2 if bound == "tokens" else 0.5)
     yield from _wider(scenario, reason.at)
 
 
@@ -60,10 +64,8 @@ def _kv(scenario: Scenario, reason: Reason) -> Iterator[Change]:
 def _own_blocks(scenario: Scenario, pool: str, num_blocks: int) -> Change:
     """Twice the blocks, under the key that the user gave them by."""
     key, size = "num_blocks", num_blocks
-    try:
+    with suppress(KeyError):
         size, key = scenario.source.at(("clients", pool, "kv_cache", "capacity_tokens")), "capacity_tokens"
-    except KeyError:
-        pass
     return Change(f"{pool}: twice the KV cache", {f"clients.{pool}.kv_cache.{key}": 2 * size})
 
 
@@ -84,14 +86,17 @@ def _link(scenario: Scenario, reason: Reason) -> Iterator[Change]:
 
 
 def _faster_tiers(scenario: Scenario) -> Change:
-    """Whole tiers, since one that is written in part loses what its preset says; and NICs that have a rate of theirs."""
+    """Whole tiers, since one that is written in part loses what its preset says; and NICs with a rate of their own."""
     network, overrides = scenario.network, dict[str, Any]()
     for name in ("node", "rack", "pod"):
         if (tier := getattr(network, name)) is not None:
             overrides[f"network.{name}"] = {**tier.model_dump(), "bandwidth": _faster(tier.bandwidth)}
     for name, group in (network.nodes or {}).items():
         if group.nic is not None:
-            overrides[f"network.nodes.{name}.nic"] = {**group.nic.model_dump(), "bandwidth": _faster(group.nic.bandwidth)}
+            overrides[f"network.nodes.{name}.nic"] = {
+                **group.nic.model_dump(),
+                "bandwidth": _faster(group.nic.bandwidth),
+            }
     return Change(f"links {FASTER} times as fast", overrides)
 
 
@@ -186,10 +191,32 @@ def _batch(scenario: Scenario, reason: Reason) -> Iterator[Change]:
 
 
 def _replicas(scenario: Scenario, pool: str, more: int) -> Iterator[Change]:
+    """More or fewer; where clients have nodes by name, one more on a node more too."""
     count = scenario.clients[pool].count + more
-    if count >= 1 and getattr(scenario.clients[pool], "scaling", None) is None:
-        noun = "replica" if count == 1 else "replicas"
-        yield Change(f"{pool}: {count} {noun}", {f"clients.{pool}.count": count})
+    if count < 1 or getattr(scenario.clients[pool], "scaling", None) is not None:
+        return
+    words, overrides = f"{pool}: {counted(count, 'replica')}", {f"clients.{pool}.count": count}
+    network = scenario.network
+    placed = (network.placement or {}).get(pool, ()) if more > 0 else ()
+    group = next((name for name, nodes in network.node_names().items() if placed and placed[-1] in (name, *nodes)), "")
+    if group and network.nodes is not None:
+        yield Change(f"{words}, on a node more", overrides | _one_node_more(scenario, pool, group))
+    if not (group and isinstance(scenario.clients[pool], HostPool)):
+        yield Change(words, overrides)
+
+
+def _one_node_more(scenario: Scenario, pool: str, group: str) -> dict[str, Any]:
+    """A group of nodes grown by one, which a pool is placed on too; a group of one is named anew where it has many."""
+    network = scenario.network
+    nodes, placement = network.nodes or {}, network.placement or {}
+    count = nodes[group].count
+    moved = {name: [_first_of(group, count, node) for node in given] for name, given in placement.items()}
+    moved[pool] = [*moved[pool], f"{group}-{count}"]
+    return {f"network.nodes.{group}.count": count + 1, "network.placement": moved}
+
+
+def _first_of(group: str, count: int, node: str) -> str:
+    return f"{group}-0" if node == group and count == 1 else node
 
 
 def _wider(scenario: Scenario, pool: str) -> Iterator[Change]:

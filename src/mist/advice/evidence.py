@@ -16,8 +16,8 @@ from mist.advice.pace import HOST_SERVE, Limits, Pace, pace_of
 from mist.batching import BatchingPolicy
 from mist.engine import EngineProfile
 from mist.metrics.distribution import FloatColumn
-from mist.metrics.window import Columns
-from mist.records import DONE, FINISHED, KV_TRANSFER, IntColumn, Records
+from mist.metrics.window import BoolColumn, Columns
+from mist.records import DONE, FINISHED, KV_TRANSFER, PREEMPTED, IntColumn, Records
 from mist.scenario import Scenario
 from mist.scenario.clients import Pool
 from mist.scenario.hosts import NO_ENGINE, HostPool
@@ -94,6 +94,32 @@ class Evidence:
         """Of each client."""
         return [pace_of(*self._steps_of(c), self.limits[pool]) for c, pool in enumerate(self.pool_of)]
 
+    @cached_property
+    def ready_ns(self) -> IntColumn:
+        """When each task had passed the front end of its client: its queueing, where that takes no time."""
+        tasks, ready = self.tasks, self.tasks["queued_ns"].copy()
+        requests = self.records.requests.as_columns()
+        prompt = np.zeros(int(requests["request"].max(initial=-1)) + 1, np.int64)
+        prompt[requests["request"]] = requests["input_tokens"]
+        comes = (tasks["started_ns"] != tasks["queued_ns"]) & ~self.is_resumed
+        for client, pool in enumerate(self.pool_of):
+            engine = self.limits[pool].engine
+            if not engine.has_front_end:
+                continue
+            rows = np.flatnonzero(comes & (tasks["client"] == client))
+            rows = rows[np.argsort(tasks["queued_ns"][rows], kind="stable")]
+            read = engine.request_overhead_ns + engine.prompt_token_overhead_ns * prompt[tasks["request"][rows]]
+            begin = _one_by_one(tasks["queued_ns"][rows], engine.request_serial_ns)
+            ready[rows] = begin + np.maximum(read, engine.request_serial_ns)
+        return ready
+
+    @cached_property
+    def is_resumed(self) -> BoolColumn:
+        """Which tasks' rows go on with one that was preempted."""
+        tasks = self.tasks
+        same = (tasks["request"][1:] == tasks["request"][:-1]) & (tasks["how"][:-1] == PREEMPTED)
+        return np.append(np.zeros(min(1, len(tasks["how"])), bool), same)
+
     def steps_of(self, pool: str) -> Columns:
         """The steps of all clients of a pool."""
         rows = self.records.steps.as_columns()
@@ -163,6 +189,13 @@ def _sum_until(times: IntColumn, amounts: IntColumn, at: IntColumn) -> FloatColu
     sums = np.append(0.0, np.cumsum(amounts[order], dtype=float))
     found: FloatColumn = sums[np.searchsorted(times[order], at, side="right")]
     return found
+
+
+def _one_by_one(comes: IntColumn, takes_ns: int) -> IntColumn:
+    """When each of those that come in this order begins to be served, alone, for `takes_ns`."""
+    place = np.arange(len(comes)) * takes_ns
+    begin: IntColumn = np.maximum.accumulate(comes - place) + place if len(comes) else comes
+    return begin
 
 
 def _engine(pool: Pool) -> EngineProfile:

@@ -19,7 +19,7 @@ from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
 from mist.metrics.stages import segment_edges
 from mist.metrics.window import BoolColumn, Columns
 from mist.pipeline.parts import RETRIEVE
-from mist.records import NO_CLIENT, PREEMPTED, IntColumn
+from mist.records import NO_CLIENT, IntColumn
 from mist.request import DECODE, PREFILL
 
 #: what requests compute themselves, tools that they wait for included
@@ -95,7 +95,7 @@ class _Sums:
         """Segments at a client (rows of the tasks), with what came before and after them."""
         before, queued, started, ended, end = edges
         pool = "" if client == NO_CLIENT else self._evidence.pool_of[client]
-        self._handed(client, pool, rows, before, queued)
+        self._handed(client, rows, before, queued)
         self.times[LINK, f"{pool} -> user"] += float((end - ended).sum())
         if client == NO_CLIENT:
             return
@@ -105,8 +105,8 @@ class _Sums:
         self.times[RETRIEVAL, pool] += searched
         self.waiting[pool] += float((started - queued)[is_search].sum())
         rest = ~is_search
-        resumed = self._resumed(rows[rest])
-        self._waited(client, pool, resumed, queued[rest], started[rest])
+        resumed = self._evidence.is_resumed[rows[rest]]
+        self._waited(client, pool, rows[rest], queued[rest], started[rest])
         joined = self._evidence.tasks["joined_ns"][rows[rest]]
         joined = np.clip(np.where(joined >= 0, joined, ended[rest]), started[rest], ended[rest])
         joined = np.where(kinds[rest] == DECODE, np.where(resumed, joined, started[rest]), joined)
@@ -114,16 +114,12 @@ class _Sums:
         generates |= self._evidence.tasks["generated_tokens"][rows[rest]] > 0
         self._served(client, pool, resumed, generates, started[rest], joined, ended[rest])
 
-    def _handed(self, client: int, pool: str, rows: IntColumn, before: IntColumn, queued: IntColumn) -> None:
-        """What a segment took to come: on links, for room at its client, and in the engine's front end."""
-        took = (queued - before).astype(float)
+    def _handed(self, client: int, rows: IntColumn, before: IntColumn, queued: IntColumn) -> None:
+        """What a segment took to come: on links, and before these for room at its client."""
         requests = self._evidence.tasks["request"][rows].tolist()
-        for place, (request, since, until) in enumerate(zip(requests, before.tolist(), queued.tolist(), strict=True)):
+        for request, since, until in zip(requests, before.tolist(), queued.tolist(), strict=True):
             for cause, time in self._sent(client, request, since, until) if since < until else ():
                 self.times[cause] += time
-                took[place] -= time
-        if pool and self._evidence.limits[pool].engine.has_front_end:
-            self.times[HOST, pool] += float(np.maximum(took, 0).sum())
 
     def _sent(self, client: int, request: int, since: int, until: int) -> Iterator[tuple[Cause, float]]:
         """What was sent to a client for a request in an interval, piece by piece as it came."""
@@ -136,17 +132,24 @@ class _Sums:
             yield (LINK, f"{self._evidence.sender(sender)} -> {self._evidence.pool_of[client]}"), float(there - begun)
             since = there
 
-    def _resumed(self, rows: IntColumn) -> BoolColumn:
-        """Which segments go on with a task that was preempted."""
-        tasks, earlier = self._evidence.tasks, np.maximum(rows - 1, 0)
-        same = (tasks["request"][earlier] == tasks["request"][rows]) & (rows > 0)
-        return same & (tasks["how"][earlier] == PREEMPTED)
-
-    def _waited(self, client: int, pool: str, resumed: BoolColumn, queued: IntColumn, started: IntColumn) -> None:
-        """A wait by what those steps were bound by that began meanwhile; what was under way as it began is the step."""
-        pace, again = self._evidence.paces[client], resumed
+    def _waited(self, client: int, pool: str, rows: IntColumn, queued: IntColumn, started: IntColumn) -> None:
+        """A wait: preempted, in the engine's front end, for a prefix that is fetched, and in the queue."""
+        again = self._evidence.is_resumed[rows]
         self.times[KV, pool] += float((started - queued)[again].sum())
-        queued, started = queued[~again], started[~again]
+        rows, queued, started = rows[~again], queued[~again], started[~again]
+        ready = np.clip(self._evidence.ready_ns[rows], queued, started)
+        self.times[HOST, pool] += float((ready - queued).sum())
+        there = ready.copy()
+        requests = self._evidence.tasks["request"][rows].tolist()
+        for place, (request, since, until) in enumerate(zip(requests, ready.tolist(), started.tolist(), strict=True)):
+            for cause, time in self._sent(client, request, since, until) if since < until else ():
+                self.times[cause] += time
+                there[place] += round(time)
+        self._queued(client, pool, there, started)
+
+    def _queued(self, client: int, pool: str, queued: IntColumn, started: IntColumn) -> None:
+        """Time in a queue by what those steps were bound by that began meanwhile; before them, it is the step's."""
+        pace = self._evidence.paces[client]
         seen = np.minimum(np.maximum(pace.next_start(queued), queued), started)
         beside, before = (part.sum(axis=0) for part in (pace.between(seen, started), pace.between(queued, seen)))
         self.times[KV, pool] += beside[BLOCKS]
@@ -185,4 +188,3 @@ def fractions(account: Account) -> dict[Cause, float]:
     """Shares of the whole, largest first, the requests' own computation left out."""
     named = {cause: time / account.total_ns for cause, time in account.times.items() if cause[0] != OWN and time > 0}
     return dict(sorted(named.items(), key=lambda item: -item[1])) if account.total_ns else {}
-

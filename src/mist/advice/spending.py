@@ -11,7 +11,6 @@ from mist.advice.evidence import Evidence
 from mist.advice.pace import host_time
 from mist.advice.reasons import BATCH, HOST, IDLE, KV
 from mist.metrics.window import Columns
-from mist.records import PREEMPTED
 
 #: (reason, pool)
 Cause = tuple[str, str]
@@ -47,8 +46,9 @@ def _recomputed(evidence: Evidence, pool: str) -> float:
     """Of the time of a pool's steps, that of tokens which preempted tasks had computed before, by their number."""
     steps, tasks = evidence.steps_of(pool), evidence.tasks
     tokens = int((steps["num_prefill_tokens"] + steps["num_decodes"]).sum())
-    again = np.append(False, (tasks["how"][:-1] == PREEMPTED) & (tasks["request"][1:] == tasks["request"][:-1]))
-    again &= np.isin(tasks["client"], [c for c, name in enumerate(evidence.pool_of) if name == pool])
+    again = evidence.is_resumed & np.isin(
+        tasks["client"], [c for c, name in enumerate(evidence.pool_of) if name == pool]
+    )
     return float(tasks["computed_tokens"][again].sum()) / tokens if tokens else 0.0
 
 

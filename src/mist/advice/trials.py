@@ -38,12 +38,12 @@ def figures_of(summary: Mapping[str, Any]) -> Figures:
 class Trials:
     """What-ifs of `scenario`, whose own figures are `before`; each change is run once, whoever asks for it.
 
-    `tried` is called after each run.
+    `tried` is called after each run with the number of runs so far, the scenario's own included.
     """
 
     scenario: Scenario
     before: Figures
-    tried: Callable[[], None] = lambda: None
+    tried: Callable[[int], None] = lambda number: None
     _known: dict[str, Figures | None] = field(default_factory=dict)
 
     def with_what_ifs(self, reason: Reason, changes: Iterable[Change], most: int) -> Reason:
@@ -64,7 +64,7 @@ class Trials:
                 self._known[key] = figures_of(run(load(self.scenario, **change.overrides)).metrics)
             except ScenarioError:
                 self._known[key] = None
-            self.tried()
+            self.tried(1 + len(self._known))
         return self._known[key]
 
 

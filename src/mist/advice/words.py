@@ -74,7 +74,7 @@ def _queueing(at: str, facts: Facts) -> str:
     bounds = {
         "tokens": f"prefill-bound at {_share(facts['token_budget'])} of its token budget",
         "slots": f"bound by max_num_seqs at {_share(facts['sequences'])} of it",
-        "step": "for steps under way to end",
+        "step": "until the step under way ended",
     }
     return f"queueing at {at}: {bounds[facts['bound']]}, busy {_share(facts['utilisation'])} of the time"
 
@@ -88,11 +88,14 @@ def _link(at: str, facts: Facts) -> str:
     if not facts["transfers"]:
         return f"on the link {at}"
     mean = _value("ttft_s", facts["mean_s"])
-    return f"on the link {at}: {counted(facts['transfers'], 'transfer')} of {facts['mean_bytes'] / 1e6:,.1f} MB, {mean} each"
+    sent = f"{counted(facts['transfers'], 'transfer')} of {facts['mean_bytes'] / 1e6:,.1f} MB"
+    return f"on the link {at}: {sent}, {mean} each on average"
 
 
 def _retrieval(at: str, facts: Facts) -> str:
-    return f"retrieval at {at}: {_share(facts['waiting'])} of it waiting, busy {_share(facts['utilisation'])} of the time"
+    return (
+        f"retrieval at {at}: {_share(facts['waiting'])} of it waiting, busy {_share(facts['utilisation'])} of the time"
+    )
 
 
 def _host(at: str, facts: Facts) -> str:
@@ -105,7 +108,8 @@ def _interference(at: str, facts: Facts) -> str:
 
 
 def _batch(at: str, facts: Facts) -> str:
-    return f"decode steps of few sequences at {at}: a mean batch of {facts['mean_batch']:,.1f} of {facts['max_num_seqs']:,}"
+    batch = f"a mean batch of {facts['mean_batch']:,.1f} of at most {facts['max_num_seqs']:,}"
+    return f"decode steps of few sequences at {at}: {batch}"
 
 
 _WHAT: dict[str, Callable[[str, Facts], str]] = {
@@ -145,8 +149,9 @@ def _delta(key: str, before: float | None, after: float | None) -> str:
     if before is None or after is None:
         return ""
     name = f"{LATENCIES[key]} " if key in LATENCIES else ""
-    change = f" ({(after - before) / before:+.0%})" if before else ""
-    return f"{name}{_value(key, before, short=True)} -> {_value(key, after)}{change}"
+    change = round(100 * (after - before) / before) if before else 0
+    told = f"{change:+,}%" if change else "as before"
+    return f"{name}{_value(key, before, short=True)} -> {_value(key, after)} ({told})"
 
 
 def _value(key: str, value: float | None, *, short: bool = False) -> str:

@@ -1,8 +1,8 @@
 """The command `mist`: run, check, explain-step, schema and list, each a few lines around the library.
 
-The outermost layer (`advise`, `calibrate` and `validate` are beside it): options become overrides of the scenario, errors become
-exit codes (2 the user's files, 3 a broken law, 130 interrupted). It computes nothing, prints results to stdout only,
-and imports the simulator only to use it.
+The outermost layer (others, such as `advise` and `validate`, are beside it): options become overrides of the scenario,
+errors become exit codes (2 the user's files, 3 a broken law, 130 interrupted). It computes nothing, prints results to
+stdout only, and imports the simulator only to use it.
 """
 
 from __future__ import annotations

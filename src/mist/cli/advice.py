@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @scenario_options
 @click.option("--metric", "metrics", multiple=True, type=click.Choice(["ttft", "tpot", "e2e"]),
-              help="Look for reasons of this P99; may be repeated. Left out: TTFT and TPOT, and those with a target.")  # fmt: skip
+              help="Explain this P99; may be repeated. Left out: TTFT, TPOT, and those with a target.")  # fmt: skip
 @click.option("--what-ifs", type=click.IntRange(0, 10), default=2, show_default=True, metavar="N",
               help="Run up to N changes against each reason; 0 runs none.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
