@@ -14,7 +14,7 @@ from mist.advice.changes import changes
 from mist.advice.evidence import Evidence
 from mist.advice.facts import facts
 from mist.advice.latency import METRICS, Account, account, fractions
-from mist.advice.reasons import HEALTHY, INTERFERENCE, NONE, QUEUEING, Change, Reason, WhatIf
+from mist.advice.reasons import COST_FIGURES, HEALTHY, INTERFERENCE, NONE, QUEUEING, Change, Reason, WhatIf
 from mist.advice.spending import spending
 from mist.advice.trials import Figures, Trials, figures_of
 from mist.metrics import SCHEMA_VERSION
@@ -28,7 +28,6 @@ __all__ = ["HEALTHY", "Advice", "Change", "Reason", "WhatIf", "advise"]
 MOST_REASONS = 3
 #: what explains less than this is not told
 LEAST_SHARE = 0.02
-COST_FIGURES = ("usd_per_million_output_tokens", "usd_per_million_total_tokens")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,20 @@ from contextlib import suppress
 from typing import Any
 
 from mist.advice.evidence import Evidence
-from mist.advice.reasons import BATCH, HOST, IDLE, INTERFERENCE, KV, LINK, QUEUEING, RETRIEVAL, STAGE, Change, Reason
+from mist.advice.reasons import (
+    BATCH,
+    COST_FIGURES,
+    HOST,
+    IDLE,
+    INTERFERENCE,
+    KV,
+    LINK,
+    QUEUEING,
+    RETRIEVAL,
+    STAGE,
+    Change,
+    Reason,
+)
 from mist.metrics.words import counted
 from mist.model import DTYPE_BYTES
 from mist.request import PREFILL
@@ -57,7 +70,7 @@ def _kv(scenario: Scenario, reason: Reason) -> Iterator[Change]:
         if pool.kv_cache.gpu_memory_utilization < MOST_MEMORY:
             words = f"{reason.at}: {MOST_MEMORY:.0%} of device memory for the engine"
             yield Change(words, {f"{where}.kv_cache.gpu_memory_utilization": MOST_MEMORY})
-    yield from _replicas(scenario, reason.at, 1)
+    yield from _unless_for_cost(reason, _replicas(scenario, reason.at, 1))
     yield from _wider(scenario, reason.at)
 
 
@@ -140,7 +153,7 @@ def _host(scenario: Scenario, reason: Reason) -> Iterator[Change]:
     elif not pool.engine.overlapped:
         words = f"{reason.at}: a host that prepares a step while the devices run the one before"
         yield Change(words, {where: {**_engine_of(scenario, reason.at), "overlapped": True, "async_scheduling": True}})
-    yield from _replicas(scenario, reason.at, 1)
+    yield from _unless_for_cost(reason, _replicas(scenario, reason.at, 1))
 
 
 def _engine_of(scenario: Scenario, pool: str) -> dict[str, Any]:
@@ -175,9 +188,19 @@ def _idle(scenario: Scenario, reason: Reason) -> Iterator[Change]:
     yield from _replicas(scenario, reason.at, -1)
     if reason.at in scenario.pools and (tp := scenario.pools[reason.at].tp) > 1:
         yield Change(f"{reason.at}: tp {tp // 2}", {f"clients.{reason.at}.tp": tp // 2})
-    if SOLE in scenario.tenants:
-        scale = scenario.tenants[SOLE].workload.rate_scale
-        yield Change("twice the load on the same devices", {"workload.rate_scale": 2 * scale})
+    yield from _twice_the_load(scenario)
+
+
+def _twice_the_load(scenario: Scenario) -> Iterator[Change]:
+    if SOLE not in scenario.tenants:
+        return
+    workload, words = scenario.tenants[SOLE].workload, "twice the load on the same devices"
+    closed = workload.arrival_process
+    if closed is not None and closed.name == "closed_loop":
+        key = "concurrency" if workload.concurrency else "arrivals.closed_loop.concurrency"
+        yield Change(words, {f"workload.{key}": 2 * closed.params["concurrency"]})
+    else:
+        yield Change(words, {"workload.rate_scale": 2 * workload.rate_scale})
 
 
 def _batch(scenario: Scenario, reason: Reason) -> Iterator[Change]:
@@ -185,9 +208,7 @@ def _batch(scenario: Scenario, reason: Reason) -> Iterator[Change]:
     pool = scenario.pools.get(reason.at)
     if pool is not None and DTYPE_BYTES[pool.weights_dtype] > 1 and "fp8" in pool.device.peak_flop_per_s:
         yield Change(f"{reason.at}: weights in fp8", {f"clients.{reason.at}.weights_dtype": "fp8"})
-    if SOLE in scenario.tenants:
-        scale = scenario.tenants[SOLE].workload.rate_scale
-        yield Change("twice the load on the same devices", {"workload.rate_scale": 2 * scale})
+    yield from _twice_the_load(scenario)
 
 
 def _replicas(scenario: Scenario, pool: str, more: int) -> Iterator[Change]:
@@ -217,6 +238,12 @@ def _one_node_more(scenario: Scenario, pool: str, group: str) -> dict[str, Any]:
 
 def _first_of(group: str, count: int, node: str) -> str:
     return f"{group}-0" if node == group and count == 1 else node
+
+
+def _unless_for_cost(reason: Reason, more: Iterator[Change]) -> Iterator[Change]:
+    """More devices, which nobody takes to pay less."""
+    if reason.figure not in COST_FIGURES:
+        yield from more
 
 
 def _wider(scenario: Scenario, pool: str) -> Iterator[Change]:

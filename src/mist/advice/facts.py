@@ -14,7 +14,7 @@ from mist.advice.evidence import Evidence
 from mist.advice.latency import Account
 from mist.advice.reasons import BATCH, HOST, IDLE, INTERFERENCE, KV, LINK, QUEUEING, RETRIEVAL, STAGE
 from mist.metrics.distribution import FloatColumn
-from mist.metrics.window import BoolColumn
+from mist.metrics.window import BoolColumn, Columns
 from mist.records import IntColumn
 
 Facts = dict[str, Any]
@@ -27,7 +27,7 @@ def facts(evidence: Evidence, code: str, at: str, account: Account | None = None
 
 def _queueing(evidence: Evidence, at: str, account: Account | None) -> Facts:
     steps, limits = evidence.steps_of(at), evidence.limits[at]
-    waited = steps["num_waiting"] > 0
+    waited = _had_waiting(steps)
     took = (steps["end_ns"] - steps["start_ns"]).astype(float)
     tokens = steps["num_prefill_tokens"] + steps["num_decodes"] * limits.tokens_per_decode
     seqs = steps["num_prefills"] + steps["num_decodes"]
@@ -39,6 +39,15 @@ def _queueing(evidence: Evidence, at: str, account: Account | None) -> Facts:
         **_busy(evidence, at, account),
         "max_waiting": evidence.summary["clients"][at]["max_waiting"],
     }
+
+
+def _had_waiting(steps: Columns) -> BoolColumn:
+    """Which steps somebody waited for as they began: as the step before of the same client ended."""
+    order = np.lexsort((steps["start_ns"], steps["client"]))
+    client, waiting = steps["client"][order], steps["num_waiting"][order] > 0
+    found = np.zeros(len(order), bool)
+    found[order[1:]] = waiting[:-1] & (client[1:] == client[:-1])
+    return found
 
 
 def _mean(amounts: IntColumn, took: FloatColumn, chosen: BoolColumn, limit: int) -> float | None:

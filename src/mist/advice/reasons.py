@@ -21,6 +21,10 @@ NONE = "none"
 HEALTHY = 1 / 3
 
 
+#: what a cost is told per, the first that there is
+COST_FIGURES = ("usd_per_million_output_tokens", "usd_per_million_total_tokens")
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """Overrides of the scenario, as `mist.run` takes them, and what they do in words."""

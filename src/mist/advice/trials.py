@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mist.advice.reasons import Change, Reason, WhatIf
+from mist.advice.reasons import COST_FIGURES, Change, Reason, WhatIf
 from mist.errors import ScenarioError
 from mist.scenario import Scenario, load
 from mist.scenario.build import run
@@ -27,8 +27,7 @@ def figures_of(summary: Mapping[str, Any]) -> Figures:
     cost = summary["cost"]
     return {
         **{metric: summary[metric].get("p99") for metric in ("ttft_s", "tpot_s", "e2e_s")},
-        "usd_per_million_output_tokens": cost["usd_per_million_output_tokens"],
-        "usd_per_million_total_tokens": cost["usd_per_million_total_tokens"],
+        **{figure: cost[figure] for figure in COST_FIGURES},
         "output_tokens_per_s": summary["throughput"]["output_tokens_per_s"],
         "slo_attainment": summary["slo"]["attainment"] if summary["slo"] else None,
     }

@@ -81,7 +81,7 @@ def _queueing(at: str, facts: Facts) -> str:
 
 def _kv(at: str, facts: Facts) -> str:
     seen = f"{_share(facts['kv_mean'])} full on average, {_share(facts['kv_peak'])} at its peak"
-    return f"for room in the KV cache at {at}: {seen}, {counted(facts['preemptions'], 'preemption')}"
+    return f"waiting for room in the KV cache at {at}, or computing again: {seen}, {counted(facts['preemptions'], 'preemption')}"
 
 
 def _link(at: str, facts: Facts) -> str:
@@ -133,6 +133,7 @@ def _what_if(what_if: WhatIf, reason: Reason, advice: Advice) -> Iterator[str]:
     """Its delta, and how to have it."""
     figures = [reason.figure, *(key for key in (*LATENCIES, *COSTS) if key != reason.figure and _matters(key, reason))]
     deltas = [_delta(key, advice.figures[key], what_if.figures[key]) for key in figures]
+    deltas.append(_attainment(advice, what_if))
     help_or_not = "" if what_if.helps else "it doesn't help: "
     yield f"What if {what_if.change.words}? {help_or_not}{'; '.join(filter(None, deltas))}"
     text = " ".join(f"--set {path}={_yaml(value)}" for path, value in what_if.change.overrides.items())
@@ -143,6 +144,16 @@ def _what_if(what_if: WhatIf, reason: Reason, advice: Advice) -> Iterator[str]:
 def _matters(key: str, reason: Reason) -> bool:
     """A latency is told with the cost, a cost with the latencies."""
     return key == "usd_per_million_output_tokens" or (reason.figure in COSTS and key in ("ttft_s", "tpot_s"))
+
+
+def _attainment(advice: Advice, what_if: WhatIf) -> str:
+    """What becomes of the service levels, where that changes."""
+    before, after = (figures["slo_attainment"] for figures in (advice.figures, what_if.figures))
+    return (
+        ""
+        if before == after or before is None or after is None
+        else f"SLOs met by {share(before)} -> {share(after)} of requests"
+    )
 
 
 def _delta(key: str, before: float | None, after: float | None) -> str:

@@ -72,7 +72,7 @@ def main() -> None:
     Then
         mist run scenario.yaml                          latencies, throughput, load
         mist run scenario.yaml --set clients.gpu.tp=2   the same on two devices each
-        mist advise scenario.yaml                       why it is as slow and dear as it is, and what would help
+        mist advise scenario.yaml                       why so slow and dear, and what helps?
         mist check scenario.yaml                        is it right, and does it fit?
         mist list devices                               what can be named
     """
