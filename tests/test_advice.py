@@ -96,6 +96,34 @@ def test_a_link_takes_its_latency_and_its_bytes() -> None:
     assert found.get((KV, "decode"), 0) == 0
 
 
+def test_blocks_that_are_still_being_sent_are_the_links() -> None:
+    workload = {"arrivals": {"constant": {"rate_per_s": 20}}, "num_requests": 60, "input_tokens": 512,
+                "output_tokens": 2}  # fmt: skip
+    scenario = one_by_one(workload=workload, network={"kv_transfer": {"bandwidth": "1 GB/s"}})
+    gpu = scenario["clients"]["gpu"]
+    scenario["clients"] = {name: {**gpu, "serves": [name]} for name in ("prefill", "decode")}
+    scenario["clients"]["prefill"]["kv_cache"] = {"capacity_tokens": 1040}
+    found = account(evidence_of(scenario), "ttft_s")
+    assert found is not None
+    assert found.times[LINK, "prefill -> decode"] > 0.8 * found.total_ns
+    assert found.times[KV, "prefill"] < 0.1 * found.total_ns
+
+
+def test_a_prefix_that_is_fetched_from_the_hosts_memory_is_the_links() -> None:
+    scenario = one_by_one()
+    scenario["workload"] |= {"input_tokens": 20000, "cached_tokens": 19900}
+    scenario["clients"]["gpu"]["kv_cache"] = {"enable_prefix_caching": True, "prefix_tier": "cpu"}
+    evidence = evidence_of(scenario)
+    found = account(evidence, "ttft_s")
+    assert found is not None
+    fetches = evidence.result.transfers
+    assert found.times[LINK, "host memory -> gpu"] / found.num_requests == pytest.approx(
+        float((fetches["end_s"] - fetches["start_s"]).mean()) * 1e9, rel=1e-6
+    )
+    (change,) = changes(evidence, reason(LINK, "host memory -> gpu"))
+    assert load(evidence.scenario, **change.overrides) != evidence.scenario
+
+
 def test_who_waits_for_a_place_or_for_blocks_is_told_so() -> None:
     workload = {"arrivals": {"constant": {"rate_per_s": 100}}, "num_requests": 40, "input_tokens": 512,
                 "output_tokens": 64}  # fmt: skip

@@ -88,6 +88,8 @@ def _link(scenario: Scenario, reason: Reason) -> Iterator[Change]:
     if sender in scenario.memories and (bandwidth := scenario.memories[sender].tier(sender).bytes_per_s):
         faster = f"{FASTER * bandwidth / GB:g} GB/s"
         yield Change(f"{sender}: {FASTER} times the bandwidth", {f"memories.{sender}.bandwidth": faster})
+    elif receiver in scenario.pools and scenario.pools[receiver].kv_cache.prefix_tier == "cpu":
+        yield Change(f"{receiver}: prefixes in device memory", {f"clients.{receiver}.kv_cache.prefix_tier": "hbm"})
     elif network.kv_transfer is not None:
         faster = _faster(network.kv_transfer.bandwidth)
         yield Change(f"links of {faster} between prefill and decode", {"network.kv_transfer.bandwidth": faster})

@@ -80,8 +80,9 @@ def _queueing(at: str, facts: Facts) -> str:
 
 
 def _kv(at: str, facts: Facts) -> str:
-    seen = f"{_share(facts['kv_mean'])} full on average, {_share(facts['kv_peak'])} at its peak"
-    return f"waiting for room in the KV cache at {at}, or computing again: {seen}, {counted(facts['preemptions'], 'preemption')}"
+    filled = f"{_share(facts['kv_mean'])} full on average, {_share(facts['kv_peak'])} at its peak"
+    seen = f"{filled}, {counted(facts['preemptions'], 'preemption')}"
+    return f"waiting for room in the KV cache at {at}, or computing again: {seen}"
 
 
 def _link(at: str, facts: Facts) -> str:
