@@ -155,12 +155,13 @@ class Evidence:
             min(longest, pool.max_model_len), pool.tokens_per_decode, pool.kv_cache.watermark,
         )  # fmt: skip
 
-    def _steps_of(self, client: int) -> tuple[Columns, IntColumn, FloatColumn]:
+    def _steps_of(self, client: int) -> tuple[Columns, IntColumn, FloatColumn, FloatColumn]:
         rows = self.records.steps.as_columns()
         mine = np.flatnonzero(rows["client"] == client)
         mine = mine[np.argsort(rows["start_ns"][mine], kind="stable")]
         steps = {name: column[mine] for name, column in rows.items()}
-        return steps, self._sampled(client, steps["end_ns"]), self._sending_blocks(client, steps["start_ns"])
+        sending, after = (self._sending_blocks(client, steps[edge]) for edge in ("start_ns", "end_ns"))
+        return steps, self._sampled(client, steps["end_ns"]), sending, after
 
     def _sampled(self, client: int, ends: IntColumn) -> IntColumn:
         """How many prompts of a client end with each of its steps."""
@@ -170,16 +171,16 @@ class Evidence:
         counts = Counter(np.concatenate([joined, only_read]).tolist())
         return np.array([counts.get(end, 0) for end in ends.tolist()], np.int64)
 
-    def _sending_blocks(self, client: int, starts: IntColumn) -> FloatColumn:
-        """KV blocks that prompts hold here while their KV caches are on the link, at each start of a step."""
+    def _sending_blocks(self, client: int, times: IntColumn) -> FloatColumn:
+        """KV blocks that prompts hold here while their KV caches are on the link, at each instant."""
         pool = self.scenario.clients[self.pool_of[client]]
         if not isinstance(pool, Pool) or not self.limits[self.pool_of[client]].kv_blocks:
-            return np.zeros(len(starts))
+            return np.zeros(len(times))
         rows = self.transfers
         sent = (rows["sender"] == client) & (rows["kind"] == KV_TRANSFER) & (rows["start_ns"] >= 0)
         begun, end, num_bytes = (rows[name][sent] for name in ("start_ns", "end_ns", "bytes"))
         end = np.where(end >= 0, end, 1 << 62)
-        under_way = _sum_until(begun, num_bytes, starts) - _sum_until(end, num_bytes, starts)
+        under_way = _sum_until(begun, num_bytes, times) - _sum_until(end, num_bytes, times)
         return under_way / (pool.model.kv_bytes_per_token(pool.kv_dtype) * pool.kv_cache.block_size)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mist.advice.evidence import Evidence
-from mist.advice.pace import BLOCKS, HOST_SERVE, HOST_WAIT, PROMPTS, SENDING, SLOTS, TOKENS
+from mist.advice.pace import BLOCKS, HOST_SERVE, HOST_WAIT, PROMPTS, SENDING, SLOTS, STALLED, TOKENS
 from mist.advice.reasons import HOST, INTERFERENCE, KV, LINK, QUEUEING, RETRIEVAL, STAGE
 from mist.metrics.latency import e2e_ns, tpot_ns, ttft_ns
 from mist.metrics.stages import segment_edges
@@ -153,13 +153,14 @@ class _Sums:
         seen = np.minimum(np.maximum(pace.next_start(queued), queued), started)
         beside, before = (part.sum(axis=0) for part in (pace.between(seen, started), pace.between(queued, seen)))
         self.times[KV, pool] += beside[BLOCKS]
-        self.times[LINK, self._beyond(pool)] += beside[SENDING]
+        stalled = beside[STALLED] + before[STALLED]
+        self.times[LINK, self._beyond(pool)] += beside[SENDING] + stalled
         host = beside[HOST_WAIT] + before[HOST_SERVE]
         self.times[HOST, pool] += host
         bounds = self.bounds[pool]
         bounds["tokens"] += beside[TOKENS]
         bounds["slots"] += beside[SLOTS]
-        left = float((started - queued).sum()) - beside[[BLOCKS, SENDING, TOKENS, SLOTS]].sum() - host
+        left = float((started - queued).sum()) - beside[[BLOCKS, SENDING, TOKENS, SLOTS]].sum() - stalled - host
         bounds["step"] += max(0.0, left)
         self.times[QUEUEING, pool] += beside[TOKENS] + beside[SLOTS] + max(0.0, left)
 

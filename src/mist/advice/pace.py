@@ -20,7 +20,9 @@ from mist.records import IntColumn
 TOKENS, SLOTS, STEP, BLOCKS, SENDING, HOST_WAIT = range(6)
 #: of a step's time, by what whoever was served in it could do without: the host's, and prompts beside decodes
 HOST_SERVE, PROMPTS = 6, 7
-NUM_PARTS = 8
+#: of the time between steps, when prompts under way to a decode client held so many blocks that nothing could begin
+STALLED = 8
+NUM_PARTS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """One client's steps: their edges in ns, and running sums of their parts, float64[steps + 1, NUM_PARTS]."""
+    """One client's time in turns, a step and what is between it and the next: where they start and end in ns.
+
+    `sums`: of their parts up to each, float64[turns + 1, NUM_PARTS].
+    """
 
     start: IntColumn
     end: IntColumn
@@ -55,7 +60,8 @@ class Pace:
 
     def next_start(self, times: IntColumn) -> IntColumn:
         """When the first step at or after each instant starts; 2**62 where none does."""
-        return np.append(self.start, 1 << 62)[np.searchsorted(self.start, times)]
+        steps = self.start[::2]
+        return np.append(steps, 1 << 62)[np.searchsorted(steps, times)]
 
     def _up_to(self, times: IntColumn) -> FloatColumn:
         if not len(self.start):
@@ -67,10 +73,13 @@ class Pace:
         return np.where((at >= 0)[:, None], self.sums[step] + within, 0.0)
 
 
-def pace_of(steps: Columns, sampled: IntColumn, sending_blocks: FloatColumn, limits: Limits) -> Pace:
+def pace_of(
+    steps: Columns, sampled: IntColumn, sending_blocks: FloatColumn, sending_after: FloatColumn, limits: Limits
+) -> Pace:
     """The pace of the client that `steps` are of, in order of time.
 
-    `sampled`: prompts that end in each; `sending_blocks`: KV blocks of prompts under way from here as it starts.
+    `sampled`: prompts that end in each; `sending_blocks` and `sending_after`: KV blocks of prompts that are under way
+    from here as it starts, and as it ends.
     """
     took = (steps["end_ns"] - steps["start_ns"]).astype(float)
     host = host_time(steps, sampled, took, limits)
@@ -84,8 +93,15 @@ def pace_of(steps: Columns, sampled: IntColumn, sending_blocks: FloatColumn, lim
     parts[:, HOST_WAIT] = np.where(bound == BLOCKS, 0, host)
     parts[:, HOST_SERVE] = host
     parts[:, PROMPTS] = _beyond_decodes(steps, took - host)
-    sums = np.concatenate([np.zeros((1, NUM_PARTS)), np.cumsum(parts, axis=0)])
-    return Pace(steps["start_ns"], steps["end_ns"], sums)
+    after = np.append(steps["start_ns"][1:], steps["end_ns"][-1:])
+    turns = np.zeros((2 * len(took), NUM_PARTS))
+    turns[::2] = parts
+    needed = min(limits.largest_prompt, limits.max_num_batched_tokens) / max(1, limits.block_size)
+    no_blocks = (needed > limits.kv_blocks * (1 - limits.watermark) - sending_after) & (sending_after > 0)
+    turns[1::2, STALLED] = np.where(no_blocks, after - steps["end_ns"], 0)
+    sums = np.concatenate([np.zeros((1, NUM_PARTS)), np.cumsum(turns, axis=0)])
+    starts, ends = ((steps["start_ns"], steps["end_ns"]), (steps["end_ns"], after))
+    return Pace(np.stack(starts, 1).reshape(-1), np.stack(ends, 1).reshape(-1), sums)
 
 
 def host_time(steps: Columns, sampled: IntColumn, took: FloatColumn, limits: Limits) -> FloatColumn:
