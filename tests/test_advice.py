@@ -16,10 +16,12 @@ from mist.advice import HEALTHY, Reason, advise
 from mist.advice.changes import changes
 from mist.advice.evidence import Evidence
 from mist.advice.latency import OWN, account, around
+from mist.advice.pace import BLOCKS, SENDING, Limits, pace_of
 from mist.advice.reasons import BATCH, HOST, IDLE, INTERFERENCE, KV, LINK, QUEUEING, RETRIEVAL, STAGE
 from mist.advice.spending import spending
 from mist.advice.words import lines
 from mist.cli import main
+from mist.engine import EngineProfile
 from mist.errors import ScenarioError
 from mist.scenario import Scenario, load
 
@@ -107,6 +109,17 @@ def test_blocks_that_are_still_being_sent_are_the_links() -> None:
     assert found is not None
     assert found.times[LINK, "prefill -> decode"] > 0.8 * found.total_ns
     assert found.times[KV, "prefill"] < 0.1 * found.total_ns
+
+
+def test_a_step_short_of_blocks_is_split_by_who_holds_them() -> None:
+    row = {"start_ns": 0, "end_ns": 100, "num_prefills": 1, "num_prefill_tokens": 16, "num_decodes": 0, "kv_blocks": 10,
+           "num_waiting": 1}  # fmt: skip
+    steps = {name: np.array([value]) for name, value in row.items()}
+    limits = Limits(EngineProfile("bare"), 512, 8, kv_blocks=10, block_size=16, largest_prompt=64)
+    pace = pace_of(steps, np.array([1]), np.array([8.0]), np.array([8.0]), limits)
+    parts = pace.between(np.array([0, 50]), np.array([100, 60]))
+    assert parts[:, SENDING].tolist() == pytest.approx([80, 8])
+    assert parts[:, BLOCKS].tolist() == pytest.approx([20, 2])
 
 
 def test_a_prefix_that_is_fetched_from_the_hosts_memory_is_the_links() -> None:
