@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mist import __version__
+from mist.cli.advice import advise
 from mist.cli.calibration import calibrate
 from mist.cli.capacity import capacity
 from mist.cli.compare import compare
@@ -75,6 +76,7 @@ def main() -> None:
     Then
         mist run scenario.yaml                          latencies, throughput, load
         mist run scenario.yaml --set clients.gpu.tp=2   the same on two devices each
+        mist advise scenario.yaml                       why so slow and dear, and what helps?
         mist check scenario.yaml                        is it right, and does it fit?
         mist capacity scenario.yaml                     the highest rate within its SLO
         mist compare a.yaml b.yaml                      request by request, with confidence
@@ -350,6 +352,7 @@ def _tell(problems: Iterable[Problem]) -> None:
             click.echo(hint, err=True)
 
 
+main.add_command(advise)
 main.add_command(capacity)
 main.add_command(compare)
 main.add_command(interference)

@@ -32,26 +32,41 @@ def stage_times(
     with "first_token_ns" of requests that have one, the entries sum to the TTFT.
     """
     times = np.zeros((len(requests["request"]), num_kinds, len(PARTS)), np.int64)
+    rows, request, edges = segment_edges(requests, tasks, transfers)
+    if not len(rows):
+        return times
+    last = requests[until][request]
+    handed, waited, served, way_back = (
+        after - edge for edge, after in pairwise([np.minimum(edge, last) for edge in edges])
+    )
+    cell = (request * num_kinds + tasks["kind"][rows]) * len(PARTS)
+    for part, time in enumerate((waited, served, handed + way_back)):
+        np.add.at(times.reshape(-1), cell + part, time)
+    return times
+
+
+def segment_edges(
+    requests: Columns, tasks: Columns, transfers: Columns | None = None
+) -> tuple[IntColumn, IntColumn, tuple[IntColumn, ...]]:
+    """The segments that `stage_times` adds up: their rows of `tasks`, their requests' rows, and five instants in ns.
+
+    These are the end of the segment before (at first: the arrival), its queueing, start and end, and the request's end
+    where it is the last (else its end again); a request's intervals between them tile its life.
+    """
     row_of = np.full(_largest(requests["request"], tasks["request"]) + 1, -1, np.int64)
     row_of[requests["request"]] = np.arange(len(requests["request"]))
     rows = np.flatnonzero((row_of[tasks["request"]] >= 0) & (tasks["how"] != DROPPED))
     if not len(rows):
-        return times
+        return rows, rows, (rows,) * 5
     rows = rows[_critical({name: tasks[name][rows] for name in _PLACES}, transfers)]
     request = row_of[tasks["request"][rows]]
-    kind, queued, ended = (tasks[name][rows] for name in ("kind", "queued_ns", "end_ns"))
+    queued, ended = (tasks[name][rows] for name in ("queued_ns", "end_ns"))
     started = np.where(tasks["started_ns"][rows] >= 0, tasks["started_ns"][rows], ended)
     is_first = np.append(True, request[1:] != request[:-1])
     is_last = np.append(is_first[1:], True)
     before = np.where(is_first, requests["arrival_ns"][request], np.append(0, ended[:-1]))
     end = np.where(is_last, requests["end_ns"][request], ended)
-    last = requests[until][request]
-    edges = [np.minimum(edge, last) for edge in (before, queued, started, ended, end)]
-    handed, waited, served, way_back = (after - edge for edge, after in pairwise(edges))
-    cell = (request * num_kinds + kind) * len(PARTS)
-    for part, time in enumerate((waited, served, handed + way_back)):
-        np.add.at(times.reshape(-1), cell + part, time)
-    return times
+    return rows, request, (before, queued, started, ended, end)
 
 
 class Stages:
