@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mist.errors import Problem, ScenarioError
 from mist.scenario.value import to_yaml
 from mist.search.finalists import Podium
 from mist.search.laboratory import Laboratory
@@ -23,7 +24,7 @@ from mist.search.store import excerpt_of
 from mist.search.strategies import WHOLE
 
 SCHEMA_VERSION = 1
-RESULT, STORE = "result.json", "search.db"
+RESULT, STORE, PAGE = "result.json", "search.db", "report.html"
 #: measured points that are told one by one, those on the longest prefixes first
 MAX_POINTS = 2000
 _CONFIDENCE = 0.95
@@ -49,6 +50,24 @@ class Found:
         for name, scenario in self.deployments.items():
             (folder / f"{name}.yaml").write_text(to_yaml({"name": name, **scenario}), encoding="utf-8")
         (folder / RESULT).write_text(self.to_json(), encoding="utf-8")
+
+
+def read_found(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The document that `Found.write` left in `folder`, and the YAML of the front's deployments that are still there.
+
+    Raises ScenarioError where that isn't what lies there.
+    """
+    try:
+        document = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        names = [each["name"] for each in document["front"]]
+        known = document["schema_version"] == SCHEMA_VERSION
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        hint = "name a folder that `mist search --out` wrote"
+        raise ScenarioError(Problem(f"{folder / RESULT} is no result of a search that this version reads", hint=hint))
+    files = {name: folder / f"{name}.yaml" for name in names}
+    return document, {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
 
 
 def outcome(
