@@ -36,7 +36,7 @@ _STRATEGIES = ("halving", "exhaustive", "nsga2", "nsga3", "tpe")
 @click.option("--store", metavar="URL", help="Keep runs in this database, such as postgresql://user@host/mist.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
-              help="Write the result, its report, a scenario for each deployment of the front, and the runs.")  # fmt: skip
+              help="Write the result, its report, a scenario for each of the front, and the runs.")  # fmt: skip
 @click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")
 def search(
     space: Path, strategy: str, trials: int, seeds: int, executor: str | None, workers: int, ray_address: str | None,

@@ -99,8 +99,13 @@ def outcome(
         "runs": _runs(lab),
         "front": [{"name": names[number], **told[number]} for number in podium.front],
         "best": {
-            title: None if i is None else {"front": names.get(i), **_deployment(lab, legal.points[i], seeds),
-                                           "gain": _gain_of(title, lab, legal.points[i], base, seeds)}
+            title: None
+            if i is None
+            else {
+                "front": names.get(i),
+                **_deployment(lab, legal.points[i], seeds),
+                "gain": _gain_of(title, lab, legal.points[i], base, seeds),
+            }
             for title, i in podium.best.items()
         },
         "points": _points(lab, legal.points, names, seeds),
@@ -160,7 +165,7 @@ def interval(values: Sequence[float | None]) -> dict[str, Any]:
 def _points(
     lab: Laboratory, points: Mapping[int, Point], names: Mapping[int, str], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """What was measured, each on the longest prefix that it ran on: means over its seeds, and what it misses at most."""
+    """What was measured, each on its longest prefix: means over its seeds, and the share that it misses at most."""
     longest: dict[int, float] = {}
     for number, share, _ in lab.runs:
         if number in points:

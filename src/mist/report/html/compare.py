@@ -6,7 +6,7 @@ document; it runs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,15 @@ _WIDE = 30.0
 
 
 def compare_html(document: Document, pairs: Sequence[Pairs]) -> str:
-    """The report of `mist.search.compare.compare`; `pairs`: for each that is held against the first, of each metric
-    the times of the same requests in either (float64[n], s)."""
+    """The report of `mist.search.compare.compare`.
+
+    `pairs`: for each deployment that is held against the first, of each metric the times of the same requests in
+    either: float64[n], s.
+    """
     by = document["interval"]["by"]
-    said = note(f"Requests are paired by number, so that what both have in common cancels. Intervals hold the difference "
-                f"with {percent(document['interval']['level'])} confidence, by {by}; seeds: {document['num_seeds']}.")  # fmt: skip
+    said = note("Requests are paired by number, so that what both have in common cancels. Intervals hold the "
+                f"difference with {percent(document['interval']['level'])} confidence, by {by}; "
+                f"seeds: {document['num_seeds']}.")  # fmt: skip
     sections = [
         _against(i, document["baseline"], against, its)
         for i, (against, its) in enumerate(zip(document["against"], pairs, strict=True))
@@ -55,9 +59,9 @@ def _against(i: int, baseline: str, against: Document, pairs: Pairs) -> Markup:
         if len(times[0])
     ]
     return section(f"against-{i}", str(against["label"]), lead, left_out,
-                   table(heads, _requests(against["requests"]), label="Latencies", wide=True),
+                   table(heads, _requests(against["requests"]), label="Latencies"),
                    tabs(f"metrics-{i}", "Latencies", panels) if panels else None,
-                   table(figures, _runs(against["runs"]), label="Whole runs", wide=True))  # fmt: skip
+                   table(figures, _runs(against["runs"]), label="Whole runs"))  # fmt: skip
 
 
 def _requests(requests: Document) -> Iterator[list[Any]]:
@@ -78,7 +82,9 @@ def _runs(runs: Document) -> Iterator[list[Any]]:
                *_difference(each["baseline"], each["difference"], each["low"], each["high"], digits)]  # fmt: skip
 
 
-def _difference(baseline: float, difference: float, low: float | None, high: float | None, say: Any) -> list[str]:
+def _difference(
+    baseline: float, difference: float, low: float | None, high: float | None, say: Callable[[float], str]
+) -> list[str]:
     def signed(value: float) -> str:
         return ("−" if value < 0 else "+") + say(abs(value))
 
@@ -95,10 +101,13 @@ def _drawn(metric: str, baseline: str, label: str, one: FloatColumn, two: FloatC
     sides = line_chart(f"{title} of either", [Series(name, x, y, colour=i) for i, (name, x, y) in enumerate(both)],
                        scale, Scale(0, 1, FRACTION), x_name="at most this", steps=True)  # fmt: skip
     x, y = cdf(two - one)
+    span = Scale.over(np.append(two - one, 0.0), SECONDS)
     differences = line_chart(f"{title}: this one minus the first, by request", [Series(ALL, x, y)],
-                             Scale.over(two - one, SECONDS), Scale(0, 1, FRACTION), marks=[Mark(0.0, "the same")],
+                             span, Scale(0, 1, FRACTION), marks=[Mark(0.0, "the same")],
                              x_name="at most this", steps=True)  # fmt: skip
-    told = note(f"Curves go through at most about {MAX_POINTS} of {len(one):,} values.") if len(one) > MAX_POINTS else None
+    told = (
+        note(f"Curves go through at most about {MAX_POINTS} of {len(one):,} values.") if len(one) > MAX_POINTS else None
+    )
     return el("div", el("div", sides, differences, class_="pair"), told)
 
 

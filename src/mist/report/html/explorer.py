@@ -7,6 +7,7 @@ Points of a search's document come in, fragments go out; places on every axis an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import permutations
 from typing import Any
@@ -72,18 +73,22 @@ class Explorer:
         """Two objectives against each other; the script lets others be chosen."""
         names = list(self.senses)
         across, up = names[0], names[min(1, len(names) - 1)]
-        axes = {name: {"at": self.places(name), "ticks": self.scales[name].ticks(), "title": self._title(name)}
-                for name in names}  # fmt: skip
+        axes: dict[str, dict[str, Any]] = {
+            name: {"at": self.places(name), "ticks": self.scales[name].ticks(), "title": self._title(name)}
+            for name in names
+        }
         lines = {f"{a} {b}": self.front_line(a, b) for a, b in [*permutations(names, 2), (across, up)]}
-        svg = el("svg", el("path", d=lines[f"{across} {up}"], class_="line", style="--c:var(--c0)"),
-                 viewBox="0 0 4000 1000", preserveAspectRatio="none", aria_hidden="true", focusable="false")  # fmt: skip
+        line = el("path", d=lines[f"{across} {up}"], class_="line", style="--c:var(--c0)")
+        svg = el("svg", line, viewBox="0 0 4000 1000", preserveAspectRatio="none", aria_hidden="true",
+                 focusable="false")  # fmt: skip
         order = sorted(range(len(self.points)), key=lambda i: bool(self.points[i]["front"]))
         buttons = [self._button(i, axes[across]["at"][i], axes[up]["at"][i]) for i in order]
         xticks = [el("span", text, style=f"left:{at * 100:.2f}%") for at, text in axes[across]["ticks"]]
         yticks = [el("span", text, style=f"top:{100 - at * 100:.2f}%") for at, text in axes[up]["ticks"]]
         plot = el("div", el("div", yticks, class_="yticks", aria_hidden="true"),
                   el("div", svg, buttons, class_="area"), el("div", xticks, class_="xticks", aria_hidden="true"),
-                  class_="plot", role="group", aria_label="Deployments: arrow keys go from one to the next")  # fmt: skip
+                  class_="plot", role="group",
+                  aria_label="Deployments: arrow keys go from one to the next")  # fmt: skip
         chosen = [self._choice("across", across), self._choice("up", up)] if len(names) > 1 else []
         keys = el("div", [el("span", el("i", class_=f"point {kind}"), text) for kind, text in _KINDS.items()],
                   class_="legend")  # fmt: skip
@@ -178,8 +183,6 @@ def _column(place: float, name: str, ticks: Sequence[tuple[float, str]]) -> Mark
 def _ordered(labels: Mapping[str, None]) -> list[str]:
     """Numbers by their size, words in the order of their first use; none at all before both."""
     rest = [label for label in labels if label != NOTHING]
-    try:
+    with suppress(ValueError):
         rest.sort(key=float)
-    except ValueError:
-        pass
     return [NOTHING, *rest] if NOTHING in labels else rest

@@ -22,9 +22,7 @@ _POLICY = (
 _TITLE = re.compile(r'<h2 id="([^"]*)-title">(.*?)</h2>')
 
 
-def page(
-    title: str, kind: str, sections: Sequence[Markup], *, footer: Child = None, assets: Sequence[str] = ()
-) -> str:
+def page(title: str, kind: str, sections: Sequence[Markup], *, footer: Child = None, assets: Sequence[str] = ()) -> str:
     """A whole HTML document; `kind` stands over the title, and each section has a link in the navigation.
 
     `assets`: style sheets and scripts beside `report.css` and `report.js` that the sections need.

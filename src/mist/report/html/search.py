@@ -79,14 +79,20 @@ def _gains(document: Document) -> Markup | None:
         known[DEFAULTS] = document["baseline"]
     objectives = list(document["objectives"])
     rows = [
-        [title, each.get("front") or NOTHING, *(with_interval(n, each["objectives"][n]) for n in objectives),
+        [_title(title), each.get("front") or NOTHING, *(with_interval(n, each["objectives"][n]) for n in objectives),
          _against(each.get("gain")), f"{each['seeds_met']} of {each['num_seeds']}", _what(each)]
         for title, each in known.items()
     ]  # fmt: skip
     heads = ["", "deployment", *map(name_of, objectives), "against the defaults", "SLOs met", "choices"]
-    lead = "The best by each objective, of a single vendor and of one kind of device; the last two by the first objective."
+    lead = (
+        "The best by each objective, of a single vendor and of one kind of device; the last two by the first objective."
+    )
     return section("gains", "The best", lead, table(heads, rows, label="The best", wide=True), _measured(known),
                    note("± and brackets hold the mean over seeds with 95 % confidence."))  # fmt: skip
+
+
+def _title(title: str) -> str:
+    return f"best {name_of(title.removeprefix('best '))}" if title.startswith("best ") else title
 
 
 def _against(gain: Document | None) -> str:
@@ -108,8 +114,8 @@ def _explorer(document: Document, scenarios: Mapping[str, str]) -> Markup | None
     if not any(value is not None for point in points for value in point["objectives"].values()):
         return None
     explorer = Explorer(points, document["objectives"])
-    lead = ("Each point is a deployment: hover it, or go there with Tab and the arrow keys, for its choices and figures; "
-            "click it or press Enter for its scenario.")  # fmt: skip
+    lead = ("Each point is a deployment: hover it, or go there with Tab and the arrow keys, for its choices and "
+            "figures; click it or press Enter for its scenario.")  # fmt: skip
     return section("front", "Deployments", lead, explorer.scatter(), note(" ".join(_said(document, points))),
                    [_deployment(each, scenarios.get(each["name"])) for each in document["front"]],
                    explorer.parallel())  # fmt: skip
@@ -149,6 +155,8 @@ def _left_out(document: Document) -> Markup | None:
     rows += [["failed when run", each["count"], each["error"]] for each in counts["failed"]]
     if not rows:
         return None
-    lead = f"{counts['tried'] - counts['legal']:,} of {counts['tried']:,} configurations can't be run, for these reasons."
+    lead = (
+        f"{counts['tried'] - counts['legal']:,} of {counts['tried']:,} configurations can't be run, for these reasons."
+    )
     return section("left-out", "Left out", lead,
                    table(["because", "configurations", "for example"], rows, label="Left out", wide=True))  # fmt: skip

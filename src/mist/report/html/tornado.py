@@ -15,6 +15,9 @@ from mist.report.html.page import page
 
 Document = Mapping[str, Any]
 
+#: percent for 1 %, less than which is not drawn
+_NOTHING = 0.005
+
 
 def sensitivity_html(document: Document) -> str:
     """The report of `mist.search.sensitivity.sensitivity`."""
@@ -37,6 +40,9 @@ def tornado(rows: Sequence[Document], objective: str) -> Markup:
     known = [(row["parameter"], found) for row in rows if (found := row["elasticities"][objective])["mean"] is not None]
     if not known:
         return note("Nothing that was moved has a value here.")
+    still = [name for name, found in known if abs(found["mean"]) < _NOTHING]
+    known = [(name, found) for name, found in known if abs(found["mean"]) >= _NOTHING]
+    unmoved = note(f"Changes nothing: {', '.join(still)}.") if still else None
     known.sort(key=lambda item: -abs(item[1]["mean"]))
     reach = [value for _, found in known for value in found.values() if value is not None]
     low, high = min(0.0, *reach), max(0.0, *reach)
@@ -45,7 +51,7 @@ def tornado(rows: Sequence[Document], objective: str) -> Markup:
     bars = [_bar(name, found, low, width) for name, found in known]
     left = f"{name_of(objective)} becomes less to the left, more to the right."
     return el("figure", el("figcaption", el("strong", f"{name_of(objective)}, for 1 % more")),
-              el("div", bars, class_="rows tornado", style=f"--zero:{zero:.2f}%"), note(left))  # fmt: skip
+              el("div", bars, class_="rows tornado", style=f"--zero:{zero:.2f}%"), note(left), unmoved)  # fmt: skip
 
 
 def _bar(name: str, found: Document, low: float, width: float) -> Markup:
