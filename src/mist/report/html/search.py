@@ -113,11 +113,12 @@ def _explorer(document: Document, scenarios: Mapping[str, str]) -> Markup | None
     points = document.get("points", [])
     if not any(value is not None for point in points for value in point["objectives"].values()):
         return None
+    front = [_deployment(each, scenarios.get(each["name"])) for each in document["front"]]
     explorer = Explorer(points, document["objectives"])
     lead = ("Each point is a deployment: hover it, or go there with Tab and the arrow keys, for its choices and "
             "figures; click it or press Enter for its scenario.")  # fmt: skip
     return section("front", "Deployments", lead, explorer.scatter(), note(" ".join(_said(document, points))),
-                   [_deployment(each, scenarios.get(each["name"])) for each in document["front"]],
+                   el("div", front, class_="fronts"),
                    explorer.parallel())  # fmt: skip
 
 
