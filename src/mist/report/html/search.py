@@ -140,7 +140,7 @@ def _deployment(each: Document, scenario: str | None) -> Markup:
     rows = [(name_of(name), with_interval(name, found)) for name, found in each["objectives"].items()]
     rows += [("accelerators", f"{each['devices']} ({', '.join(each['kinds'])})")]
     rows += [("SLOs met", f"{each['seeds_met']} of {each['num_seeds']} seeds")]
-    rows += [(f"{name_of(name)} against its bound", NOTHING if share is None else f"{share:+.1%}".replace("%", " %"))
+    rows += [(f"{name_of(name.removeprefix('slo.'))} against its bound", NOTHING if share is None else f"{share:+.1%}".replace("%", " %"))
              for name, share in each["constraints"].items()]  # fmt: skip
     rows += [(f"step times: {origin}", percent(share)) for origin, share in each["step_times"].items()]
     choices = facts((path, label) for path, label in each["choices"].items())
