@@ -7,15 +7,16 @@ document; it runs nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mist.metrics.distribution import FloatColumn
 from mist.report.html.charts import ALL, Mark, Series, line_chart
-from mist.report.html.figures import FRACTION, NOTHING, SECONDS, digits, percent, seconds
+from mist.report.html.figures import FRACTION, NOTHING, SECONDS, percent, seconds, shown
 from mist.report.html.markup import Markup, el, note, section, table, tabs
-from mist.report.html.objectives import name_of
+from mist.report.html.objectives import name_of, unit_of
 from mist.report.html.page import page
 from mist.report.html.reduce import MAX_POINTS, cdf
 from mist.report.html.scales import Scale
@@ -78,8 +79,9 @@ def _requests(requests: Document) -> Iterator[list[Any]]:
 
 def _runs(runs: Document) -> Iterator[list[Any]]:
     for name, each in runs.items():
-        yield [name_of(name), digits(each["baseline"]), digits(each["value"]),
-               *_difference(each["baseline"], each["difference"], each["low"], each["high"], digits)]  # fmt: skip
+        say = partial(shown, unit=unit_of(name))
+        yield [name_of(name), say(each["baseline"]), say(each["value"]),
+               *_difference(each["baseline"], each["difference"], each["low"], each["high"], say)]  # fmt: skip
 
 
 def _difference(

@@ -140,14 +140,21 @@ def _deployment(each: Document, scenario: str | None) -> Markup:
     rows = [(name_of(name), with_interval(name, found)) for name, found in each["objectives"].items()]
     rows += [("accelerators", f"{each['devices']} ({', '.join(each['kinds'])})")]
     rows += [("SLOs met", f"{each['seeds_met']} of {each['num_seeds']} seeds")]
-    rows += [(f"{name_of(name.removeprefix('slo.'))} against its bound", NOTHING if share is None else f"{share:+.1%}".replace("%", " %"))
-             for name, share in each["constraints"].items()]  # fmt: skip
+    rows += [
+        (f"{name_of(name.removeprefix('slo.'))} against its bound", _off(share))
+        for name, share in each["constraints"].items()
+    ]
     rows += [(f"step times: {origin}", percent(share)) for origin, share in each["step_times"].items()]
     choices = facts((path, label) for path, label in each["choices"].items())
     run = [note(f"mist run {each['name']}.yaml, with this file beside the result:"),
            el("pre", scenario, tabindex=0, role="region", aria_label=f"Scenario of {each['name']}")]  # fmt: skip
     return el("details", el("summary", f"{each['name']}: {_what(each)}"), facts(rows), el("h3", "Choices"), choices,
               run if scenario is not None else None, class_="story", id=f"deployment-{each['name']}")  # fmt: skip
+
+
+def _off(share: float | None) -> str:
+    """How far from a bound: below 0 where it is held."""
+    return NOTHING if share is None else f"{share:+.1%}".replace("%", " %").replace("-", "−")
 
 
 def _left_out(document: Document) -> Markup | None:
