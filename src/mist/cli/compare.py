@@ -13,6 +13,7 @@ import click
 
 from mist.cli.executors import chosen_executor, executor_options
 from mist.cli.output import print_json, table
+from mist.cli.report import check_page, report_option, write
 from mist.cli.scenario import load_plugins
 
 
@@ -23,10 +24,11 @@ from mist.cli.scenario import load_plugins
 @click.option("--seed", type=int, help="Draw everything from this seed.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")
+@report_option
 @executor_options
 def compare(
     deployments: tuple[Path, ...], seeds: int, seed: int | None, as_json: bool, plugins: tuple[str, ...],
-    executor: str, workers: int, ray_address: str,
+    page: Path | None, overwrite: bool, executor: str, workers: int, ray_address: str,
 ) -> None:  # fmt: skip
     """Compare B, C, ... with A, all under one workload: scenario files, or folders that `mist run --out` wrote.
 
@@ -38,17 +40,24 @@ def compare(
         mist compare today.yaml larger.yaml
         mist compare out/today out/larger out/other --json
         mist compare today.yaml larger.yaml --seeds 5
+        mist compare today.yaml larger.yaml --report out.html
     """
     from mist.errors import Problem, ScenarioError
     from mist.search.compare import compare as compared
-    from mist.search.compare import deployments_of
+    from mist.search.compare import deployments_of, paired
 
     if len(deployments) < 2:
         raise ScenarioError(Problem("one deployment can't be compared", hint="name two: mist compare A B"))
+    check_page(page, overwrite, [*deployments, *plugins])
     load_plugins(plugins)
     overrides = {} if seed is None else {"seed": seed}
     with chosen_executor(executor, workers, ray_address) as where:
-        document = compared(deployments_of(deployments, seeds=seeds, executor=where, **overrides))
+        sides = deployments_of(deployments, seeds=seeds, executor=where, **overrides)
+    document = compared(sides)
+    if page is not None:
+        from mist.report.html.compare import compare_html
+
+        write(compare_html(document, [paired(sides[0], other) for other in sides[1:]]), page)
     if as_json:
         print_json(document)
         return

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mist.cli.output import print_json, progress_of, table
+from mist.cli.report import check_page, report_option, write
 from mist.cli.scenario import load_plugins, load_scenario, scenario_options
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _STRATEGIES = ("halving", "exhaustive", "nsga2", "nsga3", "tpe")
 @click.option("--store", metavar="URL", help="Keep runs in this database, such as postgresql://user@host/mist.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
-              help="Write the result, a scenario for each deployment of the front, and the runs.")  # fmt: skip
+              help="Write the result, its report, a scenario for each of the front, and the runs.")  # fmt: skip
 @click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")
 def search(
     space: Path, strategy: str, trials: int, seeds: int, executor: str | None, workers: int, ray_address: str | None,
@@ -64,11 +65,14 @@ def search(
         mist search space.yaml
         mist search space.yaml --out out/search --workers 2
         mist run out/search/front-1.yaml
+        mist report out/search --overwrite
         mist search space.yaml --strategy nsga2 --trials 512 --json > found.json
     """
     load_plugins(plugins)
+    from mist.report.html.page import write_page
+    from mist.report.html.search import search_html
     from mist.search.executors import DEFAULT, executor_named
-    from mist.search.outcome import STORE
+    from mist.search.outcome import PAGE, STORE, read_found
     from mist.search.run import search as run_search
 
     if out is not None:
@@ -81,9 +85,10 @@ def search(
         )
     if out is not None:
         found.write(out)
+        write_page(search_html(*read_found(out)), out / PAGE)
     _print(found, as_json)
     if out is not None:
-        click.echo(f"Results are in {out}: result.json, front-*.yaml, {STORE}", err=True)
+        click.echo(f"Results are in {out}: result.json, front-*.yaml, {PAGE}, {STORE}", err=True)
 
 
 def _check(out: Path) -> None:
@@ -120,9 +125,10 @@ def _print(found: Found, as_json: bool) -> None:
 @click.option("--executor", metavar="NAME", help="Where runs take place, such as serial or processes.")
 @click.option("--workers", type=click.IntRange(min=0), default=0, metavar="N", help="How many; 0 is one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@report_option
 def sensitivity(
     objectives: tuple[str, ...], step: float, seeds: int, executor: str | None, workers: int, as_json: bool,
-    **options: Any,
+    page: Path | None, overwrite: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Say what would change the results of SCENARIO: by how many percent for 1 % more of each parameter.
 
@@ -132,8 +138,10 @@ def sensitivity(
     \b
     Examples:
         mist sensitivity scenario.yaml
+        mist sensitivity scenario.yaml --report out.html
         mist sensitivity scenario.yaml --objective e2e_s.p90 --objective output_tokens_per_usd --seeds 10
     """
+    check_page(page, overwrite, [options["scenario"], *options["plugins"]])
     scenario = load_scenario(**options)
     from mist.search.executors import DEFAULT, executor_named
     from mist.search.sensitivity import DEFAULT_OBJECTIVES
@@ -144,6 +152,10 @@ def sensitivity(
             scenario, runs_here, objectives=objectives or DEFAULT_OBJECTIVES, step=step, num_seeds=seeds,
             progress=progress,
         )  # fmt: skip
+    if page is not None:
+        from mist.report.html.tornado import sensitivity_html
+
+        write(sensitivity_html(document), page)
     if as_json:
         print_json(document)
         return

@@ -107,6 +107,15 @@ def _against(first: Deployment, other: Deployment) -> dict[str, Any]:
     }
 
 
+def paired(first: Deployment, other: Deployment) -> dict[str, tuple[FloatColumn, FloatColumn]]:
+    """What `compare` takes the statistics of, the pairs of all seeds one behind the other: float64[n], s, of either."""
+    pairs = [_pairs(a, b) for a, b in zip(first.runs, other.runs, strict=True)]
+    return {
+        metric: (np.concatenate([p[metric][0] for p in pairs]), np.concatenate([p[metric][1] for p in pairs]))
+        for metric in METRICS
+    }
+
+
 def _pairs(a: Run, b: Run) -> dict[str, tuple[FloatColumn, FloatColumn]]:
     """Each metric of the requests that were counted in both and have it, in the order of their numbers."""
     numbers = np.intersect1d(a.requests["request"][a.counted()], b.requests["request"][b.counted()])

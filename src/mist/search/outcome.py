@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mist.errors import Problem, ScenarioError
 from mist.scenario.value import to_yaml
 from mist.search.finalists import Podium
 from mist.search.laboratory import Laboratory
@@ -23,7 +24,9 @@ from mist.search.store import excerpt_of
 from mist.search.strategies import WHOLE
 
 SCHEMA_VERSION = 1
-RESULT, STORE = "result.json", "search.db"
+RESULT, STORE, PAGE = "result.json", "search.db", "report.html"
+#: measured points that are told one by one, those on the longest prefixes first
+MAX_POINTS = 2000
 _CONFIDENCE = 0.95
 _SECONDS_PER_HOUR = 3600.0
 
@@ -47,6 +50,24 @@ class Found:
         for name, scenario in self.deployments.items():
             (folder / f"{name}.yaml").write_text(to_yaml({"name": name, **scenario}), encoding="utf-8")
         (folder / RESULT).write_text(self.to_json(), encoding="utf-8")
+
+
+def read_found(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The document that `Found.write` left in `folder`, and the YAML of the front's deployments that are still there.
+
+    Raises ScenarioError where that isn't what lies there.
+    """
+    try:
+        document = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        names = [each["name"] for each in document["front"]]
+        known = document["schema_version"] == SCHEMA_VERSION
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        hint = "name a folder that `mist search --out` wrote"
+        raise ScenarioError(Problem(f"{folder / RESULT} is no result of a search that this version reads", hint=hint))
+    files = {name: folder / f"{name}.yaml" for name in names}
+    return document, {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
 
 
 def outcome(
@@ -78,11 +99,18 @@ def outcome(
         "runs": _runs(lab),
         "front": [{"name": names[number], **told[number]} for number in podium.front],
         "best": {
-            title: None if i is None else {"front": names.get(i), **_deployment(lab, legal.points[i], seeds)}
+            title: None
+            if i is None
+            else {
+                "front": names.get(i),
+                **_deployment(lab, legal.points[i], seeds),
+                "gain": _gain_of(title, lab, legal.points[i], base, seeds),
+            }
             for title, i in podium.best.items()
         },
+        "points": _points(lab, legal.points, names, seeds),
         "baseline": None if base is None else _deployment(lab, base, seeds),
-        "gain": None if base is None or first is None else _gain(lab, first, base, seeds),
+        "gain": None if base is None or first is None else _gain(lab, first, base, seeds, lab.objectives[0]),
         "real": _real(lab),
         "timing": dict(timing),
     }
@@ -134,9 +162,46 @@ def interval(values: Sequence[float | None]) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def _gain(lab: Laboratory, best: Point, base: Point, seeds: Sequence[int]) -> dict[str, Any]:
-    """By what factor the best is better than the baseline in the first objective, seed by seed."""
-    name = lab.objectives[0]
+def _points(
+    lab: Laboratory, points: Mapping[int, Point], names: Mapping[int, str], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """What was measured, each on its longest prefix: means over its seeds, and the share that it misses at most."""
+    longest: dict[int, float] = {}
+    for number, share, _ in lab.runs:
+        if number in points:
+            longest[number] = max(share, longest.get(number, 0.0))
+    told = []
+    for number in sorted(longest, key=lambda number: (-longest[number], number))[:MAX_POINTS]:
+        score = lab.score(points[number], longest[number], seeds)
+        values = dict(zip(lab.objectives, score.values, strict=True))
+        told.append({
+            "front": names.get(number),
+            "choices": dict(points[number].choices),
+            "devices": points[number].devices,
+            "share": longest[number],
+            "objectives": {name: _plain(value, maximised(name)) for name, value in values.items()},
+            "missed": _finite(score.violation),
+        })  # fmt: skip
+    return told
+
+
+def _plain(value: float, is_negated: bool) -> float | None:
+    if not math.isfinite(value):
+        return None
+    return -value if is_negated else value
+
+
+def _gain_of(
+    title: str, lab: Laboratory, best: Point, base: Point | None, seeds: Sequence[int]
+) -> dict[str, Any] | None:
+    """The gain in what the title is for: its objective, or the first one."""
+    name = title.removeprefix("best ")
+    chosen = name if name in lab.objectives else lab.objectives[0]
+    return None if base is None else _gain(lab, best, base, seeds, chosen)
+
+
+def _gain(lab: Laboratory, best: Point, base: Point, seeds: Sequence[int], name: str) -> dict[str, Any]:
+    """By what factor the best is better than the baseline in an objective, seed by seed."""
     factors: list[float | None] = []
     for ours, theirs in zip(_excerpts(lab, best, seeds), _excerpts(lab, base, seeds), strict=True):
         a, b = objective(ours, name), objective(theirs, name)

@@ -6,10 +6,9 @@ It computes no figure of the summary anew, and it never runs a simulation.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from mist.report.html.page import page
+from mist.report.html.page import page, write_page
 from mist.report.html.sections.anatomy import anatomy
 from mist.report.html.sections.cluster import cluster
 from mist.report.html.sections.headline import headline
@@ -37,12 +36,4 @@ def report_html(result: Result) -> str:
 
 def write_report(result: Result, path: str | Path) -> Path:
     """Write the report of `result` to `path`; the file appears when it is whole."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(report_html(result), encoding="utf-8")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    return write_page(report_html(result), path)

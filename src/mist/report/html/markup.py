@@ -74,7 +74,10 @@ def _is_number(cell: Child) -> bool:
     if isinstance(cell, int) and not isinstance(cell, bool):
         return True
     return (
-        isinstance(cell, str) and not isinstance(cell, Markup) and cell.lstrip("<>≤±−$ ")[:1] in _NUMERIC and bool(cell)
+        isinstance(cell, str)
+        and not isinstance(cell, Markup)
+        and cell.lstrip("<>≤±−+$ ")[:1] in _NUMERIC
+        and bool(cell)
     )
 
 

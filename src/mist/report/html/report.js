@@ -59,7 +59,7 @@
     each.addEventListener("focus", () => {
       if (!each.matches(":focus-visible")) return;
       const box = each.getBoundingClientRect();
-      show(lines, box.left + 150, box.bottom - 14);
+      show(lines, box.left + Math.min(150, box.width), box.bottom - Math.min(14, box.height));
     });
     each.addEventListener("blur", hide);
   }
