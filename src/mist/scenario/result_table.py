@@ -78,7 +78,8 @@ def _costs(summary: Summary) -> Iterator[tuple[str, str]]:
             "usd_per_thousand_requests": "per 1,000 requests",
         }
         each = [f"${_rate(cost[key])} {name}" for key, name in per.items() if cost[key] is not None]
-        by = f"{cost['prices']}, {cost['purchase'].replace('_', ' ')}"
+        bought = "" if cost["purchase"] == "flat" else f", {cost['purchase'].replace('_', ' ')}"
+        by = cost["prices"] + bought
         hourly = f"${_rate(cost['usd_per_hour'])}/h"
         yield "Cost", f"{', '.join([hourly, *each])} ({by})"
     if energy and energy["mean_w"] is not None:
