@@ -292,6 +292,13 @@ def test_what_a_result_tells_of_a_pool_that_scales() -> None:
     assert line.split()[3:9] == [f"{1 + 5 / span:.2f}", "1", "2", "0", "1", "1"]
 
 
+def test_replicas_that_are_not_there_do_not_go_down() -> None:
+    pool = {**GPU, "count": 4, "scaling": {"initial_count": 1, "schedule": [{"at_s": 9, "count": 2}]}}
+    result = played(clients={"gpu": pool}, events=[{"at_s": 5, "client_down": "gpu", "for_s": 1}])
+    assert result.metrics["availability"]["pools"]["gpu"]["num_down"] == 1
+    assert [each["state"] for each in result.metrics["availability"]["changes"]].count("down") == 4
+
+
 def test_a_run_without_events_has_no_availability() -> None:
     result = played()
     assert result.metrics["availability"] is None
