@@ -117,6 +117,7 @@ def test_out_holds_a_scenario_that_gives_the_same_bytes(scenario: Path) -> None:
     names = sorted(path.name for path in Path("a").iterdir())
     assert names == [
         "changes.parquet",
+        "loans.parquet",
         "requests.parquet",
         "scenario.yaml",
         "steps.parquet",

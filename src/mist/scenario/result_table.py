@@ -64,6 +64,10 @@ def _headline(name: str, summary: Summary) -> RenderableType:
     if (quality := summary["quality"]) is not None and quality["mean"] is not None:
         shares = ", ".join(f"{kind} {_percent(part)}" for kind, part in quality["answered_by"].items())
         rows.add_row("Quality", f"{quality['mean']:.4g} on average; answered by {shares}")
+    if (lending := summary.get("lending")) is not None:
+        share_lent = _percent(lending["share_of_time"])
+        took = f"took {counted(lending['prompts'], 'prompt')}"
+        rows.add_row("Lending", f"{counted(lending['loans'], 'loan')}, {share_lent} of the lenders' time, {took}")
     for label, told in _costs(summary):
         rows.add_row(label, told)
     return Group(Text(name, style="bold"), Text(""), rows)
