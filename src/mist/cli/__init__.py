@@ -161,8 +161,10 @@ def check(resolved: bool, **options: Any) -> None:
     if resolved:
         click.echo(scenario.to_yaml(), nl=False)
         return
+    from mist.scenario.disturbances import check_links
     from mist.scenario.remarks import remarks
 
+    check_links(scenario)
     click.echo(f"{scenario.name}: fine")
     for name, tenant in scenario.tenants.items():
         stages = " -> ".join(tenant.stages)

@@ -280,13 +280,18 @@ def saturation_verdict(summary: Summary) -> Text | None:
             f"{_mean(queue['waiting_last'])} waiting over the run; a longer run would tell whether it is saturated.",
             style="bold yellow",
         )
+    requests = summary["requests"]
+    lost = ""
+    if requests["rejected"]:
+        rejected = share(requests["rejected"] / requests["arrived"])
+        lost = f" {rejected} of the requests were rejected ({requests['rejected']:,} of {requests['arrived']:,})."
     if not queue["waiting_peak"]:
-        return Text("Not saturated: no request waited.", style="green")
+        return Text(f"Not saturated: no request waited.{lost}", style="bold yellow" if lost else "green")
     return Text(
         f"Not saturated: at most {counted(queue['waiting_peak'], 'request')} waited for {queue['pool']} while load "
         f"arrived, {_mean(queue['waiting_first'])} on average in its first tenth and {_mean(queue['waiting_last'])} "
-        "in its last.",
-        style="green",
+        f"in its last.{lost}",
+        style="bold yellow" if lost else "green",
     )
 
 
