@@ -117,6 +117,7 @@ def test_out_holds_a_scenario_that_gives_the_same_bytes(scenario: Path) -> None:
     names = sorted(path.name for path in Path("a").iterdir())
     assert names == [
         "changes.parquet",
+        "loans.parquet",
         "requests.parquet",
         "scenario.yaml",
         "steps.parquet",
@@ -353,6 +354,21 @@ def test_lists(what: str) -> None:
         assert len(text.splitlines()) == len(rows) + 1
     assert all(row["name"] in text for row in rows)
     assert len({tuple(row) for row in rows}) == 1
+
+
+def test_the_prices_of_a_list(scenario: Path) -> None:
+    rows = {row["device"]: row for row in json.loads(invoke("list", "prices", "reference", "--json").stdout)}
+    assert rows["h100-sxm"]["on_demand"] == 2.95
+    assert rows["h100-sxm"]["spot"] == 1.25
+    assert all(row["source"] and row["date"] for row in rows.values())
+    text = invoke("list", "prices", "rental").stdout
+    assert "h100-sxm" in text
+    assert "three-year rental" in text
+    Path("ours.yaml").write_text("devices: {h100-sxm: 2.2}")
+    assert "2.2" in invoke("list", "prices", "ours.yaml").stdout
+    unknown = invoke("list", "prices", "nebis")
+    assert (unknown.exit_code, "did you mean 'nebius'" in unknown.stderr) == (2, True)
+    assert invoke("list", "devices", "h100-sxm").exit_code == 2
 
 
 def test_performance_models_are_listed_with_the_defaults_that_are_made_for_them() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import mist
 from mist.cost import ClientPrice, DevicePrice, PriceList, Tariff, cost
 from mist.errors import ScenarioError
+from mist.report.html import report_html
 
 WORKLOAD = {
     "arrivals": {"poisson": {"rate_per_s": 20}}, "num_requests": 60, "input_tokens": 300, "output_tokens": 40
@@ -182,7 +183,7 @@ def test_a_shared_host_is_counted_once() -> None:
     assert bill["usd_per_hour"] == pytest.approx(2.95 + 3.1744, rel=1e-12)
     assert bill["hosts"] == pytest.approx({"box": 0.0, "cpus": bill["usd"] - bill["pools"]["gpu"]})
     assert bill["quotes"]["box"]["origin"] == "gpu"
-    assert any("7 accelerators of the nodes have no client" in remark for remark in bill["remarks"])
+    assert any("7 accelerators of the nodes have no client and are not" in remark for remark in bill["remarks"])
     # without nodes each has a CPU of its own, and that it doesn't use all of it is said
     apart = scenario(clients=clients, pipeline=STAGES).run().cost()
     assert apart["usd_per_hour"] == pytest.approx(2.95 + 2 * 3.1744, rel=1e-12)
@@ -248,6 +249,35 @@ def test_a_client_has_a_price_of_its_own() -> None:
     assert hourly(result) == pytest.approx(1.0 + 1.25 + 3.99, rel=1e-12)
     # and keeps it whatever the others pay
     assert hourly(result, {"h100-sxm": 10.0}) == pytest.approx(1.0 + 10.0 + 3.99, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("price", "prices", "told"),
+    [
+        (1.0, None, "(own prices)"),
+        ("lambda", None, "(lambda, on demand)"),
+        ({"catalogue": "semianalysis-rental", "purchase": "reserved"}, None, "(semianalysis-rental, reserved)"),
+        ({"purchase": "spot"}, {"h100-sxm": {"spot": 1.0}}, "(own prices, spot)"),
+        (None, {"h100-sxm": 2.0}, "(own prices, on demand)"),
+        (None, None, "(reference, on demand)"),
+    ],
+)
+def test_it_is_told_whose_prices_were_paid(price: Any, prices: Any, told: str) -> None:
+    gpu = GPU if price is None else {**GPU, "price": price}
+    result = scenario(clients={"gpu": gpu}, **({} if prices is None else {"prices": prices})).run()
+    assert told in " ".join(str(result).split())
+
+
+def test_prices_of_several_kinds_are_told_together() -> None:
+    two = {"gpu": {**GPU, "price": 1.0}, "other": GPU}
+    third = {**GPU, "price": {"catalogue": "lambda", "purchase": "on_demand"}}
+    bill = scenario(clients=two).run().cost()
+    assert (bill["prices"], bill["purchase"]) == ("own prices and reference", "on_demand")
+    result = scenario(clients={**two, "third": third}, prices={"purchase": "spot"}).run()
+    page = report_html(result)
+    assert result.cost()["prices"] == "several lists"
+    assert "<dd>several lists</dd>" in page
+    assert "<dd>on demand and spot</dd>" in page
 
 
 def test_a_bill_needs_only_the_summary_and_prices() -> None:

@@ -6,15 +6,18 @@ What a user writes of `hand_over` and `lending`, and what it comes to; the laws 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from apart import column
 from mist.errors import ScenarioError
 from mist.scenario import load
 from mist.scenario.result import Result
+from mist.scenario.stored import read_result
 
 POOL = {"model": "llama-3.1-8b", "count": 2}
 APART: dict[str, Any] = {
@@ -113,7 +116,7 @@ def test_another_dtype_costs_a_read_and_a_write(convert: str) -> None:
                      f"{'prefill' if convert == 'before' else 'decode'}, at its memory bandwidth."]  # fmt: skip
 
 
-def test_a_lending_pool_of_a_scenario() -> None:
+def test_a_lending_pool_of_a_scenario(tmp_path: Path) -> None:
     crowd = {"arrivals": {"poisson": {"rate_per_s": 80}}, "num_requests": 300, "input_tokens": 3000,
              "output_tokens": 20}  # fmt: skip
     clients = {**APART["clients"], "decode": {**APART["clients"]["decode"], "lending": {"threshold_tokens": 6000}}}
@@ -121,7 +124,23 @@ def test_a_lending_pool_of_a_scenario() -> None:
     assert len(result.records.loans) > 0
     assert min(column(result, "loans", "end_ns")) > 0
     tasks = result.records.tasks.as_columns()
-    assert ((tasks["kind"] == 0) & (tasks["client"] >= 2)).sum() > 0
+    lent = (tasks["kind"] == 0) & (tasks["client"] >= 2)
+    assert lent.sum() > 0
+    told, loans = result.metrics["lending"], result.loans
+    span_s = result.metrics["duration_s"] * sum(info.startswith("decode") for info in result.records.client_names)
+    assert told["prompts"] == len(np.unique(tasks["request"][lent]))
+    assert told["loans"] == len(loans["client"])
+    assert told["share_of_time"] == pytest.approx((loans["end_s"] - loans["start_s"]).sum() / span_s)
+    assert f"Lending     {told['loans']} loan" in str(result)
+    assert load(APART).run().metrics["lending"] is None
+    assert "Lending" not in str(load(APART).run())
+    stored = read_result(result.write(tmp_path / "out"))
+    assert pq.read_table(tmp_path / "out" / "loans.parquet").column_names == ["client", "start_s", "end_s"]
+    assert {name: column.tolist() for name, column in stored.loans.items()} == {
+        name: column.tolist() for name, column in loans.items()
+    }
+    (tmp_path / "out" / "loans.parquet").unlink()  # as an earlier version left it
+    assert len(read_result(tmp_path / "out").loans["client"]) == 0
 
 
 def test_each_tenant_has_somebody_within_reach() -> None:

@@ -15,7 +15,9 @@ from mist.records import DRAINING, OFF, STARTING, UP
 from mist.report.timeline import trace_events
 from mist.scenario import load
 from mist.scenario.build import run
+from mist.scenario.disturbances import check_links
 from mist.scenario.result import Result
+from mist.scenario.result_table import saturation_verdict
 
 GPU: dict[str, Any] = {"device": "h100-sxm", "model": "llama-3.1-8b", "perf": "roofline"}
 WORKLOAD: dict[str, Any] = {
@@ -290,6 +292,35 @@ def test_what_a_result_tells_of_a_pool_that_scales() -> None:
     assert "events.0 at 800 s, clients.gpu.scaling.schedule.2 at 900 s" in notes
     (line,) = [line for line in str(result).splitlines() if line.startswith("3 x gpu") and line.endswith(" s")]
     assert line.split()[3:9] == [f"{1 + 5 / span:.2f}", "1", "2", "0", "1", "1"]
+
+
+def test_replicas_that_are_not_there_do_not_go_down() -> None:
+    pool = {**GPU, "count": 4, "scaling": {"initial_count": 1, "schedule": [{"at_s": 9, "count": 2}]}}
+    result = played(clients={"gpu": pool}, events=[{"at_s": 5, "client_down": "gpu", "for_s": 1}])
+    assert result.metrics["availability"]["pools"]["gpu"]["num_down"] == 1
+    assert [each["state"] for each in result.metrics["availability"]["changes"]].count("down") == 4
+
+
+def test_the_verdict_names_rejections() -> None:
+    gone = [{"at_s": 2, "client_down": "gpu", "on_loss": "fail"}]
+    result = played(events=gone)
+    told = result.metrics["requests"]
+    assert told["rejected"] > 80
+    verdict = saturation_verdict(result.summary())
+    assert verdict is not None
+    assert verdict.plain.startswith("Not saturated: at most")
+    assert f"were rejected ({told['rejected']} of 120)." in verdict.plain
+    assert verdict.style == "bold yellow"
+    assert "rejected" not in str(saturation_verdict(played().summary()))
+
+
+def test_links_that_there_are_not_are_found_without_a_run() -> None:
+    event = {"at_s": 1, "factor": 0.5}
+    with pytest.raises(ScenarioError, match=r"there is no link 'gpu-0.out' of limited bandwidth"):
+        check_links(load(scenario(events=[{**event, "link": "gpu-0.out"}])))
+    with pytest.raises(ScenarioError, match=r"did you mean 'one\.out'"):
+        check_links(load(scenario(clients=APART, network=LINK, events=[{**event, "link": "one.in"}])))
+    check_links(load(scenario(clients=APART, network=LINK, events=[{**event, "link": "one.out"}])))
 
 
 def test_a_run_without_events_has_no_availability() -> None:

@@ -12,6 +12,7 @@ import mist
 from mist.cost import PURCHASES, PriceList
 from mist.errors import ScenarioError
 from mist.scenario import catalogue
+from mist.scenario.remarks import remarks
 from mist.scenario.value import load as load_scenario
 
 NAMES = catalogue.names("prices")
@@ -77,6 +78,10 @@ def test_the_default_has_every_purchase_of_the_common_devices() -> None:
         ("prices: {memories: {ddrx: 3}}", ["no memory 'ddrx'", "'ddr5'"]),
         ("prices: {catalogue: {devices: {h100-sxm: -3}}}", ["from 0 to", "not -3"]),
         ("prices: {catalogue: {devices: {h100-sxm: 3}, pue: 0.9}}", ["pue must be a number from 1 to 10"]),
+        ("prices: {h100-sxm: cheap}", ["must be a number, USD per device-hour, not 'cheap'"]),
+        ("prices: {devices: {h100-sxm: [2]}}", ["must be a number"]),
+        ("prices: {scal: 1}", ["no key 'scal'", "'scale'"]),
+        ("prices: {devics: {h100-sxm: 2}}", ["no key 'devics'", "'devices'"]),
         ("prices: 5", ["must be a mapping, not 5"]),
         ("energy: {pue: 0.5}", ["must be at least 1"]),
         ("energy: {carbon: 5}", ["no key 'carbon'", "carbon_g_per_kwh"]),
@@ -86,6 +91,17 @@ def test_what_is_wrong_is_told(tmp_path: Path, text: str, messages: list[str]) -
     message = told(tmp_path, text)
     for part in messages:
         assert part in message, message
+
+
+def test_a_price_of_a_device_that_nobody_has_is_remarked(tmp_path: Path) -> None:
+    told = "prices: nobody has a h200-sxm, so its price changes nothing."
+    assert told in remarks(load(tmp_path, "prices: {h200-sxm: 2, H100: 3}"))
+    assert not [each for each in remarks(load(tmp_path, "prices: {H100: 3}")) if "changes nothing" in each]
+    found = load(tmp_path, "").run()
+    assert told in found.cost({"h200-sxm": 2.0})["remarks"]
+    assert told not in found.cost({"h100-sxm": 2.0})["remarks"]
+    with pytest.raises(ScenarioError, match=r"no key 'scal'.*\n.*'scale'"):
+        found.cost({"scal": 1})
 
 
 def test_a_client_with_a_wrong_price_is_told(tmp_path: Path) -> None:

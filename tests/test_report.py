@@ -27,6 +27,7 @@ from mist.report.html.sections.headline import expected_range
 from mist.report.html.sections.slowest import slowest
 from mist.report.html.view import View
 from mist.scenario.result import Result
+from mist.scenario.stored import read_result
 from test_result import make
 
 VOID = {"meta", "br"}
@@ -146,6 +147,26 @@ def test_sections_that_have_nothing_to_say_are_left_out():
     assert {"summary", "provenance", "scenario"} <= set(page.ids)
     assert not {"latency", "stages"} & set(page.ids)
     assert "No request finished, so there are no latencies: 3 rejected." in page.texts
+
+
+def test_who_was_there_and_why_that_changed(tmp_path: Path):
+    pool = {"device": "h100-sxm", "model": "llama-3.1-8b", "perf": "roofline", "count": 2}
+    workload = {"arrivals": {"poisson": {"rate_per_s": 9}}, "num_requests": 90, "input_tokens": 99, "output_tokens": 9}
+    quiet = {"workload": workload, "clients": {"gpu": pool}}
+    events = [{"at_s": 3, "client_down": "gpu-1", "for_s": 2}]
+    found = mist.run({**quiet, "events": events})
+    text = report_html(found)
+    page = check(text)
+    assert "availability" in page.ids
+    assert {"Replicas up, by pool", "gpu-1 goes down for 2 s", "3 s", "5 s", "down", "up", "event"} <= set(page.texts)
+    data = re.search(r'type="application/json"[^>]*>(.*?)</script>', text[text.index("<strong>Replicas up, by pool") :])
+    (up,) = json.loads(data[1])["series"] if data else [{}]
+    assert set(up["lo"]) | set(up["hi"]) == {1, 2}
+    down = [x for x, high in zip(up["x"], up["hi"], strict=True) if high == 1]
+    first_s = found.requests["arrival_s"].min()
+    assert 3 < first_s + min(down) < first_s + max(down) < 5
+    assert report_html(read_result(found.write(tmp_path / "out"))) == text
+    assert 'id="availability"' not in report_html(mist.run(quiet))
 
 
 def test_one_request_and_none_make_a_page():

@@ -27,6 +27,8 @@ class Lending:
 
     thresholds: Mapping[int, int]
     records: Records
+    #: prompts that were given to lent clients so far
+    num_taken: int = field(default=0, init=False)
     #: lent clients: since when, and the prompts that they have taken and not computed
     _since_ns: dict[int, int] = field(default_factory=dict, init=False)
     _num_prompts: dict[int, int] = field(default_factory=dict, init=False)
@@ -50,6 +52,7 @@ class Lending:
         else:
             there = min([chosen, *lent], key=_pending)
         if there is not chosen:
+            self.num_taken += 1
             self._num_prompts[there.index] = self._num_prompts.get(there.index, 0) + 1
         return there
 

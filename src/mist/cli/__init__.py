@@ -163,8 +163,10 @@ def check(resolved: bool, **options: Any) -> None:
     if resolved:
         click.echo(scenario.to_yaml(), nl=False)
         return
+    from mist.scenario.disturbances import check_links
     from mist.scenario.remarks import remarks
 
+    check_links(scenario)
     click.echo(f"{scenario.name}: fine")
     for name, tenant in scenario.tenants.items():
         stages = " -> ".join(tenant.stages)
@@ -275,20 +277,24 @@ _LISTED = (
 
 @main.command("list")
 @click.argument("what", type=click.Choice(_LISTED))
+@click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")
-def list_names(what: str, as_json: bool, plugins: tuple[str, ...]) -> None:
-    """List the names that a scenario can use.
+def list_names(what: str, name: str | None, as_json: bool, plugins: tuple[str, ...]) -> None:
+    """List the names that a scenario can use, or what the list of prices NAME asks for each device.
 
     \b
     Examples:
         mist list devices
+        mist list prices nebius
         mist list policies --json
     """
+    if name is not None and what != "prices":
+        raise click.UsageError(f"a name is for prices: mist list {what}, or mist list prices {name}")
     load_plugins(plugins)
-    from mist.scenario.listing import rows
+    from mist.scenario.listing import price_rows, rows
 
-    found = rows(what)
+    found = rows(what) if name is None else price_rows(name)
     if as_json:
         print_json(found)
     else:

@@ -17,13 +17,16 @@ from mist.units import GB
 Json = dict[str, Any]
 SECONDS_PER_HOUR = 3600.0
 JOULES_PER_KWH = 3.6e6
+#: whose prices they are that the scenario or a client gives itself
+OWN_PRICES = "own prices"
 
 
 def cost(usage: Mapping[str, Any], tariff: Tariff) -> Json:
     """What the run of `usage` costs by `tariff`, in USD over its span; docs/cost.md has every figure.
 
     `pools`, `hosts` and `memories` add up to `usd`, and so do `stages` and the `usd` of `tenants`. All figures that
-    something without a price would be in are None, with the reason in `remarks`.
+    something without a price would be in are None, with the reason in `remarks`. `prices` and `purchase` are those that
+    devices were paid by, whoever gave them.
     """
     charges = [_of_machine(machine, usage, tariff) for machine in usage["machines"]]
     charges += [_of_memory(memory, usage["span_s"], tariff) for memory in usage["memories"]]
@@ -33,8 +36,7 @@ def cost(usage: Mapping[str, Any], tariff: Tariff) -> Json:
     parts = shared_out(usage, amounts, "busy_s") if whole is not None else None
     span_s, by_tenant = usage["span_s"], sums(parts, 0)
     return {
-        "prices": tariff.prices.name,
-        "purchase": tariff.purchase,
+        **_whose_prices(charges, tariff),
         "usd": whole,
         "usd_per_hour": over(whole, span_s / SECONDS_PER_HOUR),
         **_ratios(whole, usage, span_s),
@@ -59,6 +61,20 @@ class _Charge:
     pools: Sequence[str] = ()
     quote: Json | None = None
     remarks: tuple[str, ...] = ()
+
+
+def _whose_prices(charges: Sequence[_Charge], tariff: Tariff) -> dict[str, str]:
+    """Whose prices were paid and how the devices were bought; the tariff's where nothing has a price."""
+    paid = [
+        c.quote for c in charges if c.quote is not None and c.quote.get("purchase", "with devices") != "with devices"
+    ]
+    own = {"the scenario", *(f"price of {pool}" for pool in tariff.clients)}
+    names = sorted({OWN_PRICES if quote["origin"] in own else quote["origin"] for quote in paid})
+    bought = {quote["purchase"] for quote in paid}
+    # a price per hour whatever the purchase says nothing beside one that does
+    bought = bought - {"flat"} or bought or {tariff.purchase}
+    prices = " and ".join(names) if len(names) < 3 else "several lists"
+    return {"prices": prices or tariff.prices.name, "purchase": " and ".join(sorted(bought))}
 
 
 def _ratios(usd: float | None, rates: Mapping[str, Any], span_s: float) -> Json:

@@ -108,14 +108,21 @@ def replica_of(client: str) -> str:
 
 
 def _counts(replicas: Sequence[Sequence[Change]], window: Window) -> dict[str, int]:
-    """How often one went down, and how often more or fewer were wanted by the schedule or a rule."""
+    """How often one that was there went down, and how often more or fewer were wanted by the schedule or a rule."""
     inside = [each for rows in replicas for each in rows if window.start_ns <= each.time_ns < window.stop_ns]
     scaled = [each.state for each in inside if each.reason.startswith(("schedule", "rule"))]
     return {
-        "num_down": sum(each.state == DOWN for each in inside),
+        "num_down": sum(_num_lost(rows, window) for rows in replicas),
         "num_scaled_up": sum(state in (STARTING, UP) for state in scaled),
         "num_scaled_down": sum(state in (DRAINING, OFF) for state in scaled),
     }
+
+
+def _num_lost(rows: Sequence[Change], window: Window) -> int:
+    """How often a replica went down within the window; not where there was none, which is then down and no loss."""
+    before = [UP, *(each.state for each in rows)]
+    went = (each for each, earlier in zip(rows, before, strict=False) if each.state == DOWN and earlier != OFF)
+    return sum(window.start_ns <= each.time_ns < window.stop_ns for each in went)
 
 
 def _numbers_up(replicas: Sequence[Sequence[Change]], window: Window) -> dict[str, float | None]:

@@ -21,6 +21,7 @@ from mist.ledger import Ledger
 from mist.lending import Lending
 from mist.metrics import Tally, TenantInfo, summary_of
 from mist.metrics.distribution import FloatColumn
+from mist.metrics.lending import summarise_lending
 from mist.metrics.words import counted
 from mist.perf import ORIGINS, HostModel, PerfModel
 from mist.records import Records
@@ -108,6 +109,8 @@ def run(
     tally.finish()
     whole = tally.window
     metrics = summary_of(tally, memories=memory_infos(fleet), provenance=_provenance(tally, fleet.models))
+    lending = coordinator.lending or Lending({}, written)
+    metrics["lending"] = summarise_lending(written, len(lending.thresholds), lending.num_taken, whole)
     metrics |= shared(coordinator.network, whole.first_ns, whole.last_ns)
     metrics["notes"] += [
         *cut,

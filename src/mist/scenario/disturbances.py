@@ -17,16 +17,17 @@ from mist.availability.scaling import Rule, Scaling
 from mist.coordinator import Coordinator
 from mist.errors import ScenarioError, nearest
 from mist.fabric import Fabric, PlainLinks
-from mist.kernel import FOREVER
+from mist.kernel import FOREVER, Kernel
 from mist.metrics import Tally
 from mist.metrics.availability import state_changes
 from mist.metrics.words import counted
 from mist.network import HOST, Network
-from mist.records import CANCELLED, TIMED_OUT
+from mist.records import CANCELLED, TIMED_OUT, Records
 from mist.request import NO_DEADLINE
 from mist.scenario.clients import Pool
 from mist.scenario.events import EventSection
-from mist.scenario.fleet import Fleet
+from mist.scenario.fleet import Fleet, build_fleet, give_swap_spaces, network_of
+from mist.scenario.memories import add_memories
 from mist.scenario.network import numbered
 from mist.scenario.scaling import MEASURES, RuleSection
 from mist.scenario.seeds import random_of
@@ -51,6 +52,18 @@ def add_disturbances(scenario: Scenario, fleet: Fleet, coordinator: Coordinator,
     Events(coordinator.kernel, outages, coordinator.network.sharing).post(events)
     pools = [_elastic(pool, [replicas[each] for each in numbered(name, pool.count)]) for name, pool in scaled.items()]
     Scaling(outages, pools, lambda: coordinator.num_left == num_requests).start()
+
+
+def check_links(scenario: Scenario) -> None:
+    """ScenarioError where an event changes a link that there isn't; without a workload, and only where one does."""
+    if not any(each.link for each in scenario.events):
+        return
+    kernel, records = Kernel(), Records(stage_kinds=list(scenario.stages))
+    fleet = build_fleet(scenario, 0, kernel, records)
+    network = network_of(scenario, fleet, kernel, records)
+    give_swap_spaces(scenario, fleet, network, records)
+    add_memories(scenario, fleet, 0, network, records)
+    list(_events(scenario, fleet, network, _replicas(fleet)))
 
 
 def patience(scenario: Scenario, tenant: Tenancy, num_requests: int) -> Patience | None:

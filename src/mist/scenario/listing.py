@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,19 @@ def rows(what: str) -> list[Row]:
             "aliases": ", ".join(entry.aliases),
         }
         for entry in catalogue.entries(what)
+    ]
+
+
+def price_rows(name: str) -> list[Row]:
+    """One row per device of a list of prices (a name, or a file): USD per device-hour, its date and source.
+
+    ScenarioError where there is no such list.
+    """
+    prices = catalogue.read("prices", name, Path())[0]
+    sources = {device.strip(): said for key, said in prices.sources.items() for device in key.split(",")}
+    return [
+        {"device": device, **asdict(price), "date": prices.date, "source": sources.get(device, "")}
+        for device, price in sorted(prices.devices.items())
     ]
 
 

@@ -6,7 +6,8 @@ a mapping here, so that it can be written anywhere. It bills nobody.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 #: whose prices are taken where a scenario names none
 DEFAULT_PRICES = "reference"
+
+#: how alike an unknown key of `prices` is to a known one to be taken for it, and for no device
+MISSPELT = 0.8
 
 Usd = Annotated[float, Field(ge=0, le=1e12)]
 Purchase = Literal["on_demand", "spot", "reserved", "owned"]
@@ -60,6 +64,13 @@ def _flat(value: Any) -> Any:
     return {"usd_per_hour": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _rates(value: Any) -> Any:
+    """The rates of a device; a bare number is the price per hour."""
+    if isinstance(value, dict | DeviceRates | int | float) and not isinstance(value, bool):
+        return _flat(value)
+    raise problem(f"must be a number, USD per device-hour, not {short(value)}", "or by purchase, such as {spot: 1.2}")
+
+
 class DeviceRates(Section):
     """What a device costs, in USD per device-hour: whatever the purchase, or by purchase."""
 
@@ -82,7 +93,7 @@ class Prices(Section):
     """a list: a name of `mist list prices`, the path of a YAML file, or a mapping"""
     purchase: Purchase = "on_demand"
     """how devices are paid for: by the hour while they are there, or reserved and owned ones all the time"""
-    devices: dict[str, Annotated[DeviceRates, BeforeValidator(_flat)]] = {}  # noqa: RUF012
+    devices: dict[str, Annotated[DeviceRates, BeforeValidator(_rates)]] = {}  # noqa: RUF012
     """prices by device, in place of the list's: USD per device-hour, or by purchase such as {spot: 1.2}"""
     memories: dict[str, Usd] = {}  # noqa: RUF012
     """USD per GB-month of memories, by the scenario's or the catalogue's names"""
@@ -122,10 +133,13 @@ def _prices(value: Any) -> Any:
     """A list by its name, or prices by device, as the whole section."""
     if isinstance(value, str):
         return {"catalogue": value}
-    is_by_device = isinstance(value, dict) and value and not value.keys() & Prices.model_fields.keys()
-    if is_by_device and all(isinstance(price, int | float | dict) for price in value.values()):
+    if not isinstance(value, dict) or not value or value.keys() & Prices.model_fields.keys():
+        return value
+    if any(catalogue.canonical("devices", str(name)) for name in value):
         return {"devices": value}
-    return value
+    is_misspelt = any(get_close_matches(str(key), Prices.model_fields, cutoff=MISSPELT) for key in value)
+    has_prices = all(isinstance(price, int | float | dict) for price in value.values())
+    return {"devices": value} if has_prices and not is_misspelt else value
 
 
 def _pool_price(value: Any) -> Any:
@@ -151,7 +165,9 @@ def cost_anew(scenario: Mapping[str, Any], usage: Mapping[str, Any], given: Any)
         raise ScenarioError(found)
     of_clients = {name: client["price"] for name, client in scenario["clients"].items() if "price" in client}
     clients = {name: PoolPrice.model_validate(price, context=context) for name, price in of_clients.items()}
-    return cost(usage, tariff_of(prices, clients))
+    bill = cost(usage, tariff_of(prices, clients))
+    bill["remarks"] += unused_prices(prices, own)
+    return bill
 
 
 def _told(error: Any) -> Problem:
@@ -160,6 +176,13 @@ def _told(error: Any) -> Problem:
     where = ".".join(map(str, error["loc"]))
     message = ctx.get("message", error["msg"])
     return Problem(f"prices.{where}: {message}" if where else f"prices: {message}", hint=ctx.get("hint", ""))
+
+
+def unused_prices(prices: Prices, used: Collection[str]) -> Iterator[str]:
+    """A remark on each price of a device that is not among those `used`."""
+    for name in prices.devices:
+        if _canonical(name) not in used:
+            yield f"prices: nobody has a {name}, so its price changes nothing."
 
 
 def tariff_of(prices: Prices, clients: Mapping[str, PoolPrice | None]) -> Tariff:

@@ -14,6 +14,7 @@ from mist.request import DECODE, ORDER_SIZES, PREFILL
 from mist.scenario.bands import expected_error
 from mist.scenario.clients import Pool
 from mist.scenario.named import Spec, parameters
+from mist.scenario.prices import unused_prices
 from mist.scenario.value import Scenario
 from mist.speculation import AcceptedLengths
 
@@ -50,6 +51,9 @@ def _of_no_use(scenario: Scenario) -> Iterator[str]:
     for name in scenario.memories:
         if name not in read:
             yield f"memories.{name}: no client's tiers or KV store name it."
+    hosts = scenario.placement.topology.nodes if scenario.placement else ()
+    bought = [pool.device for pool in scenario.clients.values()] + [node.host for node in hosts]
+    yield from unused_prices(scenario.prices, {device.name for device in bought if device is not None})
     policies = [pool.batching for pool in scenario.pools.values()] + [host.batching for host in scenario.hosts.values()]
     orders = [policy.params.get("order") for policy in policies]
     for_orders = ORDER_SIZES if any(order and order.name != "fcfs" for order in orders) else ()

@@ -35,7 +35,7 @@ Columns = dict[str, npt.NDArray[Any]]
 #: what `Result.write` makes
 RESULT_FILES = (
     "summary.json", "requests.parquet", "tasks.parquet", "steps.parquet", "transfers.parquet", "changes.parquet",
-    "scenario.yaml",
+    "loans.parquet", "scenario.yaml",
 )  # fmt: skip
 
 #: those that a run which kept no tables makes
@@ -100,6 +100,11 @@ class Result:
         """One row per instant at which a replica went down, came up, started or drained, by time, with the reason."""
         return change_columns(self._tables())
 
+    @cached_property
+    def loans(self) -> Columns:
+        """One row per time that a client was lent to prompts, by start; NaN where it had not returned at the end."""
+        return loan_columns(self._tables())
+
     def cost(self, prices: Any = None) -> dict[str, Any]:
         """The bill of this run: the summary's, or by other `prices`, as a scenario would have them, without a new run.
 
@@ -148,7 +153,7 @@ class Result:
         (folder / "scenario.yaml").write_text(to_yaml(self.scenario), encoding="utf-8")
         if not self.records.are_whole:
             return
-        for name in ("requests", "tasks", "steps", "transfers", "changes"):
+        for name in ("requests", "tasks", "steps", "transfers", "changes", "loans"):
             _write_parquet(getattr(self, name), folder / f"{name}.parquet")
 
 
@@ -242,6 +247,16 @@ def change_columns(records: Records) -> Columns:
         "time_s": np.array([each.time_ns for each in changes], dtype=np.int64) / NS_PER_S,
         "state": _names(CLIENT_STATES, np.array([each.state for each in changes], dtype=np.int64)),
         "reason": np.array([each.reason for each in changes], dtype=object),
+    }
+
+
+def loan_columns(records: Records) -> Columns:
+    """From when to when clients were lent, in seconds."""
+    rows = records.loans.as_columns()
+    order = np.lexsort((rows["client"], rows["start_ns"]))
+    return {
+        "client": _names(records.client_names, rows["client"][order]),
+        **{f"{event}_s": _seconds(rows[f"{event}_ns"][order]) for event in ("start", "end")},
     }
 
 

@@ -64,6 +64,10 @@ def _headline(name: str, summary: Summary) -> RenderableType:
     if (quality := summary["quality"]) is not None and quality["mean"] is not None:
         shares = ", ".join(f"{kind} {_percent(part)}" for kind, part in quality["answered_by"].items())
         rows.add_row("Quality", f"{quality['mean']:.4g} on average; answered by {shares}")
+    if (lending := summary.get("lending")) is not None:
+        share_lent = _percent(lending["share_of_time"])
+        took = f"took {counted(lending['prompts'], 'prompt')}"
+        rows.add_row("Lending", f"{counted(lending['loans'], 'loan')}, {share_lent} of the lenders' time, {took}")
     for label, told in _costs(summary):
         rows.add_row(label, told)
     return Group(Text(name, style="bold"), Text(""), rows)
@@ -78,7 +82,8 @@ def _costs(summary: Summary) -> Iterator[tuple[str, str]]:
             "usd_per_thousand_requests": "per 1,000 requests",
         }
         each = [f"${_rate(cost[key])} {name}" for key, name in per.items() if cost[key] is not None]
-        by = f"{cost['prices']}, {cost['purchase'].replace('_', ' ')}"
+        bought = "" if cost["purchase"] == "flat" else f", {cost['purchase'].replace('_', ' ')}"
+        by = cost["prices"] + bought
         hourly = f"${_rate(cost['usd_per_hour'])}/h"
         yield "Cost", f"{', '.join([hourly, *each])} ({by})"
     if energy and energy["mean_w"] is not None:
@@ -275,13 +280,18 @@ def saturation_verdict(summary: Summary) -> Text | None:
             f"{_mean(queue['waiting_last'])} waiting over the run; a longer run would tell whether it is saturated.",
             style="bold yellow",
         )
+    requests = summary["requests"]
+    lost = ""
+    if requests["rejected"]:
+        rejected = share(requests["rejected"] / requests["arrived"])
+        lost = f" {rejected} of the requests were rejected ({requests['rejected']:,} of {requests['arrived']:,})."
     if not queue["waiting_peak"]:
-        return Text("Not saturated: no request waited.", style="green")
+        return Text(f"Not saturated: no request waited.{lost}", style="bold yellow" if lost else "green")
     return Text(
         f"Not saturated: at most {counted(queue['waiting_peak'], 'request')} waited for {queue['pool']} while load "
         f"arrived, {_mean(queue['waiting_first'])} on average in its first tenth and {_mean(queue['waiting_last'])} "
-        "in its last.",
-        style="green",
+        f"in its last.{lost}",
+        style="bold yellow" if lost else "green",
     )
 
 

@@ -1,7 +1,7 @@
 """A result read back from the folder that `Result.write` made, with its records as they were.
 
 Beside `result`, for whatever looks at a run later: reports, comparisons. Times were written in seconds and come back as
-the same whole nanoseconds; changes of clients' states and loans don't. It never runs anything.
+the same whole nanoseconds; changes of clients' states don't. It never runs anything.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from mist.records import SEGMENT_ENDS, STATUSES, TRANSFER_KINDS, IntColumn, Reco
 from mist.scenario.result import RESULT_FILES, Result
 from mist.units import NS_PER_S
 
+#: results of earlier versions have none
+_LOANS = "loans.parquet"
+
 #: a column of numbers, or of codes (-1: none) with the names that they stand for
 _Column = tuple[IntColumn, list[str]]
 
@@ -26,7 +29,8 @@ _Column = tuple[IntColumn, list[str]]
 def read_result(folder: str | Path) -> Result:
     """The result in `folder`; ScenarioError where files are missing or aren't those of a result."""
     place = Path(folder)
-    if missing := [name for name in RESULT_FILES if not (place / name).is_file()]:
+    needed = [name for name in RESULT_FILES if name != _LOANS]
+    if missing := [name for name in needed if not (place / name).is_file()]:
         hint = "give the folder of `mist run SCENARIO --out FOLDER`"
         raise ScenarioError(Problem(f"{place} holds no result: there is no {missing[0]} in it", hint=hint))
     try:
@@ -46,6 +50,7 @@ def _records(folder: Path, summary: dict[str, Any]) -> Records:
     requests, tasks, steps, transfers = (
         _read(folder / f"{name}.parquet") for name in ("requests", "tasks", "steps", "transfers")
     )
+    loans = _read(folder / _LOANS) if (folder / _LOANS).is_file() else {}
     clients = _client_names(
         summary, [*tasks["client"][1], *steps["client"][1], *transfers["sender"][1], *transfers["receiver"][1]]
     )
@@ -68,6 +73,8 @@ def _records(folder: Path, summary: dict[str, Any]) -> Records:
         (records.requests, requests), (records.tasks, tasks), (records.steps, steps), (records.transfers, transfers)
     ):  # fmt: skip
         _fill(table, columns, known)
+    if loans:
+        _fill(records.loans, loans, known)
     return records
 
 

@@ -107,5 +107,5 @@ def _unpaid(scenario: Scenario) -> Iterator[str]:
             for index in place.nodes if not place.on_host else ():
                 unused[index] -= place.num_devices // len(place.nodes)
     if idle := sum(unused.values()):
-        have = "has" if idle == 1 else "have"
-        yield f"{counted(idle, 'accelerator')} of the nodes {have} no client and is not in the cost."
+        have, are = ("has", "is") if idle == 1 else ("have", "are")
+        yield f"{counted(idle, 'accelerator')} of the nodes {have} no client and {are} not in the cost."

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mist.report.html.page import page, write_page
 from mist.report.html.sections.anatomy import anatomy
+from mist.report.html.sections.availability import availability
 from mist.report.html.sections.cluster import cluster
 from mist.report.html.sections.headline import headline
 from mist.report.html.sections.latency import latency
@@ -23,7 +24,9 @@ from mist.scenario.result import Result
 __all__ = ["SECTIONS", "report_html", "write_report"]
 
 #: the sections of a report in their order; one that has nothing to say is left out
-SECTIONS = (headline, latency, stages, over_time, anatomy, cluster, slowest, cost_and_energy, provenance, scenario)
+SECTIONS = (
+    headline, latency, stages, over_time, availability, anatomy, cluster, slowest, cost_and_energy, provenance, scenario
+)  # fmt: skip
 
 
 def report_html(result: Result) -> str:

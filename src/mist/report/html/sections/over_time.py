@@ -29,7 +29,7 @@ _AXIS = "time since the first arrival"
 def over_time(view: View) -> Markup | None:
     if not len(view.requests["request"]) or view.span.last_ns == view.span.first_ns:
         return None
-    time = _Time(view)
+    time = TimeAxis(view)
     charts = [chart for make in (_arrivals, _queues, _batches, _kv, _busy, _flows) if (chart := make(view, time))]
     width = seconds(float(time.bounds[1] - time.bounds[0]) / NS_PER_S)
     said = note(
@@ -40,7 +40,7 @@ def over_time(view: View) -> Markup | None:
     return section("time", "Over time", "All requests of the run, measured or not.", said, charts)
 
 
-class _Time:
+class TimeAxis:
     """The axis that the charts have in common."""
 
     def __init__(self, view: View) -> None:
@@ -70,7 +70,7 @@ class _Time:
                           x_name=_AXIS, is_time=True)  # fmt: skip
 
 
-def _arrivals(view: View, time: _Time) -> Markup | None:
+def _arrivals(view: View, time: TimeAxis) -> Markup | None:
     requests = view.requests
     gone = requests["end_ns"][requests["status"] != UNFINISHED]
     width_s = np.diff(time.bounds) / NS_PER_S
@@ -81,7 +81,7 @@ def _arrivals(view: View, time: _Time) -> Markup | None:
     return time.chart("Arrivals and departures", series, PER_S)
 
 
-def _queues(view: View, time: _Time) -> Markup | None:
+def _queues(view: View, time: TimeAxis) -> Markup | None:
     tasks = view.tasks
     admitted = np.where(tasks["started_ns"] >= 0, tasks["started_ns"], tasks["end_ns"])
     return time.chart("Tasks waiting, by pool", [
@@ -91,7 +91,7 @@ def _queues(view: View, time: _Time) -> Markup | None:
     ], NUMBER)  # fmt: skip
 
 
-def _batches(view: View, time: _Time) -> Markup | None:
+def _batches(view: View, time: TimeAxis) -> Markup | None:
     steps = view.steps
     running = steps["num_prefills"] + steps["num_decodes"]
     return time.chart("Tasks in steps, by pool", [
@@ -100,7 +100,7 @@ def _batches(view: View, time: _Time) -> Markup | None:
     ], NUMBER)  # fmt: skip
 
 
-def _kv(view: View, time: _Time) -> Markup | None:
+def _kv(view: View, time: TimeAxis) -> Markup | None:
     series = []
     for number, (pool, mine) in enumerate(_steps_by_pool(view)):
         capacity = int(view.kv_blocks[view.pools[pool]].sum())
@@ -120,7 +120,7 @@ def _spans(view: View, mine: BoolColumn | IntColumn) -> tuple[IntColumn, IntColu
     return view.steps["start_ns"][mine], view.steps["end_ns"][mine]
 
 
-def _busy(view: View, time: _Time) -> Markup | None:
+def _busy(view: View, time: TimeAxis) -> Markup | None:
     """How busy each client was, or some of many."""
     names = view.records.client_names
     steps, busy = view.steps, dict[str, FloatColumn]()
@@ -144,7 +144,7 @@ def _some(busy: Mapping[str, FloatColumn]) -> tuple[list[tuple[str, FloatColumn]
     return [ranked[i] for i in places.tolist()], f" ({MAX_ROWS} of {len(rows)}, from the busiest to the idlest)"
 
 
-def _flows(view: View, time: _Time) -> Markup | None:
+def _flows(view: View, time: TimeAxis) -> Markup | None:
     """Bytes under way between pools and memories, each spread evenly over the time of its transfer."""
     moved, names = view.transfers, list(view.pools)
     ended = (moved["start_ns"] >= 0) & (moved["end_ns"] > moved["start_ns"])
