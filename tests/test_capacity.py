@@ -226,6 +226,18 @@ def test_progress_ends_where_it_said() -> None:
 # what can't be answered
 
 
+def test_requests_that_are_lost_are_told_first() -> None:
+    work = {"arrivals": {"poisson": {"rate_per_s": 6}}, "num_requests": 50, "input_tokens": 1000, "output_tokens": 100}
+    scenario = Scenario(
+        workload=work, clients={"gpu": {"device": "h100-sxm", "count": 2, "model": "llama-3.1-8b"}},
+        events=[{"at_s": 3, "client_down": "gpu"}], slo={"ttft_s": {"p99": 1}},
+    )  # fmt: skip
+    runs = capacity(scenario, tolerance=0.5).as_json()["runs"]
+    assert any("requests lost, which count as late: TTFT p99 of the others is 0.0" in str(r["because"]) for r in runs)
+    gone = "50 requests lost, which count as late: no other request has a TTFT p99, target 1 s"
+    assert runs[0]["because"] == gone
+
+
 def test_without_an_slo_it_says_what_to_write() -> None:
     with pytest.raises(ScenarioError, match="no SLO") as caught:
         capacity(server({"poisson": {"rate_per_s": 4}}, 5, slo={}))

@@ -14,6 +14,7 @@ from typing import Any
 
 from mist.errors import InvariantError, ScenarioError
 from mist.metrics.slo import SLOWDOWNS
+from mist.metrics.words import counted
 from mist.scenario.value import Scenario
 from mist.search.evaluate import Executor, Job, Outcome, Summary
 from mist.search.executors.serial import Serial
@@ -264,9 +265,12 @@ def _missed(target: Mapping[str, Any]) -> str:
     actual = target[f"actual_{unit}"]
     if target["met"] is None:
         return f"no request has a {name}"
-    lost = f" ({target['num_lost']:,} lost)" if target["num_lost"] else ""
     sign = "x" if unit == "slowdown" else "s"
-    return f"{name} is {actual:.4g} {sign}, not {target[f'target_{unit}']:.4g} {sign}{lost}"
+    wanted = f"{target[f'target_{unit}']:.4g} {sign}"
+    if not target["num_lost"]:
+        return f"{name} is {actual:.4g} {sign}, not {wanted}"
+    others = f"no other request has a {name}" if actual is None else f"{name} of the others is {actual:.4g} {sign}"
+    return f"{counted(target['num_lost'], 'request')} lost, which count as late: {others}, target {wanted}"
 
 
 def _target(target: Mapping[str, Any]) -> dict[str, Any]:
