@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -24,6 +25,7 @@ from mist.search.executors.processes import Processes
 from mist.search.executors.serial import Serial
 from mist.search.intervals import mean_interval, share_at_least
 from mist.search.knobs import knob_of
+from mist.search.pace import Pace
 
 #: one request at a time, all alike: a server of deterministic service
 ONE_BY_ONE = {
@@ -83,9 +85,13 @@ def test_the_fewest_clients_are_the_load_rounded_up(service_s: float, load: floa
         routing="round_robin", gpu={"tp": 1, "count": 3},
     )  # fmt: skip
     found = capacity(scenario, vary="clients.gpu.count")
-    assert found.as_json()["found"] == {
-        "value": math.ceil(load), "requests_per_s": pytest.approx(load / service_s), "devices": math.ceil(load),
-    }  # fmt: skip
+    told = found.as_json()["found"]
+    assert (told["value"], told["devices"]) == (math.ceil(load), math.ceil(load))
+    assert told["requests_per_s"] == pytest.approx(load / service_s)
+    assert told["ttft_p99_s"] == pytest.approx(service_s)
+    assert told["throughput_requests_per_s"] == pytest.approx(told["output_tokens_per_s"])
+    per_hour = told["throughput_requests_per_s"] * 3600
+    assert told["usd_per_million_output_tokens"] == pytest.approx(told["usd_per_hour"] / per_hour * 1e6)
 
 
 def test_the_most_at_once_of_a_closed_loop(service_s: float) -> None:
@@ -100,7 +106,40 @@ def test_a_saturated_run_holds_nothing(service_s: float) -> None:
     scenario = server({"constant": {"rate_per_s": 0.9 / service_s}}, 2000, slo={"ttft_s": {"p99": 1e6}})
     found = capacity(scenario, tolerance=0.001)
     assert 1 / 0.9 <= found.value <= 1.03 / 0.9
-    assert "saturated" in found.as_json()["seeds"][0]["because"]
+    assert "near capacity, the queue of gpu grew" in found.as_json()["seeds"][0]["because"]
+    assert "saturated, the queue of gpu grew" in found.as_json()["runs"][-1]["because"]
+
+
+@pytest.mark.parametrize(("num_requests", "most"), [(20, 1.36), (50, 1.2), (400, 1.15)])
+def test_a_short_workload_holds_no_more_than_is_served(service_s: float, num_requests: int, most: float) -> None:
+    # request i is answered after (i + 1) service, whatever the rate, so that no rate would miss this target
+    slo = {"ttft_s": {"p99": 1.1 * num_requests * service_s}}
+    found = capacity(server({"constant": {"rate_per_s": 0.5 / service_s}}, num_requests, slo=slo), tolerance=0.001)
+    assert 1 <= found.value * 0.5 <= most
+
+
+def test_a_workload_that_is_too_short_says_how_many_requests_would_do() -> None:
+    work = {"arrivals": {"poisson": {"rate_per_s": 6}}, "input_tokens": 1000, "output_tokens": 100}
+    gpu = {"device": "h100-sxm", "model": "llama-3.1-8b"}
+    short, longer = (
+        capacity(Scenario(seed=1, workload={**work, "num_requests": number}, clients={"gpu": gpu},
+                          slo={"ttft_s": {"p99": 1}}), tolerance=0.1)
+        for number in (50, 600)
+    )  # fmt: skip
+    assert short.value <= longer.value
+    assert "ended while" in short.as_json()["seeds"][0]["because"]
+    (note,) = short.notes()
+    assert "too short to tell" in note
+    assert 100 < int(note.split("workload.num_requests of ")[1].split()[0].replace(",", "")) < 1000
+
+
+def test_what_is_long_enough_is_not_called_short() -> None:
+    arrival = np.arange(101.0)
+    assert Pace.of(arrival, arrival + 9).is_kept
+    assert not Pace.of(arrival, arrival + 9).is_short
+    late = Pace.of(arrival, arrival * 1.2 + 1)
+    assert (late.arrived, late.is_kept, late.is_short, late.num_enough) == (50, False, True, 120)
+    assert Pace.of(arrival[:1], arrival[:1]) is None
 
 
 def test_a_slowdown_is_a_target_like_any_other(service_s: float) -> None:

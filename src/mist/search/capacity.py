@@ -7,7 +7,7 @@ random numbers), so that only the value differs between two runs. It never takes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ from mist.search.evaluate import Executor, Job, Outcome, Summary
 from mist.search.executors.serial import Serial
 from mist.search.intervals import LEVEL, mean_interval, share_at_least
 from mist.search.knobs import RATE, Knob, knob_of
+from mist.search.pace import Pace, measured
 
 SCHEMA_VERSION = 1
 
@@ -29,7 +30,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run at one value: whether it `holds`, and else why not (`because`); its targets with what came of them."""
+    """One run at one value: whether it `holds`, and else why not (`because`); its targets with what came of them.
+
+    `pace` is None where the load waits for the system; `is_behind`: it only fails for not having kept it. `figures` are
+    those of the run that a reader looks at first.
+    """
 
     seed: int
     value: float
@@ -37,6 +42,15 @@ class Trial:
     holds: bool
     because: str
     targets: tuple[Mapping[str, Any], ...]
+    figures: Mapping[str, float | None] = field(default_factory=dict)
+    pace: Pace | None = None
+    is_behind: bool = False
+
+    @property
+    def num_enough(self) -> int:
+        """Requests that would have to arrive for this verdict to be more than a beginning; 0 where these are enough."""
+        told = self.pace is not None and self.pace.is_short and (self.holds or self.is_behind)
+        return self.pace.num_enough if told and self.pace else 0
 
 
 @dataclass(slots=True)
@@ -93,7 +107,8 @@ class Capacity:
     def as_json(self) -> dict[str, Any]:
         """The document: the same for the same scenario, seeds and tolerance, wherever it was run.
 
-        `found.value` (a factor of the scenario's rate, or a number) with its mean offered load in requests/s;
+        `found.value` (a factor of the scenario's rate, or a number) with its mean offered load in requests/s, what was
+        served of it, P99 latencies and cost, all means over seeds;
         `confidence`: seeds that hold there, the share of all seeds that do at least, and the mean over seeds of what
         each found with its interval; `seeds`: what each found, the closest value that fails, and why; all `runs`.
         """
@@ -130,8 +145,21 @@ class Capacity:
                 )
             for fails, holds in each.broken():
                 yield f"Not monotone: seed {each.seed} fails at {self.shown(fails)} and holds at {self.shown(holds)}."
+        yield from self._too_short()
         if len(self.bisections) > 1 and len({_sameness(each) for each in self.bisections}) == 1:
             yield "All seeds gave the same: nothing is drawn at random here, so they say nothing of the spread."
+
+    def _too_short(self) -> Iterator[str]:
+        for each in self.bisections:
+            closest = [each.trials[value] for value in (each.good, each.bad) if value is not None]
+            short = [trial for trial in closest if trial.num_enough]
+            if short and (pace := short[0].pace) is not None:
+                number = max(trial.num_enough for trial in each.trials.values())
+                yield (
+                    f"Seed {each.seed}: too short to tell: at {self.shown(short[0].value)} requests arrive for "
+                    f"{pace.span_s:.3g} s only, and take {pace.e2e_s:.3g} s each on average; "
+                    f"workload.num_requests of {number:,} or more (or a longer trace) would do."
+                )
 
     def shown(self, value: float) -> str:
         """A value as text: "0.85 x the rate", "3 clients"."""
@@ -145,12 +173,12 @@ class Capacity:
     def _found(self) -> dict[str, Any] | None:
         if self.value is None:
             return None
-        rates = [trial.requests_per_s for trial in self._at(self.value)]
-        known = [rate for rate in rates if rate is not None]
+        trials = self._at(self.value)
         return {
             "value": self.value,
-            "requests_per_s": sum(known) / len(known) if known else None,
+            "requests_per_s": _mean(trial.requests_per_s for trial in trials),
             "devices": int(self.value) * self.knob.devices or None,
+            **{name: _mean(trial.figures[name] for trial in trials) for name in trials[0].figures},
         }
 
     def _confidence(self) -> dict[str, Any]:
@@ -228,7 +256,7 @@ class _Runs:
         """A trial for each (seed, value), in their order; `num_left` runs are about to come, these included."""
         order = list(wanted)
         jobs = [
-            Job(f"{i}", self.scenario.source, {"seed": seed, **self.knob.overrides(value)})
+            Job(f"{i}", self.scenario.source, {"seed": seed, **self.knob.overrides(value)}, measure=measured)
             for i, (seed, value) in enumerate(order)
         ]
         total = self.num_done + num_left
@@ -251,11 +279,37 @@ def _summary(outcome: Outcome, where: str) -> Summary:
 
 def _trial(seed: int, value: float, summary: Summary) -> Trial:
     targets = tuple(summary["slo"]["targets"])
-    because = "; ".join(_missed(target) for target in targets if target["met"] is not True)
-    if summary["saturated"]:
-        because = f"saturated, {summary['saturation_reason']}"
+    missed = "; ".join(_missed(target) for target in targets if target["met"] is not True)
+    pace: Pace | None = summary.get("pace")
+    is_behind = not (missed or summary["saturated"] or pace is None or pace.is_kept)
+    because = _overload(summary, pace) or missed
     rate = summary["offered"]["requests_per_s"] if summary["offered"] else None
-    return Trial(seed, value, rate, not because, because, targets)
+    return Trial(seed, value, rate, not because, because, targets, _figures(summary), pace, is_behind)
+
+
+def _overload(summary: Summary, pace: Pace | None) -> str:
+    """Why more arrives than is served, whatever the targets say; empty where it doesn't."""
+    if summary["saturated"]:
+        return f"saturated, {summary['saturation_reason']}"
+    if summary.get("near_capacity") and (backlog := summary["backlog"]):
+        grown = f"from about {backlog['waiting_first']:,.0f} to {backlog['waiting_last']:,.0f} waiting"
+        return f"near capacity, the queue of {backlog['pool']} grew {grown}"
+    if pace is not None and not pace.is_kept:
+        return f"behind its load, {pace.ended:,} requests ended while {pace.arrived:,} arrived (second half of arrivals)"
+    return ""
+
+
+def _figures(summary: Summary) -> dict[str, float | None]:
+    """What a run served, how fast and at what cost; None each for what it has no figure of."""
+    shown = {
+        "throughput_requests_per_s": ("throughput", "requests_per_s"),
+        "output_tokens_per_s": ("throughput", "output_tokens_per_s"),
+        "ttft_p99_s": ("ttft_s", "p99"),
+        "tpot_p99_s": ("tpot_s", "p99"),
+        "usd_per_hour": ("cost", "usd_per_hour"),
+        "usd_per_million_output_tokens": ("cost", "usd_per_million_output_tokens"),
+    }
+    return {name: (summary.get(section) or {}).get(key) for name, (section, key) in shown.items()}
 
 
 def _missed(target: Mapping[str, Any]) -> str:
@@ -285,8 +339,16 @@ def _run(trial: Trial) -> dict[str, Any]:
         "requests_per_s": trial.requests_per_s,
         "holds": trial.holds,
         "because": trial.because or None,
+        "num_enough": trial.num_enough or None,
+        **trial.figures,
         "targets": actual,
     }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _sameness(each: Bisection) -> str:
