@@ -98,8 +98,9 @@ def test_the_most_at_once_of_a_closed_loop(service_s: float) -> None:
     scenario = server(
         {"closed_loop": {"concurrency": 2}}, 200, slo={"ttft_s": {"p99": service_s * 6.0001}}
     )  # fmt: skip
-    found = capacity(scenario, vary="workload.arrivals.closed_loop.concurrency")
-    assert (found.value, found.shown(6)) == (6, "6 at once")
+    for vary in ("workload.arrivals.closed_loop.concurrency", "workload.concurrency"):
+        found = capacity(scenario, vary=vary)
+        assert (found.value, found.shown(6)) == (6, "6 at once")
 
 
 def test_a_saturated_run_holds_nothing(service_s: float) -> None:
@@ -192,7 +193,8 @@ class Rule:
             self.asked[0] += 1
             value, seed = job.overrides[self.path], job.overrides["seed"]
             met = self.holds(seed, value)
-            target = {"metric": "ttft_s", "statistic": "p99", "target_s": 1.0, "actual_s": 0.5 if met else 2.0,
+            late = 2.0 + (10 / value if self.path.endswith(".count") else 0)
+            target = {"metric": "ttft_s", "statistic": "p99", "target_s": 1.0, "actual_s": 0.5 if met else late,
                       "num_lost": 0, "met": met}  # fmt: skip
             summary = {"slo": {"targets": [target]}, "saturated": False, "offered": {"requests_per_s": 4 * value}}
             yield Outcome(job.key, summary, None, 0.0)
@@ -275,6 +277,43 @@ def test_requests_that_are_lost_are_told_first() -> None:
     assert any("requests lost, which count as late: TTFT p99 of the others is 0.0" in str(r["because"]) for r in runs)
     gone = "50 requests lost, which count as late: no other request has a TTFT p99, target 1 s"
     assert runs[0]["because"] == gone
+
+
+class Partly(Rule):
+    """Can't be run beyond 3."""
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+        for job, outcome in zip(copy := list(jobs), super().run(copy), strict=True):
+            can = self.holds(0, job.overrides[self.path])
+            yield outcome if can else Outcome(job.key, None, "x.yaml:3:\n  too fast", 0.0)
+
+
+def test_a_value_that_cant_be_run_bounds_the_search() -> None:
+    found = capacity(server({"poisson": {"rate_per_s": 4}}, 5), executor=Partly(lambda _, value: value <= 3))
+    assert 3 / 1.02 <= found.value <= 3
+    assert found.as_json()["seeds"][0]["because"] == "can't be run: x.yaml:3: too fast"
+    assert "Seed 0: the search ended at 3.0" in next(found.notes())
+
+
+def test_clients_that_an_event_names_bound_the_fewest(service_s: float) -> None:
+    arrivals = {"constant": {"rate_per_s": 0.5 / service_s}}
+    events = [{"at_s": 0.5, "client_down": "gpu-2", "for_s": 0.1}]
+    scenario = server(arrivals, 200, gpu={"count": 4}, events=events)
+    found = capacity(scenario, vary="clients.gpu.count")
+    assert found.value == 3
+    assert "there is no client 'gpu-2'" in found.as_json()["seeds"][0]["because"]
+    notes = list(capacity(scenario, tolerance=1).notes())
+    assert any(note.startswith("Events and schedules stay at their times") for note in notes)
+
+
+def test_more_clients_that_change_nothing_end_the_search(service_s: float) -> None:
+    scenario = server({"constant": {"rate_per_s": 0.5 / service_s}}, 100, slo={"ttft_s": {"p99": service_s / 2}})
+    found = capacity(scenario, vary="clients.gpu.count")
+    assert found.value is None
+    assert found.as_json()["seeds"][0]["num_runs"] == 2
+    (note,) = found.notes()
+    assert "even at 2 clients it fails: TTFT p99" in note
+    assert note.endswith("More clients change nothing.")
 
 
 def test_without_an_slo_it_says_what_to_write() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from mist.errors import InvariantError, ScenarioError
 from mist.metrics.slo import SLOWDOWNS
 from mist.metrics.words import counted
+from mist.scenario.clients import Pool
 from mist.scenario.value import Scenario
 from mist.search.evaluate import Executor, Job, Outcome, Summary
 from mist.search.executors.serial import Serial
@@ -23,6 +24,15 @@ from mist.search.knobs import RATE, Knob, knob_of
 from mist.search.pace import Pace, measured
 
 SCHEMA_VERSION = 1
+#: what is told of a run beside its verdict, and where a summary has it
+FIGURES = {
+    "throughput_requests_per_s": ("throughput", "requests_per_s"),
+    "output_tokens_per_s": ("throughput", "output_tokens_per_s"),
+    "ttft_p99_s": ("ttft_s", "p99"),
+    "tpot_p99_s": ("tpot_s", "p99"),
+    "usd_per_hour": ("cost", "usd_per_hour"),
+    "usd_per_million_output_tokens": ("cost", "usd_per_million_output_tokens"),
+}
 
 #: called with the runs that are done and about how many there will be
 Progress = Callable[[int, int], None]
@@ -33,7 +43,7 @@ class Trial:
     """One run at one value: whether it `holds`, and else why not (`because`); its targets with what came of them.
 
     `pace` is None where the load waits for the system; `is_behind`: it only fails for not having kept it. `figures` are
-    those of the run that a reader looks at first.
+    those of the run that a reader looks at first. `ran`: whether the scenario can be run so at all.
     """
 
     seed: int
@@ -45,6 +55,12 @@ class Trial:
     figures: Mapping[str, float | None] = field(default_factory=dict)
     pace: Pace | None = None
     is_behind: bool = False
+    ran: bool = True
+
+    def is_like(self, other: Trial) -> bool:
+        """Whether all targets came out the same, to 1 %."""
+        pairs = zip(_actual(self), _actual(other), strict=True)
+        return len(self.targets) > 0 and all(a == b or (a and b and abs(a / b - 1) < 0.01) for a, b in pairs)
 
     @property
     def num_enough(self) -> int:
@@ -63,11 +79,15 @@ class Bisection:
     trials: dict[float, Trial] = field(default_factory=dict)
     good: float | None = None
     bad: float | None = None
+    is_level: bool = False
+    """more clients changed nothing, and it still fails"""
 
     def next(self) -> float | None:
         """Where to try next: outwards until one holds and one doesn't, then between them; None when it is done."""
         if self.good is None:
-            return self.knob.start if self.bad is None else self.knob.easier(self.bad)
+            if self.bad is None:
+                return self.knob.start
+            return self.knob.easier(self.bad) if self.trials[self.bad].ran and not self.is_level else None
         if self.bad is None:
             return self.knob.harder(self.good)
         return self.knob.between(self.good, self.bad, self.tolerance)
@@ -78,6 +98,8 @@ class Bisection:
         if trial.holds:
             self.good = trial.value
         else:
+            before = self.trials.get(self.bad or 0.0)
+            self.is_level = not self.knob.rises and before is not None and before.is_like(trial)
             self.bad = trial.value
 
     def num_left(self) -> int:
@@ -90,7 +112,11 @@ class Bisection:
 
     def broken(self) -> list[tuple[float, float]]:
         """(fails at, though it holds at): neighbours whose verdicts are the wrong way round, from easy to hard."""
-        order = sorted(self.trials.values(), key=lambda trial: trial.value, reverse=not self.knob.rises)
+        order = sorted(
+            (trial for trial in self.trials.values() if trial.ran),
+            key=lambda trial: trial.value,
+            reverse=not self.knob.rises,
+        )
         return [(a.value, b.value) for a, b in pairwise(order) if b.holds and not a.holds]
 
 
@@ -103,6 +129,8 @@ class Capacity:
     tolerance: float
     bisections: Sequence[Bisection]
     value: float | None
+    has_clock: bool = False
+    """something happens at stated times, whatever the rate"""
 
     def as_json(self) -> dict[str, Any]:
         """The document: the same for the same scenario, seeds and tolerance, wherever it was run.
@@ -119,7 +147,7 @@ class Capacity:
             "vary": self.knob.name,
             "looking_for": "highest" if self.knob.rises else "fewest",
             "tolerance": None if self.knob.is_whole else self.tolerance,
-            "slo": [_target(target) for target in runs[0].targets],
+            "slo": [_target(target) for target in next((trial.targets for trial in runs if trial.ran), ())],
             "found": self._found(),
             "confidence": self._confidence(),
             "seeds": [self._of_seed(each) for each in self.bisections],
@@ -136,8 +164,12 @@ class Capacity:
         """What the reader should know of the answer, as sentences."""
         for each in self.bisections:
             if each.good is None and each.bad is not None:
-                word = "even" if self.knob.rises else "not even"
-                yield f"Seed {each.seed}: {word} at {self.shown(each.bad)} it fails: {each.trials[each.bad].because}."
+                level = " More clients change nothing." if each.is_level else ""
+                because = each.trials[each.bad].because
+                yield f"Seed {each.seed}: even at {self.shown(each.bad)} it fails: {because}.{level}"
+            elif each.bad is not None and not each.trials[each.bad].ran:
+                because = each.trials[each.bad].because
+                yield f"Seed {each.seed}: the search ended at {self.shown(each.bad)}, which {because}."
             elif each.bad is None and each.good is not None and self.knob.rises:
                 yield (
                     f"Seed {each.seed}: no end was found: it holds at {self.shown(each.good)} too. So few requests are "
@@ -146,6 +178,11 @@ class Capacity:
             for fails, holds in each.broken():
                 yield f"Not monotone: seed {each.seed} fails at {self.shown(fails)} and holds at {self.shown(holds)}."
         yield from self._too_short()
+        if self.has_clock and self.knob.name == RATE:
+            yield (
+                "Events and schedules stay at their times while the rate varies: at another rate they meet another "
+                "part of the load, so that runs differ in that too."
+            )
         if len(self.bisections) > 1 and len({_sameness(each) for each in self.bisections}) == 1:
             yield "All seeds gave the same: nothing is drawn at random here, so they say nothing of the spread."
 
@@ -178,7 +215,7 @@ class Capacity:
             "value": self.value,
             "requests_per_s": _mean(trial.requests_per_s for trial in trials),
             "devices": int(self.value) * self.knob.devices or None,
-            **{name: _mean(trial.figures[name] for trial in trials) for name in trials[0].figures},
+            **{name: _mean(trial.figures.get(name) for trial in trials) for name in FIGURES},
         }
 
     def _confidence(self) -> dict[str, Any]:
@@ -220,7 +257,8 @@ def capacity(
 
     What is found for all seeds is the least that any of them found, and is tried for each, as are easier values. A run
     holds where every target of its SLOs is met and it isn't saturated. `executor` left out: one run after another.
-    Raises ScenarioError for a scenario without SLO, or that doesn't run at one of the values.
+    A value at which it can't be run fails, and ends the search on its side. Raises ScenarioError for a scenario without
+    SLO, or that doesn't run as it is.
     """
     if not any(metric for tenant in scenario.tenants.values() for metric in tenant.slo.model_dump().values()):
         hint = "such as slo: {ttft_s: {p99: 1.5}, tpot_s: {p99: 0.05}}, in the file or by --set"
@@ -239,7 +277,12 @@ def capacity(
         missing = [(seed, x) for seed, x in checks if x not in searches[seed].trials]
         for trial in runs.at(missing, len(missing)):
             searches[trial.seed].trials[trial.value] = trial
-    return Capacity(scenario.name, knob, tolerance, list(searches.values()), value)
+    has_clock = bool(scenario.events) or any(
+        pool.scaling is not None and len(pool.scaling.schedule) > 0
+        for pool in scenario.clients.values()
+        if isinstance(pool, Pool)
+    )
+    return Capacity(scenario.name, knob, tolerance, list(searches.values()), value, has_clock)
 
 
 @dataclass(slots=True)
@@ -263,18 +306,20 @@ class _Runs:
         found: dict[int, Trial] = {}
         for outcome in self.executor.run(jobs):
             seed, value = order[int(outcome.key)]
-            found[int(outcome.key)] = _trial(seed, value, _summary(outcome, f"{self.knob.name} at {value:g}"))
+            found[int(outcome.key)] = self._trial(seed, value, outcome)
             self.num_done += 1
             if self.progress is not None:
                 self.progress(self.num_done, max(total, self.num_done))
         return (found[i] for i in range(len(order)))
 
-
-def _summary(outcome: Outcome, where: str) -> Summary:
-    if outcome.summary is not None:
-        return outcome.summary
-    error = outcome.error or ""
-    raise (InvariantError if outcome.is_bug else ScenarioError)(f"{where}: {error}")
+    def _trial(self, seed: int, value: float, outcome: Outcome) -> Trial:
+        """One that can't be run fails; the first of all says that the scenario is wrong."""
+        if outcome.summary is not None:
+            return _trial(seed, value, outcome.summary)
+        error = outcome.error or ""
+        if outcome.is_bug or outcome.has_crashed or value == self.knob.start:
+            raise (InvariantError if outcome.is_bug else ScenarioError)(f"{self.knob.name} at {value:g}: {error}")
+        return Trial(seed, value, None, False, f"can't be run: {' '.join(error.split())}", (), ran=False)
 
 
 def _trial(seed: int, value: float, summary: Summary) -> Trial:
@@ -295,21 +340,15 @@ def _overload(summary: Summary, pace: Pace | None) -> str:
         grown = f"from about {backlog['waiting_first']:,.0f} to {backlog['waiting_last']:,.0f} waiting"
         return f"near capacity, the queue of {backlog['pool']} grew {grown}"
     if pace is not None and not pace.is_kept:
-        return f"behind its load, {pace.ended:,} requests ended while {pace.arrived:,} arrived (second half of arrivals)"
+        return (
+            f"behind its load, {pace.ended:,} requests ended while {pace.arrived:,} arrived (second half of arrivals)"
+        )
     return ""
 
 
 def _figures(summary: Summary) -> dict[str, float | None]:
     """What a run served, how fast and at what cost; None each for what it has no figure of."""
-    shown = {
-        "throughput_requests_per_s": ("throughput", "requests_per_s"),
-        "output_tokens_per_s": ("throughput", "output_tokens_per_s"),
-        "ttft_p99_s": ("ttft_s", "p99"),
-        "tpot_p99_s": ("tpot_s", "p99"),
-        "usd_per_hour": ("cost", "usd_per_hour"),
-        "usd_per_million_output_tokens": ("cost", "usd_per_million_output_tokens"),
-    }
-    return {name: (summary.get(section) or {}).get(key) for name, (section, key) in shown.items()}
+    return {name: (summary.get(section) or {}).get(key) for name, (section, key) in FIGURES.items()}
 
 
 def _missed(target: Mapping[str, Any]) -> str:
@@ -325,6 +364,10 @@ def _missed(target: Mapping[str, Any]) -> str:
         return f"{name} is {actual:.4g} {sign}, not {wanted}"
     others = f"no other request has a {name}" if actual is None else f"{name} of the others is {actual:.4g} {sign}"
     return f"{counted(target['num_lost'], 'request')} lost, which count as late: {others}, target {wanted}"
+
+
+def _actual(trial: Trial) -> list[Any]:
+    return [target.get(key) for target in trial.targets for key in ("actual_s", "actual_slowdown", "num_lost")]
 
 
 def _target(target: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Whether a run kept pace with its arrivals, and whether they went on for long enough to tell.
 
-Beside the verdict of `metrics/saturation.py`, which proves that a queue grows: where few requests arrive none can, though
-the same rate for longer would be too much. It judges no latency.
+Beside the verdict of `metrics/saturation.py`, which proves that a queue grows: where few requests arrive none can,
+though the same rate for longer would be too much. It judges no latency.
 """
 
 from __future__ import annotations
