@@ -58,7 +58,7 @@ class Pace:
     def num_enough(self) -> int:
         """Requests that arrive over `ENOUGH` times the mean E2E, rounded up to two digits."""
         number = ENOUGH * self.e2e_s * self.per_s + 1
-        unit = 10 ** max(0, math.floor(math.log10(number)) - 1)
+        unit = int(10 ** max(0, math.floor(math.log10(number)) - 1))
         return math.ceil(number / unit) * unit
 
 
