@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -24,6 +25,7 @@ from mist.search.executors.processes import Processes
 from mist.search.executors.serial import Serial
 from mist.search.intervals import mean_interval, share_at_least
 from mist.search.knobs import knob_of
+from mist.search.pace import Pace
 
 #: one request at a time, all alike: a server of deterministic service
 ONE_BY_ONE = {
@@ -83,24 +85,62 @@ def test_the_fewest_clients_are_the_load_rounded_up(service_s: float, load: floa
         routing="round_robin", gpu={"tp": 1, "count": 3},
     )  # fmt: skip
     found = capacity(scenario, vary="clients.gpu.count")
-    assert found.as_json()["found"] == {
-        "value": math.ceil(load), "requests_per_s": pytest.approx(load / service_s), "devices": math.ceil(load),
-    }  # fmt: skip
+    told = found.as_json()["found"]
+    assert (told["value"], told["devices"]) == (math.ceil(load), math.ceil(load))
+    assert told["requests_per_s"] == pytest.approx(load / service_s)
+    assert told["ttft_p99_s"] == pytest.approx(service_s)
+    assert told["throughput_requests_per_s"] == pytest.approx(told["output_tokens_per_s"])
+    per_hour = told["throughput_requests_per_s"] * 3600
+    assert told["usd_per_million_output_tokens"] == pytest.approx(told["usd_per_hour"] / per_hour * 1e6)
 
 
 def test_the_most_at_once_of_a_closed_loop(service_s: float) -> None:
     scenario = server(
         {"closed_loop": {"concurrency": 2}}, 200, slo={"ttft_s": {"p99": service_s * 6.0001}}
     )  # fmt: skip
-    found = capacity(scenario, vary="workload.arrivals.closed_loop.concurrency")
-    assert (found.value, found.shown(6)) == (6, "6 at once")
+    for vary in ("workload.arrivals.closed_loop.concurrency", "workload.concurrency"):
+        found = capacity(scenario, vary=vary)
+        assert (found.value, found.shown(6)) == (6, "6 at once")
 
 
 def test_a_saturated_run_holds_nothing(service_s: float) -> None:
     scenario = server({"constant": {"rate_per_s": 0.9 / service_s}}, 2000, slo={"ttft_s": {"p99": 1e6}})
     found = capacity(scenario, tolerance=0.001)
     assert 1 / 0.9 <= found.value <= 1.03 / 0.9
-    assert "saturated" in found.as_json()["seeds"][0]["because"]
+    assert "near capacity, the queue of gpu grew" in found.as_json()["seeds"][0]["because"]
+    assert "saturated, the queue of gpu grew" in found.as_json()["runs"][-1]["because"]
+
+
+@pytest.mark.parametrize(("num_requests", "most"), [(20, 1.36), (50, 1.2), (400, 1.15)])
+def test_a_short_workload_holds_no_more_than_is_served(service_s: float, num_requests: int, most: float) -> None:
+    # request i is answered after (i + 1) service, whatever the rate, so that no rate would miss this target
+    slo = {"ttft_s": {"p99": 1.1 * num_requests * service_s}}
+    found = capacity(server({"constant": {"rate_per_s": 0.5 / service_s}}, num_requests, slo=slo), tolerance=0.001)
+    assert 1 <= found.value * 0.5 <= most
+
+
+def test_a_workload_that_is_too_short_says_how_many_requests_would_do() -> None:
+    work = {"arrivals": {"poisson": {"rate_per_s": 6}}, "input_tokens": 1000, "output_tokens": 100}
+    gpu = {"device": "h100-sxm", "model": "llama-3.1-8b"}
+    short, longer = (
+        capacity(Scenario(seed=1, workload={**work, "num_requests": number}, clients={"gpu": gpu},
+                          slo={"ttft_s": {"p99": 1}}), tolerance=0.1)
+        for number in (50, 600)
+    )  # fmt: skip
+    assert short.value <= longer.value
+    assert "ended while" in short.as_json()["seeds"][0]["because"]
+    (note,) = short.notes()
+    assert "too short to tell" in note
+    assert 100 < int(note.split("workload.num_requests of ")[1].split()[0].replace(",", "")) < 1000
+
+
+def test_what_is_long_enough_is_not_called_short() -> None:
+    arrival = np.arange(101.0)
+    assert Pace.of(arrival, arrival + 9).is_kept
+    assert not Pace.of(arrival, arrival + 9).is_short
+    late = Pace.of(arrival, arrival * 1.2 + 1)
+    assert (late.arrived, late.is_kept, late.is_short, late.num_enough) == (50, False, True, 120)
+    assert Pace.of(arrival[:1], arrival[:1]) is None
 
 
 def test_a_slowdown_is_a_target_like_any_other(service_s: float) -> None:
@@ -153,7 +193,8 @@ class Rule:
             self.asked[0] += 1
             value, seed = job.overrides[self.path], job.overrides["seed"]
             met = self.holds(seed, value)
-            target = {"metric": "ttft_s", "statistic": "p99", "target_s": 1.0, "actual_s": 0.5 if met else 2.0,
+            late = 2.0 + (10 / value if self.path.endswith(".count") else 0)
+            target = {"metric": "ttft_s", "statistic": "p99", "target_s": 1.0, "actual_s": 0.5 if met else late,
                       "num_lost": 0, "met": met}  # fmt: skip
             summary = {"slo": {"targets": [target]}, "saturated": False, "offered": {"requests_per_s": 4 * value}}
             yield Outcome(job.key, summary, None, 0.0)
@@ -224,6 +265,55 @@ def test_progress_ends_where_it_said() -> None:
 
 
 # what can't be answered
+
+
+def test_requests_that_are_lost_are_told_first() -> None:
+    work = {"arrivals": {"poisson": {"rate_per_s": 6}}, "num_requests": 50, "input_tokens": 1000, "output_tokens": 100}
+    scenario = Scenario(
+        workload=work, clients={"gpu": {"device": "h100-sxm", "count": 2, "model": "llama-3.1-8b"}},
+        events=[{"at_s": 3, "client_down": "gpu"}], slo={"ttft_s": {"p99": 1}},
+    )  # fmt: skip
+    runs = capacity(scenario, tolerance=0.5).as_json()["runs"]
+    assert any("requests lost, which count as late: TTFT p99 of the others is 0.0" in str(r["because"]) for r in runs)
+    gone = "50 requests lost, which count as late: no other request has a TTFT p99, target 1 s"
+    assert runs[0]["because"] == gone
+
+
+class Partly(Rule):
+    """Can't be run beyond 3."""
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+        for job, outcome in zip(copy := list(jobs), super().run(copy), strict=True):
+            can = self.holds(0, job.overrides[self.path])
+            yield outcome if can else Outcome(job.key, None, "x.yaml:3:\n  too fast", 0.0)
+
+
+def test_a_value_that_cant_be_run_bounds_the_search() -> None:
+    found = capacity(server({"poisson": {"rate_per_s": 4}}, 5), executor=Partly(lambda _, value: value <= 3))
+    assert 3 / 1.02 <= found.value <= 3
+    assert found.as_json()["seeds"][0]["because"] == "can't be run: x.yaml:3: too fast"
+    assert "Seed 0: the search ended at 3.0" in next(found.notes())
+
+
+def test_clients_that_an_event_names_bound_the_fewest(service_s: float) -> None:
+    arrivals = {"constant": {"rate_per_s": 0.5 / service_s}}
+    events = [{"at_s": 0.5, "client_down": "gpu-2", "for_s": 0.1}]
+    scenario = server(arrivals, 200, gpu={"count": 4}, events=events)
+    found = capacity(scenario, vary="clients.gpu.count")
+    assert found.value == 3
+    assert "there is no client 'gpu-2'" in found.as_json()["seeds"][0]["because"]
+    notes = list(capacity(scenario, tolerance=1).notes())
+    assert any(note.startswith("Events and schedules stay at their times") for note in notes)
+
+
+def test_more_clients_that_change_nothing_end_the_search(service_s: float) -> None:
+    scenario = server({"constant": {"rate_per_s": 0.5 / service_s}}, 100, slo={"ttft_s": {"p99": service_s / 2}})
+    found = capacity(scenario, vary="clients.gpu.count")
+    assert found.value is None
+    assert found.as_json()["seeds"][0]["num_runs"] == 2
+    (note,) = found.notes()
+    assert "even at 2 clients it fails: TTFT p99" in note
+    assert note.endswith("More clients change nothing.")
 
 
 def test_without_an_slo_it_says_what_to_write() -> None:

@@ -226,3 +226,19 @@ def test_the_command_prints_tables_or_a_document(tmp_path: Path) -> None:
     refused = CliRunner().invoke(main, ["compare", files[0]])
     assert refused.exit_code == 2
     assert "mist compare A B" in refused.output
+
+
+def test_options_change_every_file_and_what_became_of_requests_is_told(tmp_path: Path) -> None:
+    few = {**SMALL["workload"], "num_requests": 20}
+    files = [str(write(tmp_path, "one", workload=few, slo={"ttft_s": {"p99": 1}})), str(larger(tmp_path))]
+    options = ["compare", *files, "--executor", "serial", "--set", "workload.num_requests=20"]
+    printed = CliRunner().invoke(main, options)
+    assert printed.exit_code == 0, printed.output
+    assert "not saturated" in printed.output
+    assert f"Attainment and goodput aren't compared with {files[1]}, which has no SLO" in printed.output
+    assert "95% confidence" not in printed.output
+    assert "too few requests" in printed.output
+    document = json.loads(CliRunner().invoke(main, [*options, "--limit", "12", "--json"]).stdout)
+    served = document["deployments"]
+    assert [(each["arrived"], each["finished"], each["lost"]) for each in served] == [(12, 12, 0)] * 2
+    assert served[0]["num_saturated"] == 0

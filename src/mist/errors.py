@@ -47,7 +47,7 @@ class InvariantError(Exception):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A "did you mean" sentence for `name` among `known`, or the list of what is known."""
-    choices = sorted(known)
+    choices = sorted(set(known))
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(repr(c) for c in close)}?"

@@ -5,6 +5,7 @@ A few lines around the library; the table goes to stdout, progress to stderr. It
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -71,6 +72,8 @@ def _print(found: Capacity) -> None:
             }
         )
     click.echo(f"{table(rows)}\n")
+    if (served := _served(document["found"])) is not None:
+        click.echo(f"{served}\n")
     if (text := _confidence(found)) is not None:
         click.echo(text)
     for note in document["notes"]:
@@ -86,6 +89,22 @@ def _headline(found: Capacity) -> str:
     load = f", {rate:.4g} requests/s" if rate is not None else ""
     hardware = f" ({devices} device{'s' * (devices != 1)})" if devices else ""
     return f"holds {'up to' if found.knob.rises else 'from'} {found.shown(answer['value'])}{hardware}{load}."
+
+
+def _served(answer: Mapping[str, Any] | None) -> str | None:
+    """What the runs at the value found served, how fast and at what cost."""
+    shown = {
+        "requests_per_s": "{:,.4g} requests/s offered",
+        "throughput_requests_per_s": "{:,.4g} served",
+        "output_tokens_per_s": "{:,.0f} output tokens/s",
+        "ttft_p99_s": "TTFT P99 {:.4g} s",
+        "tpot_p99_s": "TPOT P99 {:.4g} s",
+        "usd_per_hour": "${:,.4g}/h",
+        "usd_per_million_output_tokens": "${:,.4g} per million output tokens",
+    }
+    known = answer or {}
+    told = [text.format(known[name]) for name, text in shown.items() if known.get(name) is not None]
+    return f"There: {', '.join(told)}." if told else None
 
 
 def _confidence(found: Capacity) -> str | None:

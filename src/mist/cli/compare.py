@@ -5,7 +5,8 @@ A few lines around the library; the tables go to stdout, progress to stderr. It 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,25 @@ import click
 from mist.cli.executors import chosen_executor, executor_options
 from mist.cli.output import print_json, table
 from mist.cli.report import check_page, report_option, write
-from mist.cli.scenario import load_plugins
+from mist.cli.scenario import change_options, load_plugins, load_scenario
 
 
 @click.command()
 @click.argument("deployments", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="A B [C ...]")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
               help="Run each with N seeds, from its own on; intervals are then over seeds.")  # fmt: skip
-@click.option("--seed", type=int, help="Draw everything from this seed.")
+@change_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")
 @report_option
 @executor_options
 def compare(
-    deployments: tuple[Path, ...], seeds: int, seed: int | None, as_json: bool, plugins: tuple[str, ...],
-    page: Path | None, overwrite: bool, executor: str, workers: int, ray_address: str,
+    deployments: tuple[Path, ...], seeds: int, as_json: bool, plugins: tuple[str, ...],
+    page: Path | None, overwrite: bool, executor: str, workers: int, ray_address: str, **options: Any,
 ) -> None:  # fmt: skip
     """Compare B, C, ... with A, all under one workload: scenario files, or folders that `mist run --out` wrote.
 
     Requests are paired by number, so that what all have in common cancels: a difference is told with the interval that
-    holds it with 95 % confidence. Different workloads are refused.
+    holds it with 95 % confidence. Different workloads are refused. Options that change a scenario change all files.
 
     \b
     Examples:
@@ -41,6 +41,7 @@ def compare(
         mist compare out/today out/larger out/other --json
         mist compare today.yaml larger.yaml --seeds 5
         mist compare today.yaml larger.yaml --report out.html
+        mist compare today.yaml larger.yaml --rate-scale 2 --set slo.ttft_s.p99=1
     """
     from mist.errors import Problem, ScenarioError
     from mist.search.compare import compare as compared
@@ -50,9 +51,10 @@ def compare(
         raise ScenarioError(Problem("one deployment can't be compared", hint="name two: mist compare A B"))
     check_page(page, overwrite, [*deployments, *plugins])
     load_plugins(plugins)
-    overrides = {} if seed is None else {"seed": seed}
+    changed = any(value not in (None, ()) for value in options.values())
+    load = partial(load_scenario, plugins=(), **options) if changed else None
     with chosen_executor(executor, workers, ray_address) as where:
-        sides = deployments_of(deployments, seeds=seeds, executor=where, **overrides)
+        sides = deployments_of(deployments, seeds=seeds, executor=where, load=load)
     document = compared(sides)
     if page is not None:
         from mist.report.html.compare import compare_html
@@ -61,6 +63,7 @@ def compare(
     if as_json:
         print_json(document)
         return
+    click.echo(f"{table([*_served(document['deployments'])])}\n")
     by = f"{document['num_seeds']} seeds" if document["num_seeds"] > 1 else document["interval"]["by"]
     for against in document["against"]:
         click.echo(f"{against['label']} against {document['baseline']}: {against['num_pairs']:,} requests in pairs\n")
@@ -71,7 +74,32 @@ def compare(
         if set(against["num_finished"]) != {against["num_pairs"]}:
             one, two = against["num_finished"]
             click.echo(f"Of {one:,} that finished in the one and {two:,} in the other; all others are left out.")
-    click.echo(f"Intervals hold the difference with {document['interval']['level']:.0%} confidence, by {by}.")
+    for note in document["notes"]:
+        click.echo(note)
+    if any(_has_interval(against) for against in document["against"]):
+        click.echo(f"Intervals hold the difference with {document['interval']['level']:.0%} confidence, by {by}.")
+    else:
+        click.echo("There are no intervals: too few requests finished in both for one.")
+
+
+def _has_interval(against: Mapping[str, Any]) -> bool:
+    latencies = [
+        each[statistic] for each in against["requests"].values() if each for statistic in ("mean", "p50", "p99")
+    ]
+    known = [each["low_s"] for each in latencies] + [each["low"] for each in against["runs"].values()]
+    return any(low is not None for low in known)
+
+
+def _served(deployments: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A row for each deployment: what became of its requests, and whether they were too many."""
+    for each in deployments:
+        verdicts = [
+            f"{word} in {each[key]} of {each['num_runs']} runs" if each["num_runs"] > 1 else word
+            for key, word in (("num_saturated", "saturated"), ("num_near_capacity", "near capacity"))
+            if each[key]
+        ]
+        counts = {key: each[key] for key in ("arrived", "finished", "rejected", "lost")}
+        yield {"deployment": each["label"], **counts, "load": ", ".join(verdicts) or "not saturated"}
 
 
 def _requests(requests: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
 
 def scenario_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.argument("scenario", type=click.Path(path_type=Path))(change_options(command))
+
+
+def change_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What changes a scenario, wherever it comes from."""
     options = (
-        click.argument("scenario", type=click.Path(path_type=Path)),
         click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Change one value; may be repeated."),
         click.option("--seed", type=int, help="Draw everything from this seed."),
         click.option("--warmup", type=float, metavar="S", help="Leave the first seconds out of the metrics."),

@@ -7,20 +7,32 @@ random numbers), so that only the value differs between two runs. It never takes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from mist.errors import InvariantError, ScenarioError
 from mist.metrics.slo import SLOWDOWNS
+from mist.metrics.words import counted
+from mist.scenario.clients import Pool
 from mist.scenario.value import Scenario
 from mist.search.evaluate import Executor, Job, Outcome, Summary
 from mist.search.executors.serial import Serial
 from mist.search.intervals import LEVEL, mean_interval, share_at_least
 from mist.search.knobs import RATE, Knob, knob_of
+from mist.search.pace import Pace, measured
 
 SCHEMA_VERSION = 1
+#: what is told of a run beside its verdict, and where a summary has it
+FIGURES = {
+    "throughput_requests_per_s": ("throughput", "requests_per_s"),
+    "output_tokens_per_s": ("throughput", "output_tokens_per_s"),
+    "ttft_p99_s": ("ttft_s", "p99"),
+    "tpot_p99_s": ("tpot_s", "p99"),
+    "usd_per_hour": ("cost", "usd_per_hour"),
+    "usd_per_million_output_tokens": ("cost", "usd_per_million_output_tokens"),
+}
 
 #: called with the runs that are done and about how many there will be
 Progress = Callable[[int, int], None]
@@ -28,7 +40,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run at one value: whether it `holds`, and else why not (`because`); its targets with what came of them."""
+    """One run at one value: whether it `holds`, and else why not (`because`); its targets with what came of them.
+
+    `pace` is None where the load waits for the system; `is_behind`: it only fails for not having kept it. `figures` are
+    those of the run that a reader looks at first. `ran`: whether the scenario can be run so at all.
+    """
 
     seed: int
     value: float
@@ -36,6 +52,21 @@ class Trial:
     holds: bool
     because: str
     targets: tuple[Mapping[str, Any], ...]
+    figures: Mapping[str, float | None] = field(default_factory=dict)
+    pace: Pace | None = None
+    is_behind: bool = False
+    ran: bool = True
+
+    def is_like(self, other: Trial) -> bool:
+        """Whether all targets came out the same, to 1 %."""
+        pairs = zip(_actual(self), _actual(other), strict=True)
+        return len(self.targets) > 0 and all(a == b or (a and b and abs(a / b - 1) < 0.01) for a, b in pairs)
+
+    @property
+    def num_enough(self) -> int:
+        """Requests that would have to arrive for this verdict to be more than a beginning; 0 where these are enough."""
+        told = self.pace is not None and self.pace.is_short and (self.holds or self.is_behind)
+        return self.pace.num_enough if told and self.pace else 0
 
 
 @dataclass(slots=True)
@@ -48,11 +79,15 @@ class Bisection:
     trials: dict[float, Trial] = field(default_factory=dict)
     good: float | None = None
     bad: float | None = None
+    is_level: bool = False
+    """more clients changed nothing, and it still fails"""
 
     def next(self) -> float | None:
         """Where to try next: outwards until one holds and one doesn't, then between them; None when it is done."""
         if self.good is None:
-            return self.knob.start if self.bad is None else self.knob.easier(self.bad)
+            if self.bad is None:
+                return self.knob.start
+            return self.knob.easier(self.bad) if self.trials[self.bad].ran and not self.is_level else None
         if self.bad is None:
             return self.knob.harder(self.good)
         return self.knob.between(self.good, self.bad, self.tolerance)
@@ -63,6 +98,8 @@ class Bisection:
         if trial.holds:
             self.good = trial.value
         else:
+            before = self.trials.get(self.bad or 0.0)
+            self.is_level = not self.knob.rises and before is not None and before.is_like(trial)
             self.bad = trial.value
 
     def num_left(self) -> int:
@@ -75,7 +112,11 @@ class Bisection:
 
     def broken(self) -> list[tuple[float, float]]:
         """(fails at, though it holds at): neighbours whose verdicts are the wrong way round, from easy to hard."""
-        order = sorted(self.trials.values(), key=lambda trial: trial.value, reverse=not self.knob.rises)
+        order = sorted(
+            (trial for trial in self.trials.values() if trial.ran),
+            key=lambda trial: trial.value,
+            reverse=not self.knob.rises,
+        )
         return [(a.value, b.value) for a, b in pairwise(order) if b.holds and not a.holds]
 
 
@@ -88,11 +129,14 @@ class Capacity:
     tolerance: float
     bisections: Sequence[Bisection]
     value: float | None
+    has_clock: bool = False
+    """something happens at stated times, whatever the rate"""
 
     def as_json(self) -> dict[str, Any]:
         """The document: the same for the same scenario, seeds and tolerance, wherever it was run.
 
-        `found.value` (a factor of the scenario's rate, or a number) with its mean offered load in requests/s;
+        `found.value` (a factor of the scenario's rate, or a number) with its mean offered load in requests/s, what was
+        served of it, P99 latencies and cost, all means over seeds;
         `confidence`: seeds that hold there, the share of all seeds that do at least, and the mean over seeds of what
         each found with its interval; `seeds`: what each found, the closest value that fails, and why; all `runs`.
         """
@@ -103,7 +147,7 @@ class Capacity:
             "vary": self.knob.name,
             "looking_for": "highest" if self.knob.rises else "fewest",
             "tolerance": None if self.knob.is_whole else self.tolerance,
-            "slo": [_target(target) for target in runs[0].targets],
+            "slo": [_target(target) for target in next((trial.targets for trial in runs if trial.ran), ())],
             "found": self._found(),
             "confidence": self._confidence(),
             "seeds": [self._of_seed(each) for each in self.bisections],
@@ -120,8 +164,12 @@ class Capacity:
         """What the reader should know of the answer, as sentences."""
         for each in self.bisections:
             if each.good is None and each.bad is not None:
-                word = "even" if self.knob.rises else "not even"
-                yield f"Seed {each.seed}: {word} at {self.shown(each.bad)} it fails: {each.trials[each.bad].because}."
+                level = " More clients change nothing." if each.is_level else ""
+                because = each.trials[each.bad].because
+                yield f"Seed {each.seed}: even at {self.shown(each.bad)} it fails: {because}.{level}"
+            elif each.bad is not None and not each.trials[each.bad].ran:
+                because = each.trials[each.bad].because
+                yield f"Seed {each.seed}: the search ended at {self.shown(each.bad)}, which {because}."
             elif each.bad is None and each.good is not None and self.knob.rises:
                 yield (
                     f"Seed {each.seed}: no end was found: it holds at {self.shown(each.good)} too. So few requests are "
@@ -129,8 +177,26 @@ class Capacity:
                 )
             for fails, holds in each.broken():
                 yield f"Not monotone: seed {each.seed} fails at {self.shown(fails)} and holds at {self.shown(holds)}."
+        yield from self._too_short()
+        if self.has_clock and self.knob.name == RATE:
+            yield (
+                "Events and schedules stay at their times while the rate varies: at another rate they meet another "
+                "part of the load, so that runs differ in that too."
+            )
         if len(self.bisections) > 1 and len({_sameness(each) for each in self.bisections}) == 1:
             yield "All seeds gave the same: nothing is drawn at random here, so they say nothing of the spread."
+
+    def _too_short(self) -> Iterator[str]:
+        for each in self.bisections:
+            closest = [each.trials[value] for value in (each.good, each.bad) if value is not None]
+            short = [trial for trial in closest if trial.num_enough]
+            if short and (pace := short[0].pace) is not None:
+                number = max(trial.num_enough for trial in each.trials.values())
+                yield (
+                    f"Seed {each.seed}: too short to tell: at {self.shown(short[0].value)} requests arrive for "
+                    f"{pace.span_s:.3g} s only, and take {pace.e2e_s:.3g} s each on average; "
+                    f"workload.num_requests of {number:,} or more (or a longer trace) would do."
+                )
 
     def shown(self, value: float) -> str:
         """A value as text: "0.85 x the rate", "3 clients"."""
@@ -144,12 +210,12 @@ class Capacity:
     def _found(self) -> dict[str, Any] | None:
         if self.value is None:
             return None
-        rates = [trial.requests_per_s for trial in self._at(self.value)]
-        known = [rate for rate in rates if rate is not None]
+        trials = self._at(self.value)
         return {
             "value": self.value,
-            "requests_per_s": sum(known) / len(known) if known else None,
+            "requests_per_s": _mean(trial.requests_per_s for trial in trials),
             "devices": int(self.value) * self.knob.devices or None,
+            **{name: _mean(trial.figures.get(name) for trial in trials) for name in FIGURES},
         }
 
     def _confidence(self) -> dict[str, Any]:
@@ -191,7 +257,8 @@ def capacity(
 
     What is found for all seeds is the least that any of them found, and is tried for each, as are easier values. A run
     holds where every target of its SLOs is met and it isn't saturated. `executor` left out: one run after another.
-    Raises ScenarioError for a scenario without SLO, or that doesn't run at one of the values.
+    A value at which it can't be run fails, and ends the search on its side. Raises ScenarioError for a scenario without
+    SLO, or that doesn't run as it is.
     """
     if not any(metric for tenant in scenario.tenants.values() for metric in tenant.slo.model_dump().values()):
         hint = "such as slo: {ttft_s: {p99: 1.5}, tpot_s: {p99: 0.05}}, in the file or by --set"
@@ -210,7 +277,12 @@ def capacity(
         missing = [(seed, x) for seed, x in checks if x not in searches[seed].trials]
         for trial in runs.at(missing, len(missing)):
             searches[trial.seed].trials[trial.value] = trial
-    return Capacity(scenario.name, knob, tolerance, list(searches.values()), value)
+    has_clock = bool(scenario.events) or any(
+        pool.scaling is not None and len(pool.scaling.schedule) > 0
+        for pool in scenario.clients.values()
+        if isinstance(pool, Pool)
+    )
+    return Capacity(scenario.name, knob, tolerance, list(searches.values()), value, has_clock)
 
 
 @dataclass(slots=True)
@@ -227,34 +299,56 @@ class _Runs:
         """A trial for each (seed, value), in their order; `num_left` runs are about to come, these included."""
         order = list(wanted)
         jobs = [
-            Job(f"{i}", self.scenario.source, {"seed": seed, **self.knob.overrides(value)})
+            Job(f"{i}", self.scenario.source, {"seed": seed, **self.knob.overrides(value)}, measure=measured)
             for i, (seed, value) in enumerate(order)
         ]
         total = self.num_done + num_left
         found: dict[int, Trial] = {}
         for outcome in self.executor.run(jobs):
             seed, value = order[int(outcome.key)]
-            found[int(outcome.key)] = _trial(seed, value, _summary(outcome, f"{self.knob.name} at {value:g}"))
+            found[int(outcome.key)] = self._trial(seed, value, outcome)
             self.num_done += 1
             if self.progress is not None:
                 self.progress(self.num_done, max(total, self.num_done))
         return (found[i] for i in range(len(order)))
 
-
-def _summary(outcome: Outcome, where: str) -> Summary:
-    if outcome.summary is not None:
-        return outcome.summary
-    error = outcome.error or ""
-    raise (InvariantError if outcome.is_bug else ScenarioError)(f"{where}: {error}")
+    def _trial(self, seed: int, value: float, outcome: Outcome) -> Trial:
+        """One that can't be run fails; the first of all says that the scenario is wrong."""
+        if outcome.summary is not None:
+            return _trial(seed, value, outcome.summary)
+        error = outcome.error or ""
+        if outcome.is_bug or outcome.has_crashed or value == self.knob.start:
+            raise (InvariantError if outcome.is_bug else ScenarioError)(f"{self.knob.name} at {value:g}: {error}")
+        return Trial(seed, value, None, False, f"can't be run: {' '.join(error.split())}", (), ran=False)
 
 
 def _trial(seed: int, value: float, summary: Summary) -> Trial:
     targets = tuple(summary["slo"]["targets"])
-    because = "; ".join(_missed(target) for target in targets if target["met"] is not True)
-    if summary["saturated"]:
-        because = f"saturated, {summary['saturation_reason']}"
+    missed = "; ".join(_missed(target) for target in targets if target["met"] is not True)
+    pace: Pace | None = summary.get("pace")
+    is_behind = not (missed or summary["saturated"] or pace is None or pace.is_kept)
+    because = _overload(summary, pace) or missed
     rate = summary["offered"]["requests_per_s"] if summary["offered"] else None
-    return Trial(seed, value, rate, not because, because, targets)
+    return Trial(seed, value, rate, not because, because, targets, _figures(summary), pace, is_behind)
+
+
+def _overload(summary: Summary, pace: Pace | None) -> str:
+    """Why more arrives than is served, whatever the targets say; empty where it doesn't."""
+    if summary["saturated"]:
+        return f"saturated, {summary['saturation_reason']}"
+    if summary.get("near_capacity") and (backlog := summary["backlog"]):
+        grown = f"from about {backlog['waiting_first']:,.0f} to {backlog['waiting_last']:,.0f} waiting"
+        return f"near capacity, the queue of {backlog['pool']} grew {grown}"
+    if pace is not None and not pace.is_kept:
+        return (
+            f"behind its load, {pace.ended:,} requests ended while {pace.arrived:,} arrived (second half of arrivals)"
+        )
+    return ""
+
+
+def _figures(summary: Summary) -> dict[str, float | None]:
+    """What a run served, how fast and at what cost; None each for what it has no figure of."""
+    return {name: (summary.get(section) or {}).get(key) for name, (section, key) in FIGURES.items()}
 
 
 def _missed(target: Mapping[str, Any]) -> str:
@@ -264,9 +358,16 @@ def _missed(target: Mapping[str, Any]) -> str:
     actual = target[f"actual_{unit}"]
     if target["met"] is None:
         return f"no request has a {name}"
-    lost = f" ({target['num_lost']:,} lost)" if target["num_lost"] else ""
     sign = "x" if unit == "slowdown" else "s"
-    return f"{name} is {actual:.4g} {sign}, not {target[f'target_{unit}']:.4g} {sign}{lost}"
+    wanted = f"{target[f'target_{unit}']:.4g} {sign}"
+    if not target["num_lost"]:
+        return f"{name} is {actual:.4g} {sign}, not {wanted}"
+    others = f"no other request has a {name}" if actual is None else f"{name} of the others is {actual:.4g} {sign}"
+    return f"{counted(target['num_lost'], 'request')} lost, which count as late: {others}, target {wanted}"
+
+
+def _actual(trial: Trial) -> list[Any]:
+    return [target.get(key) for target in trial.targets for key in ("actual_s", "actual_slowdown", "num_lost")]
 
 
 def _target(target: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,8 +382,16 @@ def _run(trial: Trial) -> dict[str, Any]:
         "requests_per_s": trial.requests_per_s,
         "holds": trial.holds,
         "because": trial.because or None,
+        "num_enough": trial.num_enough or None,
+        **trial.figures,
         "targets": actual,
     }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _sameness(each: Bisection) -> str:

@@ -6,7 +6,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 
 from mist.errors import InvariantError, Problem, ScenarioError
 from mist.metrics.distribution import FloatColumn
+from mist.scenario.value import Scenario
 from mist.search.evaluate import Executor, Job
 from mist.search.executors.serial import Serial
 from mist.search.intervals import LEVEL, interval_of, mean_interval, paired_blocks
@@ -46,27 +47,34 @@ class Deployment:
 
 
 def deployments_of(
-    given: Sequence[Path], *, seeds: int = 1, executor: Executor | None = None, **overrides: Any
+    given: Sequence[Path],
+    *,
+    seeds: int = 1,
+    executor: Executor | None = None,
+    load: Callable[[Path], Scenario] | None = None,
+    **overrides: Any,
 ) -> list[Deployment]:
     """Scenario files, run with `seeds` seeds from their own on and with `overrides`, and folders of earlier runs.
 
-    Raises ScenarioError where one can't be run or read.
+    `load` reads a file and changes it. Raises ScenarioError where one can't be run or read.
     """
     folders = {path: read_run(path) for path in given if path.is_dir()}
-    if folders and (seeds > 1 or overrides):
+    if folders and (seeds > 1 or overrides or load is not None):
         what = "seeds" if seeds > 1 else "changes"
         raise ScenarioError(Problem(f"{next(iter(folders))} was run already, without these {what}", hint="give files"))
-    jobs = []
+    jobs: list[Job] = []
     for i, path in enumerate(given):
         if path not in folders:
-            first = Job("", path, overrides).scenario().seed
+            scenario = Job("", load(path).source if load else path, overrides).scenario()
             jobs += [
-                Job(f"{i} {first + n}", path, {**overrides, "seed": first + n}, measure=measured) for n in range(seeds)
+                Job(f"{i} {scenario.seed + n}", scenario.source, {"seed": scenario.seed + n}, measure=measured)
+                for n in range(seeds)
             ]
     found = {outcome.key: outcome for outcome in (executor or Serial()).run(jobs)}
     for job in jobs:
         if (outcome := found[job.key]).summary is None:
-            raise (InvariantError if outcome.is_bug else ScenarioError)(f"{job.source}: {outcome.error}")
+            path = given[int(job.key.split()[0])]
+            raise (InvariantError if outcome.is_bug else ScenarioError)(f"{path}: {outcome.error}")
     made: list[Deployment] = []
     for i, path in enumerate(given):
         own = [found[job.key].summary or {} for job in jobs if job.key.startswith(f"{i} ")]
@@ -92,8 +100,53 @@ def compare(deployments: Sequence[Deployment]) -> dict[str, Any]:
         "baseline": first.label,
         "num_seeds": len(first.runs),
         "interval": {"level": LEVEL, "by": "seeds" if len(first.runs) > 1 else "blocks of requests"},
+        "deployments": [_served(each) for each in deployments],
         "against": [_against(first, other) for other in others],
+        "notes": list(_notes(deployments)),
     }
+
+
+def _served(deployment: Deployment) -> dict[str, Any]:
+    """What became of a deployment's requests, summed over its runs, and in how many of these the load was too much."""
+    counts = [run.summary.get("requests") or {} for run in deployment.runs]
+    lost = ("cancelled", "timed_out", "unfinished")
+    total = {key: sum(each.get(key, 0) for each in counts) for key in ("arrived", "finished", "rejected", "refused")}
+    return {
+        "label": deployment.label,
+        "num_runs": len(deployment.runs),
+        "arrived": total["arrived"],
+        "finished": total["finished"],
+        "rejected": total["rejected"] + total["refused"],
+        "lost": sum(each.get(key, 0) for each in counts for key in lost),
+        "num_saturated": sum(bool(run.summary.get("saturated")) for run in deployment.runs),
+        "num_near_capacity": sum(bool(run.summary.get("near_capacity")) for run in deployment.runs),
+    }
+
+
+def _notes(deployments: Sequence[Deployment]) -> Iterator[str]:
+    """What isn't compared, and why."""
+    with_slo = [each.label for each in deployments if all(run.summary.get("slo") for run in each.runs)]
+    without = [each.label for each in deployments if each.label not in with_slo]
+    if with_slo and without:
+        yield (
+            f"Attainment and goodput aren't compared with {', '.join(without)}, which {_has(without)} no SLO: "
+            f"give all the same, such as by --set slo.ttft_s.p99=1."
+        )
+    targets = [_targets(each.runs[0]) for each in deployments if each.label in with_slo]
+    if any(each != targets[0] for each in targets):
+        yield "The SLOs differ, so attainment and goodput are each by their own."
+
+
+def _has(names: Sequence[str]) -> str:
+    return "has" if len(names) == 1 else "have"
+
+
+def _targets(run: Run) -> list[tuple[Any, ...]]:
+    targets = (run.summary["slo"] or {}).get("targets", ())
+    return [
+        tuple(target.get(key) for key in ("tenant", "metric", "statistic", "target_s", "target_slowdown"))
+        for target in targets
+    ]
 
 
 def _against(first: Deployment, other: Deployment) -> dict[str, Any]:
@@ -188,7 +241,7 @@ def _check_same(a: Run, b: Run) -> None:
     if differing:
         told = [f"{key} is {_shown(asked[0].get(key))} in {a.label} and {_shown(asked[1].get(key))} in {b.label}"
                 for key in differing]  # fmt: skip
-        hint = "give both the same workload and seed, such as by --set or --seed"
+        hint = "give both the same workload and seed, in the files or by --set, --rate-scale, --limit and --seed"
         raise ScenarioError(Problem(f"{a.label} and {b.label} serve different workloads: {'; '.join(told)}", hint=hint))
     numbers, mine, theirs = np.intersect1d(a.requests["request"], b.requests["request"], return_indices=True)
     sizes = [run.requests["input_tokens"][rows] for run, rows in ((a, mine), (b, theirs))]

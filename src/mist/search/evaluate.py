@@ -20,6 +20,7 @@ from mist.scenario.value import Scenario
 
 Summary = dict[str, Any]
 
+_CRASHED = "the simulator failed: "
 _BROKEN = "a law of the simulation broke, which is a bug: "
 
 
@@ -74,6 +75,11 @@ class Outcome:
         """Whether it failed by a law of the simulation that broke, which no scenario should do."""
         return self.error is not None and self.error.startswith(_BROKEN)
 
+    @property
+    def has_crashed(self) -> bool:
+        """Whether it failed by an exception that nobody foresaw."""
+        return self.error is not None and self.error.startswith(_CRASHED)
+
 
 class Executor(Protocol):
     """Runs jobs somewhere; registered under the kind `executor`. Within a `with` block it keeps what it has started."""
@@ -104,5 +110,5 @@ def evaluate(job: Job) -> Outcome:
         error = f"{_BROKEN}{problem}"
     except Exception as problem:
         # many are run for one answer: whatever one of them brings to light is told with it, and costs no other
-        error = f"the simulator failed: {type(problem).__name__}: {problem}"
+        error = f"{_CRASHED}{type(problem).__name__}: {problem}"
     return Outcome(job.key, summary, error, time.process_time() - began)

@@ -87,7 +87,10 @@ def knob_of(scenario: Scenario, name: str = RATE) -> Knob:
         path = ".".join(map(str, (*tenant.place, "workload")))
         if name in (f"{path}.concurrency", f"{path}.arrivals.closed_loop.concurrency"):
             number = tenant.workload.num_requests or _MOST_CONCURRENT
-            return Knob(name, process.params["concurrency"], {name: 1.0}, is_whole=True, most=number)
+            written = (
+                f"{path}.concurrency" if tenant.workload.concurrency else f"{path}.arrivals.closed_loop.concurrency"
+            )
+            return Knob(name, process.params["concurrency"], {written: 1.0}, is_whole=True, most=number)
     hint = f"--vary takes {_CHOICES}"
     raise ScenarioError(Problem(f"{name!r} can't be varied in {scenario.name}", hint=hint))
 
