@@ -15,9 +15,10 @@ class Cohort:
     """Decoding sequences of one client: a step counter, sums, and a calendar of last tokens.
 
     `step`: decode steps completed. `count`: sequences. `sum_context`: tokens in their KV caches. `calendar`: step ->
-    the tasks whose last token that step generates; `ends`: its steps, a heap. A sequence that joined at step j with context c holds c + step - j
-    tokens, so the sequences whose last block is full are those with step = (j - c) modulo the block size: `boundary`
-    counts the sequences by (j - c) modulo the block size. `tokens_per_decode`: tokens that a step computes for each.
+    the tasks whose last token that step generates; `ends`: its steps, a heap. A sequence that joined at step j with
+    context c holds c + step - j tokens, so the sequences whose last block is full are those with step = (j - c) modulo
+    the block size: `boundary` counts the sequences by (j - c) modulo the block size. `tokens_per_decode`: tokens that a
+    step computes for each.
     """
 
     __slots__ = ("block_size", "boundary", "calendar", "count", "ends", "step", "sum_context", "tokens_per_decode")
