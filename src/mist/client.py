@@ -146,8 +146,9 @@ class Client:
         """Start the next step at `now`; run ahead of the clock while nothing can reach this client."""
         kernel = self.kernel
         while True:
-            if now + self.took < kernel.horizon() and self.has_span():  # else it would be of one step
-                now = run_span(self, now)
+            horizon = kernel.horizon()
+            if now + self.took < horizon and self.has_span():  # else it would be of one step
+                now = run_span(self, now, horizon)
                 if now < 0:
                     return
             if not self.begin_step(now):
@@ -176,7 +177,6 @@ class Client:
         cohort = self.residents.cohort
         self.step.decode_context = cohort.sum_context + cohort.count
         self.now, self._kv_used = now, kv_used
-        self.idle, self.chunks = False, []
         self.residents.decodes_grown()
 
     def _has_waiting_fetches(self) -> bool:
@@ -275,12 +275,7 @@ class Client:
         if self.watcher is not None:
             self.watcher.step_finished(self, now)
         if step.num_decodes:
-            finished = residents.decode_step_done()
-            if self.progress.shown_at:
-                self.progress.show(now)
-            if finished is not None:
-                for task in finished:
-                    self.progress.decoded(task, now)
+            self._decodes_over(now)
         if self.chunks:
             residents.chunks_done()
             for task, num_tokens in self.chunks:
@@ -289,6 +284,20 @@ class Client:
             self.chunks = []
         if self._cancelled:
             self._let_go(now)
+
+    def decodes_over(self, now: int) -> None:
+        """A step of decodes alone, which is written down already, ends at `now`."""
+        self._decodes_over(now)
+        if self._cancelled:
+            self._let_go(now)
+
+    def _decodes_over(self, now: int) -> None:
+        finished = self.residents.decode_step_done()
+        if self.progress.shown_at:
+            self.progress.show(now)
+        if finished is not None:
+            for task in finished:
+                self.progress.decoded(task, now)
 
     def _fill_chunks(self, chunks: list[tuple[Task, int]], now: int) -> None:
         step = self.step

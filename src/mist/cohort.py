@@ -6,6 +6,8 @@ O(batch). It never allocates memory and never decides anything.
 
 from __future__ import annotations
 
+from heapq import heapify, heappop, heappush
+
 from mist.request import Task
 
 
@@ -13,12 +15,13 @@ class Cohort:
     """Decoding sequences of one client: a step counter, sums, and a calendar of last tokens.
 
     `step`: decode steps completed. `count`: sequences. `sum_context`: tokens in their KV caches. `calendar`: step ->
-    the tasks whose last token that step generates. A sequence that joined at step j with context c holds c + step - j
-    tokens, so the sequences whose last block is full are those with step = (j - c) modulo the block size: `boundary`
-    counts the sequences by (j - c) modulo the block size. `tokens_per_decode`: tokens that a step computes for each.
+    the tasks whose last token that step generates; `ends`: its steps, a heap. A sequence that joined at step j with
+    context c holds c + step - j tokens, so the sequences whose last block is full are those with step = (j - c) modulo
+    the block size: `boundary` counts the sequences by (j - c) modulo the block size. `tokens_per_decode`: tokens that a
+    step computes for each.
     """
 
-    __slots__ = ("block_size", "boundary", "calendar", "count", "step", "sum_context", "tokens_per_decode")
+    __slots__ = ("block_size", "boundary", "calendar", "count", "ends", "step", "sum_context", "tokens_per_decode")
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -27,6 +30,7 @@ class Cohort:
         self.count = 0
         self.sum_context = 0
         self.calendar: dict[int, list[Task]] = {}
+        self.ends: list[int] = []
         self.boundary = [0] * block_size
 
     def context(self, task: Task) -> int:
@@ -62,6 +66,7 @@ class Cohort:
         finishing = self.calendar.get(finish)
         if finishing is None:
             self.calendar[finish] = [task]
+            heappush(self.ends, finish)
         else:
             finishing.append(task)
 
@@ -71,6 +76,7 @@ class Cohort:
         self.sum_context += self.count
         finishing = self.calendar.pop(self.step, None)
         if finishing is not None:
+            heappop(self.ends)
             if len(finishing) > 1:
                 finishing.sort(key=_by_admission)
             for task in finishing:
@@ -83,12 +89,15 @@ class Cohort:
         finishing.remove(task)
         if not finishing:
             del self.calendar[task.finish_step]
+            self.ends.remove(task.finish_step)
+            heapify(self.ends)
         self._drop(task)
 
     def clear(self) -> None:
         """Nobody is left; the steps completed so far stay counted."""
         self.count = self.sum_context = 0
         self.calendar.clear()
+        self.ends.clear()
         self.boundary = [0] * self.block_size
 
     def _drop(self, task: Task) -> None:

@@ -14,37 +14,32 @@ if TYPE_CHECKING:
     from mist.client import Client
 
 
-def run_span(client: Client, now: int) -> int:
+def run_span(client: Client, now: int, horizon: int) -> int:
     """Run decode steps from `now` on; the instant at which the next step starts, or -1 where one is in flight.
 
     It ends before a step that needs more than the free blocks, behind one that ends tasks where others may run then,
-    and with one that reaches what could reach the client or whose end reaches others.
+    and with one that reaches what could reach the client, at `horizon`, or whose end reaches others.
     """
-    residents, step, kernel = client.residents, client.step, client.kernel
+    residents, step = client.residents, client.step
     cohort, kv, shown_at = residents.cohort, residents.kv, client.progress.shown_at
     step.num_prefill_tokens = 0
     if step.chunks:
         step.chunks = []
+    client.idle, client.chunks = False, []
     while True:
-        count, number, horizon = cohort.count, cohort.step, kernel.horizon()
+        count, number, context = cohort.count, cohort.step, cohort.sum_context + cohort.count
         step.num_decodes = step.num_sampled = count
-        told = cohort.calendar if not shown_at else {**cohort.calendar, **shown_at}
-        # the next steps, up to one whose end has to be told: tasks end, or show their first tokens
+        # the next step whose end has to be told: tasks end, or show their first tokens
+        told = cohort.ends[0] if not shown_at else min(cohort.ends[0], *shown_at)
         place = number % cohort.block_size
-        needed = cohort.boundary[place:] + cohort.boundary[:place]
-        for ahead, _ in enumerate(needed, number + 1):
-            if ahead in told:
-                del needed[ahead - number :]
-                break
-        if any(needed):
-            blocks = list(accumulate(needed, initial=kv.used))
-            if blocks[-1] - blocks[0] > kv.free:
-                del blocks[bisect_right(blocks, blocks[0] + kv.free) :]
-                if len(blocks) == 1:
-                    return now
-        else:
-            blocks = [kv.used] * (len(needed) + 1)
-        context = cohort.sum_context + count
+        needed = cohort.boundary[place : place + told - number]
+        if len(needed) < told - number:
+            needed += cohort.boundary[: min(place, told - number - len(needed))]
+        blocks = list(accumulate(needed, initial=kv.used))
+        if blocks[-1] - blocks[0] > kv.free:
+            del blocks[bisect_right(blocks, blocks[0] + kv.free) :]
+            if len(blocks) == 1:
+                return now
         instants = _instants(client, now, context, min(len(blocks) - 1, (horizon - now) // client.took + 2))
         last = len(instants) - 1
         reaches = instants[last] >= horizon
@@ -52,25 +47,29 @@ def run_span(client: Client, now: int) -> int:
             last = bisect_left(instants, horizon)
         if client.decoded is not None:
             client.decoded(count, context, last)
-        is_apart = reaches or number + last in told  # the last of them isn't done here
-        num_done = last - is_apart
-        if num_done:
+        is_told = number + last == told
+        in_flight = reaches or (is_told and client.emits)
+        num_over = last - in_flight
+        if num_over:
             client.append_span(
                 client.index, count, context, len(residents.waiting), now,
-                instants[1 : num_done + 1], blocks[1 : num_done + 1],
+                instants[1 : num_over + 1], blocks[1 : num_over + 1],
             )  # fmt: skip
-            cohort.step = number + num_done
-            cohort.sum_context += count * num_done
+        num_silent = last - 1 if is_told else num_over
+        cohort.step = number + num_silent
+        cohort.sum_context += count * num_silent
         kv.free -= blocks[last] - blocks[0]
         now = instants[last]
-        if is_apart:
-            client.begun(instants[num_done], blocks[last])
-            if reaches or (client.emits and number + last in cohort.calendar):
-                kernel.step_ends(client, now)
-                return -1
-            client.finish_step(now)
+        if in_flight:
+            client.begun(instants[last - 1], blocks[last])
+            client.kernel.step_ends(client, now)
+            return -1
+        if is_told:
+            client.now = instants[last - 1]
+            client.decodes_over(now)
             if not client.has_span():
                 return now
+            horizon = client.kernel.horizon()
 
 
 def _instants(client: Client, now: int, context: int, num_steps: int) -> list[int]:

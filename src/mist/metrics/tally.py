@@ -164,7 +164,7 @@ class Tally:
         over = self._steps["end_ns"] <= needed_ns
         decodes = self._steps["num_decodes"] > 0
         self._num_dropped += np.bincount(self._steps["client"][over & decodes], minlength=len(self.clients))
-        self._steps = _rows(self._steps, ~over)
+        self._steps = _rows(self._steps, _rest(over))
         recent = self.records.transfers.as_columns()["end_ns"][self._first_transfer :] >= needed_ns
         self._first_transfer += int(recent.argmax()) if recent.any() else len(recent)
 
@@ -173,6 +173,14 @@ def _rows(table: Columns, rows: IntColumn | BoolColumn | slice) -> dict[str, Int
     return {name: column[rows] for name, column in table.items()}
 
 
+def _rest(over: BoolColumn) -> BoolColumn | slice:
+    """All rows but these; most often they are the first ones."""
+    num_over = int(np.count_nonzero(over))
+    return slice(num_over, None) if over[:num_over].all() else ~over
+
+
 def _together(earlier: Columns, later: Columns) -> Columns:
-    """The rows of both, copied."""
+    """The rows of both, copied where there are some of both."""
+    if not len(earlier.get("request", earlier.get("client", ()))):
+        return later
     return {name: np.concatenate((earlier.get(name, later[name][:0]), column)) for name, column in later.items()}
