@@ -188,7 +188,7 @@ def test_a_crash_leaves_the_earlier_file(tmp_path, monkeypatch):
     path = write_timeline(make(random_story(1)), tmp_path / "t.json")
     before = path.read_bytes()
 
-    def crash(_: Records) -> list[str]:
+    def crash(*_: Records) -> list[str]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mist.report.timeline.trace_events", crash)
