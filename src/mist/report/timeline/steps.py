@@ -22,17 +22,21 @@ _COUNTERS = (("running", "sequences"), ("waiting", "tasks"), ("KV blocks", "used
 
 def step_events(records: Records, excerpt: Excerpt) -> Iterator[str]:
     """Each client's steps with their batches, and counters wherever they change."""
+    steps = records.steps.as_columns()
+    decoding = set(np.unique(steps["client"][steps["num_decodes"] > 0]).tolist())
     for client, rows in enumerate(_by_client(records, excerpt, num_before=1)):
         if len(rows["client"]):
-            yield from _client_events(records, client, rows, excerpt)
+            yield from _client_events(records, client, client in decoding, rows, excerpt)
 
 
-def _client_events(records: Records, client: int, rows: dict[str, IntColumn], excerpt: Excerpt) -> Iterator[str]:
+def _client_events(
+    records: Records, client: int, decodes_at_all: bool, rows: dict[str, IntColumn], excerpt: Excerpt
+) -> Iterator[str]:
     process, kinds = client_process(client), _kinds(records, client)
     tells_tasks = bool(kinds) and not {PREFILL, DECODE} & set(kinds)
     tasks = _task_names(records, client, kinds, rows["start_ns"]) if tells_tasks else repeat("", len(rows["client"]))
     # what only encodes or searches keeps no KV cache
-    num_counters = 2 if tells_tasks and not rows["num_decodes"].any() else 3
+    num_counters = 2 if tells_tasks and not decodes_at_all else 3
     shown = [0] * num_counters
     end = 0
     for row, named in zip(in_blocks(rows, np.arange(len(rows["client"]))), tasks, strict=True):
