@@ -176,14 +176,12 @@ def _flows(view: View, time: TimeAxis) -> Markup | None:
 
 
 def _links(view: View, time: TimeAxis) -> Markup | None:
-    """The share of its bandwidth that each link carried, the busiest of them."""
+    """The share of its bandwidth that each link carried, the busiest of them; peaks would all be at 1."""
     uses = link_uses(view.result)
-    series = []
-    for number, use in enumerate(uses[:MAX_LINKS]):
-        found = reduce.levels(use.starts_ns, use.ends_ns, time.bounds, use.shares)
-        # even speeds of transfers that were not even may come to more than there is
-        mean, least, most = (np.minimum(part, 1.0) for part in (found.mean, found.least, found.most))
-        series.append(time.series(use.name, reduce.Levels(mean, least, most), number))
+    series = [
+        Series(use.name, time.x, reduce.levels(use.starts_ns, use.ends_ns, time.bounds, use.shares).mean, colour=number)
+        for number, use in enumerate(uses[:MAX_LINKS])
+    ]
     some = f" (the busiest {MAX_LINKS} of {len(uses)})" if len(uses) > MAX_LINKS else ""
     return time.chart(f"Bandwidth in use, by link{some}", series, FRACTION)
 
