@@ -79,8 +79,8 @@ def write_trace(result: Result, trace: Path, span: Span | None) -> None:
 
     events = num_events(result.records, span)
     if events > MANY_EVENTS:
-        told = f"The timeline has about {events / 1e6:.0f} million events; viewers run out of memory with two or three"
-        click.echo(f"{told} times {MANY_EVENTS / 1e6:.0f} million. --trace-span 0:60 takes the first minute.", err=True)
+        told = f"The timeline has about {events / 1e6:.0f} million events, and Perfetto needs 0.4 GB for each million"
+        click.echo(f"{told} of the 4 GB that it has in a browser: --trace-span 0:60 takes the first minute", err=True)
     write_timeline(result, trace, span)
 
 
