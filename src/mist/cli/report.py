@@ -50,16 +50,14 @@ def _span(_: click.Context, __: click.Parameter, value: str | None) -> Span | No
         return None
     start, colon, end = value.partition(":")
     try:
-        span = float(start or 0), float(end) if end.strip() else None
+        first, last = float(start or 0), float(end) if end.strip() else None
     except ValueError:
-        span = math.nan, None
-    last = math.inf if span[1] is None else span[1]
-    if not (colon and 0 <= span[0] < last and span[0] < math.inf and (span[1] is None or last < math.inf)):
-        why = " that has any length" if colon and span[0] >= last else ""
-        raise click.BadParameter(
-            f"{value!r} is no span of time{why}: write 60:120 (from 60 s to 120 s), or 60: to the end"
-        )
-    return span
+        first, last = math.nan, None
+    if last is not None and first >= last >= 0:
+        raise click.BadParameter(f"{value!r} is a span of time without length: it has to end after it begins")
+    if not colon or not 0 <= first < math.inf or not (last is None or first < last < math.inf):
+        raise click.BadParameter(f"{value!r} is no span of time: write 60:120 (from 60 s to 120 s), or 60: to the end")
+    return first, last
 
 
 def trace_span_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,7 +100,8 @@ def report(
     folder: Path, page: Path | None, trace: Path | None, trace_span: Span | None, overwrite: bool,
     plugins: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Write the report of the result in DIR, left there by `mist run --out` or `mist search --out`, as one HTML file.
+    """Write the report of the result in DIR, left there by `mist run --out` or `mist search --out`, as one HTML file,
+    or the timeline of a run.
 
     \b
     Examples:
@@ -111,6 +110,8 @@ def report(
         mist report out/first --trace minute.json.gz --trace-span 60:120
     """
     check_trace_span(trace, trace_span)
+    if page is not None and trace is not None and page.resolve() == trace.resolve():
+        raise click.UsageError(f"{page} would be written twice: name another file")
     load_plugins(plugins)
     from mist.report.html import report_html
     from mist.report.html.search import search_html

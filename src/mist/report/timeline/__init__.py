@@ -70,12 +70,12 @@ def excerpt_of(records: Records, span_s: Span | None) -> Excerpt:
     if span_s is None:
         return _WHOLE
     first_ns, (start_s, end_s) = Window.of(records).first_ns, span_s
-    lasted_ns = last_event(records) - first_ns
-    if seconds_to_ns(start_s) > lasted_ns:
-        over = f"the run was over {lasted_ns / NS_PER_S:.6g} s after the first arrival"
-        told = f"nothing is there from {start_s:g} s on of the timeline: {over}"
+    lasted_s = (last_event(records) - first_ns) / NS_PER_S
+    if start_s > lasted_s:
+        over = f"the run was over {lasted_s:.6g} s after the first arrival"
+        told = f"the timeline has nothing from {start_s:g} s on: {over}"
         raise ScenarioError(Problem(told, hint="choose a span of time that begins earlier"))
-    stop_ns = _WHOLE.stop_ns if end_s is None else first_ns + seconds_to_ns(end_s)
+    stop_ns = _WHOLE.stop_ns if end_s is None else first_ns + seconds_to_ns(min(end_s, lasted_s + 1))
     return Excerpt(first_ns + seconds_to_ns(start_s), stop_ns)
 
 
