@@ -93,6 +93,10 @@ def check(text: str) -> Page:
     anchors = [link[1:] for link in page.links if link.startswith("#")]
     assert set(anchors) <= set(page.ids)
     assert "default-src 'none'" in text
+    # a screen reader names every column, and tells a section from the tables in it
+    assert not re.search(r"<th( [^>]*)?></th>", text)
+    titles, regions = re.findall(r"<h2[^>]*>(.*?)</h2>", text), re.findall(r'role="region" aria-label="(.*?)"', text)
+    assert not set(titles) & set(regions)
     return page
 
 

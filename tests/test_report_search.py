@@ -247,6 +247,26 @@ def test_a_comparison_shows_its_differences_and_the_pairs():
     assert charts[1]["series"][0]["x"] == pytest.approx([0.25] * len(charts[1]["series"][0]["x"]), rel=1e-5)
 
 
+def test_what_is_nothing_has_no_sign(document):
+    same = compare_html(compare(two := [deployment(name, np.arange(1.0, 400.0)) for name in "ab"]), [paired(*two)])
+    assert not re.search(r">[+−]0[ .]?0* ", same)
+    told = elasticities()
+    told["parameters"][3]["elasticities"]["ttft_s.p99"] = {"mean": -0.001, "low": -0.002, "high": 0.0}
+    assert "0.00 % ± 0.00" in check(sensitivity_html(told)).texts
+    even = copy.deepcopy(document)
+    even["gain"]["factor"] = {"mean": 1.0, "low": 1.0, "high": 1.0}
+    objective = name_of(even["gain"]["objective"])
+    assert f"In {objective} the best is as good as the engine's defaults." in " ".join(
+        check(search_html(even, {})).texts
+    )
+
+
+def test_messages_and_their_remedies_are_told_apart(document):
+    told = copy.deepcopy(document)
+    told["configurations"]["refused"] = [{"reason": "too many", "count": 3, "example": "tp = 3 a\n    take 4"}]
+    assert "tp = 3 a; take 4" in check(search_html(told, {})).texts
+
+
 def test_the_commands_write_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("space.yaml").write_text(yaml.safe_dump(SPACE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path
 
@@ -34,7 +35,11 @@ def make(story: Story) -> Result:
 
 def events_of(records: Records) -> list[dict]:
     """The events with exact times, in whole ns."""
-    events = [json.loads(event, parse_float=Decimal) for event in trace_events(records)]
+    return parsed(trace_events(records))
+
+
+def parsed(texts: Iterable[str]) -> list[dict]:
+    events = [json.loads(event, parse_float=Decimal) for event in texts]
     for event in events:
         for key in {"ts", "dur"} & set(event):
             assert event[key] * 1000 == int(event[key] * 1000)
@@ -188,7 +193,7 @@ def test_a_crash_leaves_the_earlier_file(tmp_path, monkeypatch):
     path = write_timeline(make(random_story(1)), tmp_path / "t.json")
     before = path.read_bytes()
 
-    def crash(_: Records) -> list[str]:
+    def crash(*_: Records) -> list[str]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mist.report.timeline.trace_events", crash)

@@ -22,7 +22,7 @@ from mist.cli.capacity import capacity
 from mist.cli.compare import compare
 from mist.cli.interference import interference
 from mist.cli.output import clean_up_when_terminated, folded, print_json, table
-from mist.cli.report import report
+from mist.cli.report import Span, check_trace_span, report, tell_trace, trace_span_option, write_trace
 from mist.cli.scenario import inputs, load_plugins, load_scenario, scenario_options
 from mist.cli.search import search, sensitivity
 from mist.cli.validation import validate
@@ -91,14 +91,15 @@ def main() -> None:
 @click.option("--overwrite", is_flag=True, help="Let --out, --trace and --report replace what is there.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a timeline for ui.perfetto.dev, such as out.json.gz.")  # fmt: skip
+@trace_span_option
 @click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a report to open in a browser, such as out.html.")  # fmt: skip
 @click.option("--check", is_flag=True, help="Recount the conservation laws while running and at the end (slower).")
 @click.option("--records", type=click.Choice(["full", "summary"]), default="full",
               help="summary: the same figures in less memory; no tables, timeline, report or --check.")  # fmt: skip
 def run(
-    as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, page: Path | None, check: bool, records: str,
-    **options: Any,
+    as_json: bool, out: Path | None, overwrite: bool, trace: Path | None, trace_span: Span | None, page: Path | None,
+    check: bool, records: str, **options: Any,
 ) -> None:  # fmt: skip
     """Simulate SCENARIO and print what came out.
 
@@ -110,10 +111,14 @@ def run(
         mist run scenario.yaml --set 'workload.input_tokens={lognormal: {mean: 1155, cv: 0.9}}'
         mist run scenario.yaml --report out.html
         mist run scenario.yaml --out out/first --trace out/first.json.gz
+        mist run scenario.yaml --trace minute.json.gz --trace-span 60:120
         mist run scenario.yaml --set workload.num_requests=10000000 --records summary
     """
     if records != "full" and (trace is not None or page is not None or check):
         raise click.UsageError("--trace, --report and --check need all records: leave them out, or --records summary")
+    check_trace_span(trace, trace_span)
+    from mist.errors import ScenarioError
+
     clean_up_when_terminated()
     scenario = load_scenario(**options)
     _check_outputs(
@@ -123,10 +128,12 @@ def run(
 
     with _progress_bar() as progress:
         result = run_scenario(scenario, check=check, progress=progress, records=records)
+    missed: ScenarioError | None = None
     if trace is not None:  # the slow ones first: until they are whole, nothing that was there has changed
-        from mist.report.timeline import write_timeline
-
-        write_timeline(result, trace)
+        try:
+            write_trace(result, trace, trace_span)
+        except ScenarioError as error:  # the results of a long run aren't lost for a span that it has not
+            missed = error
     if page is not None:
         from mist.report.html import write_report
 
@@ -139,10 +146,12 @@ def run(
 
         files = RESULT_FILES if records == "full" else SUMMARY_FILES
         click.echo(f"Results are in {out}: {', '.join(files)}", err=True)
-    if trace is not None:
-        click.echo(f"The timeline is {trace}: open it at ui.perfetto.dev", err=True)
+    if trace is not None and missed is None:
+        tell_trace(trace, trace_span)
     if page is not None:
         click.echo(f"The report is {page}: open it in a browser", err=True)
+    if missed is not None:
+        raise missed
 
 
 @main.command()

@@ -16,6 +16,9 @@ from mist.metrics.window import Columns, Window
 from mist.records import CLIENT_STATES, DOWN, DRAINING, OFF, STARTING, UP, IntColumn, Records
 from mist.units import NS_PER_S
 
+#: why a replica is off that drained and is empty, which no row of changes says
+DRAINED = "drained"
+
 
 class Change(NamedTuple):
     """A replica is in another state (of `CLIENT_STATES`) from an instant on."""
@@ -164,7 +167,7 @@ def _by_replica(records: Records, last_ends: LastEnds) -> dict[str, list[Change]
             if state == DRAINING:
                 empty_ns = max(last_ends.of_state(clients, place, time_ns), _last_sent(records, clients, time_ns, end))
                 if empty_ns < end:
-                    rows.append(Change(empty_ns, replica, OFF, "drained"))
+                    rows.append(Change(empty_ns, replica, OFF, DRAINED))
         if rows:
             found[replica] = rows
     return found

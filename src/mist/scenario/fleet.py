@@ -204,19 +204,25 @@ class _HostWork:
 
 def network_of(scenario: Scenario, fleet: Fleet, kernel: Kernel, records: Records) -> Network:
     """What the clients send over; those on one host share its cores and memory from now on."""
-    sharing = Sharing(kernel)
-    if scenario.placement is None:
+    sharing, fabric = Sharing(kernel), fabric_of(scenario)
+    if fabric is None:
         _share_cores(scenario, fleet, sharing)
         return Network(_plain_links(scenario, fleet), sharing, records)
+    for client, place in zip(fleet.clients, fabric.places, strict=True):
+        if place.on_host:
+            client.shares = Host(fabric.cores(client.index), fabric.dram(client.index), sharing)
+    return Network(fabric, sharing, records)
+
+
+def fabric_of(scenario: Scenario) -> Fabric | None:
+    """The channels between its clients, by their numbers, where they are placed on nodes."""
+    if scenario.placement is None:
+        return None
     places: list[Place] = []
     for name, pool in scenario.clients.items():
         lanes = 1 if isinstance(pool, StorePool) else pool.lanes
         places += [place for place in scenario.placement.places[name] for _ in range(lanes)]
-    fabric = Fabric(scenario.placement.topology, places)
-    for client, place in zip(fleet.clients, places, strict=True):
-        if place.on_host:
-            client.shares = Host(fabric.cores(client.index), fabric.dram(client.index), sharing)
-    return Network(fabric, sharing, records)
+    return Fabric(scenario.placement.topology, places)
 
 
 def give_swap_spaces(scenario: Scenario, fleet: Fleet, network: Network, records: Records) -> None:

@@ -1,7 +1,7 @@
 """A result read back from the folder that `Result.write` made, with its records as they were.
 
-Beside `result`, for whatever looks at a run later: reports, comparisons. Times were written in seconds and come back as
-the same whole nanoseconds; changes of clients' states don't. It never runs anything.
+Beside `result`, for whatever looks at a run later: reports, timelines, comparisons. Times were written in seconds and
+come back as the same whole nanoseconds. It never runs anything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 import yaml
 
 from mist.errors import Problem, ScenarioError
-from mist.records import SEGMENT_ENDS, STATUSES, TRANSFER_KINDS, IntColumn, Records, Table
+from mist.metrics.availability import DRAINED, replica_of
+from mist.records import CLIENT_STATES, OFF, SEGMENT_ENDS, STATUSES, TRANSFER_KINDS, IntColumn, Records, Table
 from mist.scenario.result import RESULT_FILES, Result
 from mist.units import NS_PER_S
 
@@ -75,7 +76,24 @@ def _records(folder: Path, summary: dict[str, Any]) -> Records:
         _fill(table, columns, known)
     if loans:
         _fill(records.loans, loans, known)
+    _fill_changes(records, _read(folder / "changes.parquet"))
     return records
+
+
+def _fill_changes(records: Records, columns: dict[str, _Column]) -> None:
+    """A row for each client that a replica is, or that is a lane of it; those that follow from others are left out."""
+    (_, replicas), (times, _), (_, states), (_, records.causes) = (
+        columns[name] for name in ("client", "time_s", "state", "reason")
+    )
+    lanes: dict[str, list[int]] = {}
+    for client, name in enumerate(records.client_names):
+        lanes.setdefault(replica_of(name), []).append(client)
+    codes = (columns[name][0].tolist() for name in ("client", "state", "reason"))
+    for time_ns, replica, state, cause in zip(times.tolist(), *codes, strict=True):
+        number = CLIENT_STATES.index(states[state])
+        if (number, records.causes[cause]) != (OFF, DRAINED):
+            for client in lanes[replicas[replica]]:
+                records.changes.append((client, number, time_ns, cause))
 
 
 def _fill(table: Table, columns: dict[str, _Column], known: dict[str, dict[str, int]]) -> None:

@@ -52,8 +52,8 @@ def _against(i: int, baseline: str, against: Document, pairs: Pairs) -> Markup:
     if set(against["num_finished"]) != {against["num_pairs"]}:
         one, two = against["num_finished"]
         left_out = note(f"Of {one:,} that finished in the one and {two:,} in the other; all others are left out.")
-    heads = ["", "in the first", "in this one", "difference", "interval", "", "faster", "slower"]
-    figures = ["", "in the first", "in this one", "difference", "interval", ""]
+    figures = ["figure", "in the first", "in this one", "difference", "interval", "share"]
+    heads = [*figures, "faster", "slower"]
     panels = [
         (name_of(metric.removesuffix("_s")).upper(), _drawn(metric, baseline, against["label"], *times))
         for metric, times in pairs.items()
@@ -88,11 +88,12 @@ def _difference(
     baseline: float, difference: float, low: float | None, high: float | None, say: Callable[[float], str]
 ) -> list[str]:
     def signed(value: float) -> str:
-        return ("−" if value < 0 else "+") + say(abs(value))
+        return ("−" if value < 0 else "+" if value > 0 else "") + say(abs(value))
 
     within = NOTHING if low is None or high is None else f"{signed(low)} to {signed(high)}"
-    share = f"{difference / baseline:+.1%}".replace("-", "−").replace("%", " %") if baseline else ""
-    return [signed(difference), within, share]
+    share = f"{difference / baseline:+.1%}" if baseline else ""
+    share = share[1:] if share[1:] == "0.0%" else share
+    return [signed(difference), within, share.replace("-", "−").replace("%", " %")]
 
 
 def _drawn(metric: str, baseline: str, label: str, one: FloatColumn, two: FloatColumn) -> Markup:

@@ -177,7 +177,9 @@ def _scale(values: Sequence[float | None], name: str) -> Scale:
 
 def _column(place: float, name: str, ticks: Sequence[tuple[float, str]]) -> Markup:
     texts = [el("span", text, style=f"top:{100 - at * 100:.2f}%") for at, text in ticks]
-    return el("div", el("strong", name), texts, class_="way-axis", style=f"--at:{place:.4f}")
+    # names of parameters are broken behind their underscores
+    title = el("strong", name.replace("_", "_\u200b"))
+    return el("div", title, texts, class_="way-axis", style=f"--at:{place:.4f}")
 
 
 def _ordered(labels: Mapping[str, None]) -> list[str]:

@@ -54,12 +54,17 @@ def _verdict(document: Document) -> str:
     gain = document["gain"]
     if gain is None or gain["factor"]["mean"] is None:
         return text
-    return f"{text} In {name_of(gain['objective'])} the best is {_factor(gain)} as good as the engine's defaults."
+    times = "" if _is_equal(gain) else f"{_factor(gain)} "
+    return f"{text} In {name_of(gain['objective'])} the best is {times}as good as the engine's defaults."
 
 
 def _real(real: Document) -> str:
     dollars = "" if real["usd"] is None else f", {digits(real['usd'])} USD"
     return f"{digits(real['device_hours'])} device-hours{dollars}"
+
+
+def _is_equal(gain: Document) -> bool:
+    return set(gain["factor"].values()) <= {1.0, None}
 
 
 def _factor(gain: Document | None) -> str:
@@ -83,11 +88,12 @@ def _gains(document: Document) -> Markup | None:
          _against(each.get("gain")), f"{each['seeds_met']} of {each['num_seeds']}", _what(each)]
         for title, each in known.items()
     ]  # fmt: skip
-    heads = ["", "deployment", *map(name_of, objectives), "against the defaults", "SLOs met", "choices"]
+    heads = ["which", "deployment", *map(name_of, objectives), "against the defaults", "SLOs met", "choices"]
     lead = (
         "The best by each objective, of a single vendor and of one kind of device; the last two by the first objective."
     )
-    return section("gains", "The best", lead, table(heads, rows, label="The best", wide=True), _measured(known),
+    shown = table(heads, rows, label="Best deployments", wide=True)
+    return section("gains", "The best", lead, shown, _measured(known),
                    note("± and brackets hold the mean over seeds with 95 % confidence."))  # fmt: skip
 
 
@@ -96,7 +102,9 @@ def _title(title: str) -> str:
 
 
 def _against(gain: Document | None) -> str:
-    return NOTHING if gain is None else f"{_factor(gain)} in {name_of(gain['objective'])}"
+    if gain is None:
+        return NOTHING
+    return f"{'the same' if _is_equal(gain) else _factor(gain)} in {name_of(gain['objective'])}"
 
 
 def _what(each: Document) -> str:
@@ -152,6 +160,11 @@ def _deployment(each: Document, scenario: str | None) -> Markup:
               run if scenario is not None else None, class_="story", id=f"deployment-{each['name']}")  # fmt: skip
 
 
+def _in_a_line(message: str) -> str:
+    """A message and its remedy."""
+    return "; ".join(line.strip() for line in message.splitlines())
+
+
 def _off(share: float | None) -> str:
     """How far from a bound: below 0 where it is held."""
     return NOTHING if share is None else f"{share:+.1%}".replace("%", " %").replace("-", "−")
@@ -159,12 +172,12 @@ def _off(share: float | None) -> str:
 
 def _left_out(document: Document) -> Markup | None:
     counts = document["configurations"]
-    rows = [[each["reason"], each["count"], each["example"]] for each in counts["refused"]]
-    rows += [["failed when run", each["count"], each["error"]] for each in counts["failed"]]
+    rows = [[each["reason"], each["count"], _in_a_line(each["example"])] for each in counts["refused"]]
+    rows += [["failed when run", each["count"], _in_a_line(each["error"])] for each in counts["failed"]]
     if not rows:
         return None
     lead = (
         f"{counts['tried'] - counts['legal']:,} of {counts['tried']:,} configurations can't be run, for these reasons."
     )
     return section("left-out", "Left out", lead,
-                   table(["because", "configurations", "for example"], rows, label="Left out", wide=True))  # fmt: skip
+                   table(["because", "configurations", "for example"], rows, label="Reasons", wide=True))  # fmt: skip

@@ -28,9 +28,10 @@ def sensitivity_html(document: Document) -> str:
     said = note(f"Steps of {percent(document['step'])}, or of one replica, over {len(document['seeds'])} seeds under "
                 "the same requests. The lines across bars hold the mean with 95 % confidence.")  # fmt: skip
     drawn = section("sensitivity", "Sensitivity", lead, tabs("objectives", "Results", panels) if panels else None, said)
-    heads = ["parameter", "from", "to", *map(name_of, objectives), ""]
+    failed = any(row["error"] for row in rows)
+    heads = ["parameter", "from", "to", *map(name_of, objectives), *(["error"] if failed else [])]
     figures = [[row["parameter"], *map(digits, row["values"]), *(_signed(row["elasticities"][n]) for n in objectives),
-                row["error"] or ""] for row in rows]  # fmt: skip
+                *([row["error"] or ""] if failed else [])] for row in rows]  # fmt: skip
     whole = section("figures", "All figures", None, table(heads, figures, label="Elasticities", wide=True))
     return page(document["name"], "Sensitivity", [drawn, whole], footer="Simulated by MIST.", assets=("explorer.css",))
 
@@ -74,4 +75,5 @@ def _signed(found: Document) -> str:
     if found["mean"] is None:
         return "-"
     half = "" if found["low"] is None else f" ± {found['mean'] - found['low']:.2f}"
-    return f"{found['mean']:+.2f} %{half}".replace("-", "−")
+    mean = f"{found['mean']:+.2f}".replace("-", "−")
+    return f"{mean[1:] if mean[1:] == '0.00' else mean} %{half}"

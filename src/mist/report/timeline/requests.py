@@ -7,7 +7,7 @@ what ran beside it and wasn't waited for has lanes of its own below. It never co
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 
 import numpy as np
@@ -17,47 +17,54 @@ from mist.records import DROPPED, NO_CLIENT, REJECTED, SEGMENT_ENDS, STATUSES, R
 from mist.report.timeline.events import (
     REQUESTS,
     STEPS_THREAD,
+    Excerpt,
     Point,
-    arrow,
     client_process,
     new_thread,
-    slice_event,
     us,
 )
-from mist.report.timeline.rows import ByRequest, Lanes, in_blocks, last_event
+from mist.report.timeline.rows import ByRequest, Lanes, in_blocks, last_event, level_events
 from mist.report.timeline.steps import StepFinder
 from mist.report.timeline.transfers import Wires
 
 #: a segment's row, and since when the request was on its way there
 _Leg = tuple[list[int], int]
+#: a process and a thread of it
+_Place = tuple[int, int]
 
 
-def request_events(records: Records, segments: ByRequest, wires: Wires) -> Iterator[str]:
+def processes(records: Records, wires: Wires) -> list[tuple[int, str]]:
+    """The processes of requests and their names: one, or one for each tenant."""
+    if not records.tenants:
+        return [(REQUESTS, "requests")]
+    others = range(wires.process + 1, wires.process + len(records.tenants))
+    return [
+        (process, f"requests of {name}")
+        for process, (name, _) in zip([REQUESTS, *others], records.tenants, strict=True)
+    ]
+
+
+def request_events(records: Records, segments: ByRequest, wires: Wires, excerpt: Excerpt) -> Iterator[str]:
     """Each request as a slice in a lane that is free, around the waiting, serving and handing over of its stages."""
     rows = records.requests.as_columns()
     ends = np.where(rows["end_ns"] >= 0, rows["end_ns"], last_event(records))
-    order = np.lexsort((rows["request"], rows["arrival_ns"]))
-    # slices that touch could be taken for nested ones where one has no length
-    lanes, lives = Lanes(gap_ns=1), _Lives(records, segments, wires)
-    for row, end in zip(in_blocks(rows, order), ends[order].tolist(), strict=True):
-        request, arrival, status = row[0], row[1], row[4]
-        lived = segments.rows(request)
-        if status == REJECTED and not lived:
-            yield _rejection(records, row, end)
-            continue
-        lane, is_new = lanes.take(arrival, end)
-        thread = lane * lives.threads_per_lane
-        if is_new:
-            yield from new_thread(REQUESTS, thread, f"lane {lane}")
-        yield slice_event(REQUESTS, thread, arrival, end, "request", f"request {request}", _arguments(row))
-        yield from lives.events(request, lane, arrival, end, lived)
+    shown = excerpt.overlaps(rows["arrival_ns"], ends)
+    order = shown[np.lexsort((rows["request"][shown], rows["arrival_ns"][shown]))]
+    firsts = [first for _, first in records.tenants] or [0]
+    tenant = np.searchsorted(firsts, rows["request"][order], side="right") - 1
+    lives = _Lives(records, segments, wires, excerpt)
+    for number, (process, _) in enumerate(processes(records, wires)):
+        mine = order[tenant == number]
+        yield from lives.of(process, in_blocks(rows, mine), ends[mine].tolist())
+        yield from level_events(process, "in the system", "requests", rows["arrival_ns"][mine], ends[mine],
+                                np.ones(len(mine), np.int64), excerpt)  # fmt: skip
 
 
-def _rejection(records: Records, row: list[int], end: int) -> str:
+def _rejection(records: Records, process: int, row: list[int], end: int) -> str:
     request, reason, inputs = row[0], row[5], row[6]
     why = json.dumps(records.reasons[reason] if reason >= 0 else "")
     return (
-        f'{{"ph":"i","pid":{REQUESTS},"tid":0,"ts":{us(end)},"s":"p","cat":"request",'
+        f'{{"ph":"i","pid":{process},"tid":0,"ts":{us(end)},"s":"p","cat":"request",'
         f'"name":"request {request} rejected","args":{{"reason":{why},"input_tokens":{inputs}}}}}'
     )
 
@@ -74,16 +81,35 @@ def _arguments(row: list[int]) -> str:
 class _Lives:
     """Writes what is within requests: nested slices, lanes beside, arrows; stretches without length are left out."""
 
-    def __init__(self, records: Records, segments: ByRequest, wires: Wires) -> None:
+    def __init__(self, records: Records, segments: ByRequest, wires: Wires, excerpt: Excerpt) -> None:
         self._records = records
+        self._segments = segments
         self._wires = wires
-        self._finder = StepFinder(records)
-        self.threads_per_lane = _most_side_by_side(segments)
-        self._named: set[int] = set()
+        self._excerpt = excerpt
+        self._finder = StepFinder(records, excerpt)
+        self._threads_per_lane = _most_side_by_side(segments)
+        self._named: set[tuple[int, int]] = set()
         self._arrow_numbers = count(1 + int(records.requests.as_columns()["request"].max(initial=-1)))
 
-    def events(self, request: int, lane: int, arrival: int, end: int, segments: list[list[int]]) -> Iterator[str]:
-        thread = lane * self.threads_per_lane
+    def of(self, process: int, rows: Iterable[list[int]], ends: Iterable[int]) -> Iterator[str]:
+        """The requests of one process, in order of their arrival."""
+        # slices that touch could be taken for nested ones where one has no length
+        lanes = Lanes(gap_ns=1)
+        for row, end in zip(rows, ends, strict=True):
+            request, arrival, status = row[0], row[1], row[4]
+            lived = self._segments.rows(request)
+            if status == REJECTED and not lived:
+                if self._excerpt.holds(end):
+                    yield _rejection(self._records, process, row, end)
+                continue
+            lane, is_new = lanes.take(arrival, end)
+            place = process, lane * self._threads_per_lane
+            if is_new:
+                yield from new_thread(*place, f"lane {lane}")
+            yield from self._excerpt.slice(*place, arrival, end, "request", f"request {request}", _arguments(row))
+            yield from self._within(request, place, arrival, end, lived)
+
+    def _within(self, request: int, place: _Place, arrival: int, end: int, segments: list[list[int]]) -> Iterator[str]:
         path, beside, before = [], [], arrival
         sent = [self._sent(segment) for segment in segments]
         lasting = [segment for segment in segments if segment[8] != DROPPED]
@@ -96,29 +122,31 @@ class _Lives:
             else:
                 beside.append((segment, left))
         for leg in path:
-            yield from self._slices(thread, leg, "")
+            yield from self._slices(place, leg, "")
         if path and end > before:
-            yield slice_event(REQUESTS, thread, before, end, "request", "hand-over", "")
-        yield from self._arrow(request, (REQUESTS, thread, arrival), path)
+            yield from self._excerpt.slice(*place, before, end, "request", "hand-over", "")
+        yield from self._arrow(request, (*place, arrival), path)
         if beside:
-            yield from self._beside(request, lane, sorted(beside, key=lambda leg: leg[1]))
+            yield from self._beside(request, place, sorted(beside, key=lambda leg: leg[1]))
 
-    def _beside(self, request: int, lane: int, legs: list[_Leg]) -> Iterator[str]:
+    def _beside(self, request: int, lane: _Place, legs: list[_Leg]) -> Iterator[str]:
         """What nobody waited for, in as many threads as overlap, and an arrow from each to its steps."""
-        places = Lanes()
+        (process, first), places = lane, Lanes()
         for segment, sent in legs:
             if segment[7] == sent:
                 continue
-            place, _ = places.take(sent, segment[7])
-            thread = lane * self.threads_per_lane + place
-            if thread not in self._named:
-                self._named.add(thread)
-                more = f" ({place})" if place > 1 else ""
-                yield from new_thread(REQUESTS, thread, f"lane {lane}, beside{more}")
-            yield from self._slices(thread, (segment, sent), f'"request":{request},')
-            yield from self._arrow(next(self._arrow_numbers), (REQUESTS, thread, sent), [(segment, sent)])
+            number, _ = places.take(sent, segment[7])
+            place = process, first + number
+            if sent >= self._excerpt.stop_ns or segment[7] <= self._excerpt.start_ns:
+                continue
+            if place not in self._named:
+                self._named.add(place)
+                more = f" ({number})" if number > 1 else ""
+                yield from new_thread(*place, f"lane {first // self._threads_per_lane}, beside{more}")
+            yield from self._slices(place, (segment, sent), f'"request":{request},')
+            yield from self._arrow(next(self._arrow_numbers), (*place, sent), [(segment, sent)])
 
-    def _slices(self, thread: int, leg: _Leg, common: str) -> Iterator[str]:
+    def _slices(self, place: _Place, leg: _Leg, common: str) -> Iterator[str]:
         """The parts of a segment: on its way, waiting, served."""
         (_, _, kind, client, queued, started, _, ended, how, computed, cached, *_), sent = leg
         name, server = self._records.stage_kinds[kind], "null"
@@ -132,7 +160,7 @@ class _Lives:
             (admitted, ended, name, served),
         ):
             if end > start:
-                yield slice_event(REQUESTS, thread, start, end, "request", part, common + args)
+                yield from self._excerpt.slice(*place, start, end, "request", part, common + args)
 
     def _sent(self, segment: list[int]) -> int:
         """When what a segment works on left for its client; at its queueing where no transfer brought it."""
@@ -154,14 +182,13 @@ class _Lives:
             if started < 0 or client == NO_CLIENT:
                 continue
             for receiver, _, start, end, thread in wires:
-                if receiver == client and sent <= start and end <= started:
+                if receiver == client and sent <= start and end <= started and end > self._excerpt.start_ns:
                     points.append((self._wires.process, thread, start))
             for at in self._finder.steps(client, started, ended):
                 point = (client_process(client), STEPS_THREAD, at)
                 if point != points[-1]:
                     points.append(point)
-        if len(points) > 1:
-            yield from arrow(number, points)
+        yield from self._excerpt.arrow(number, points)
 
 
 def _most_side_by_side(segments: ByRequest) -> int:

@@ -1,4 +1,4 @@
-"""How the timeline reads records: rows by request, blocks of rows, and lanes for what overlaps.
+"""How the timeline reads records: rows by request, blocks of rows, lanes for what overlaps, and how much was there.
 
 It stands between the tables and the parts that write events, so that none of them holds all rows as objects.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mist.records import IntColumn, Records, Table
+from mist.report.timeline.events import Excerpt
 
 _BLOCK = 4096
 
@@ -67,3 +68,15 @@ def last_event(records: Records) -> int:
     """When the last of all requests, segments and steps ended, in ns."""
     tables = (records.requests, records.tasks, records.steps)
     return max((int(table.as_columns()["end_ns"].max()) for table in tables if len(table)), default=0)
+
+
+def level_events(
+    process: int, name: str, unit: str, starts: IntColumn, ends: IntColumn, amounts: IntColumn, excerpt: Excerpt
+) -> Iterator[str]:
+    """A counter of the sum of `amounts` between their starts and ends, wherever it changes."""
+    times = np.maximum(np.concatenate([starts, ends]), excerpt.start_ns)
+    order = np.argsort(times, kind="stable")
+    times, total = times[order], np.cumsum(np.concatenate([amounts, -amounts])[order])
+    changes = np.flatnonzero((times < excerpt.stop_ns) & np.append(times[1:] != times[:-1], True))
+    for at, value in in_blocks({"time": times, "total": total}, changes):
+        yield from excerpt.counter(process, at, name, unit, value)

@@ -12,7 +12,7 @@ from itertools import pairwise, repeat
 import numpy as np
 
 from mist.records import IntColumn, Records
-from mist.report.timeline.events import STEPS_THREAD, client_process, counter, slice_event
+from mist.report.timeline.events import STEPS_THREAD, Excerpt, client_process
 from mist.report.timeline.rows import in_blocks
 from mist.request import DECODE, PREFILL
 
@@ -20,42 +20,42 @@ from mist.request import DECODE, PREFILL
 _COUNTERS = (("running", "sequences"), ("waiting", "tasks"), ("KV blocks", "used"))
 
 
-def step_events(records: Records) -> Iterator[str]:
+def step_events(records: Records, excerpt: Excerpt) -> Iterator[str]:
     """Each client's steps with their batches, and counters wherever they change."""
-    for client, rows in enumerate(_by_client(records)):
+    steps = records.steps.as_columns()
+    decoding = set(np.unique(steps["client"][steps["num_decodes"] > 0]).tolist())
+    for client, rows in enumerate(_by_client(records, excerpt, num_before=1)):
         if len(rows["client"]):
-            yield from _client_events(records, client, rows)
+            yield from _client_events(records, client, client in decoding, rows, excerpt)
 
 
-def _client_events(records: Records, client: int, rows: dict[str, IntColumn]) -> Iterator[str]:
+def _client_events(
+    records: Records, client: int, decodes_at_all: bool, rows: dict[str, IntColumn], excerpt: Excerpt
+) -> Iterator[str]:
     process, kinds = client_process(client), _kinds(records, client)
     tells_tasks = bool(kinds) and not {PREFILL, DECODE} & set(kinds)
     tasks = _task_names(records, client, kinds, rows["start_ns"]) if tells_tasks else repeat("", len(rows["client"]))
     # what only encodes or searches keeps no KV cache
-    num_counters = 2 if tells_tasks and not rows["num_decodes"].any() else 3
+    num_counters = 2 if tells_tasks and not decodes_at_all else 3
     shown = [0] * num_counters
     end = 0
     for row, named in zip(in_blocks(rows, np.arange(len(rows["client"]))), tasks, strict=True):
         _, start, stop, prefills, tokens, decodes, context, blocks, waiting = row
         if start > end and shown[0]:
-            yield _counter(process, end, 0, 0)
+            yield from excerpt.counter(process, end, *_COUNTERS[0], 0)
             shown[0] = 0
         for i, value in enumerate((prefills + decodes, waiting, blocks)[:num_counters]):
             if shown[i] != value:
-                yield _counter(process, start, i, value)
+                yield from excerpt.counter(process, start, *_COUNTERS[i], value)
                 shown[i] = value
         name = _batch_name(named, prefills, tokens, decodes)
         args = (
             f'"num_prefills":{prefills},"num_prefill_tokens":{tokens},"num_decodes":{decodes},'
             f'"decode_context":{context},"kv_blocks":{blocks},"num_waiting":{waiting}'
         )
-        yield slice_event(process, STEPS_THREAD, start, stop, "step", name, args)
+        yield from excerpt.slice(process, STEPS_THREAD, start, stop, "step", name, args)
         end = stop
-    yield _counter(process, end, 0, 0)
-
-
-def _counter(process: int, at: int, which: int, value: int) -> str:
-    return counter(process, at, *_COUNTERS[which], value)
+    yield from excerpt.counter(process, end, *_COUNTERS[0], 0)
 
 
 def _batch_name(tasks: str, prefills: int, tokens: int, decodes: int) -> str:
@@ -85,20 +85,23 @@ def _task_names(records: Records, client: int, kinds: dict[str, int], starts: In
         yield " + ".join(f"{name} x {number}" for name, number in zip(num_tasks, numbers, strict=True) if number)
 
 
-def _by_client(records: Records) -> Iterator[dict[str, IntColumn]]:
-    """The steps of each client, in order of their start."""
+def _by_client(records: Records, excerpt: Excerpt, num_before: int = 0) -> Iterator[dict[str, IntColumn]]:
+    """The steps of each client that are shown, in order of their start, and so many before them."""
     rows = records.steps.as_columns()
     order = np.lexsort((rows["start_ns"], rows["client"]))
     bounds = np.searchsorted(rows["client"][order], np.arange(len(records.client_names) + 1))
     for first, stop in pairwise(bounds.tolist()):
-        yield {name: column[order[first:stop]] for name, column in rows.items()}
+        mine = order[first:stop]
+        begin = int(np.searchsorted(rows["end_ns"][mine], excerpt.start_ns, side="right"))
+        end = int(np.searchsorted(rows["start_ns"][mine], excerpt.stop_ns))
+        yield {name: column[mine[max(0, begin - num_before) : end]] for name, column in rows.items()}
 
 
 class StepFinder:
-    """Where a segment's first and last steps are on its client's thread."""
+    """Where a segment's first and last steps are on its client's thread, of those that are shown."""
 
-    def __init__(self, records: Records) -> None:
-        steps = [(rows["start_ns"], rows["end_ns"]) for rows in _by_client(records)]
+    def __init__(self, records: Records, excerpt: Excerpt) -> None:
+        steps = [(rows["start_ns"], rows["end_ns"]) for rows in _by_client(records, excerpt)]
         self._starts = [starts for starts, _ in steps]
         self._ends = [ends for _, ends in steps]
 

@@ -11,8 +11,8 @@ from itertools import pairwise
 import numpy as np
 
 from mist.records import HAND_OFF, TRANSFER_KINDS, IntColumn, Records
-from mist.report.timeline.events import client_process, counter, new_thread, slice_event, us
-from mist.report.timeline.rows import Lanes, in_blocks, last_event
+from mist.report.timeline.events import Excerpt, client_process, new_thread, us
+from mist.report.timeline.rows import Lanes, in_blocks, last_event, level_events
 from mist.units import GB, GIB, KB, KIB, MB, MIB
 
 #: KV caches are told in the units of memory, all else in those of networks
@@ -59,39 +59,32 @@ class Wires:
         rows: list[list[int]] = np.column_stack([*columns, self._threads[places]]).tolist()
         return rows
 
-    def events(self) -> Iterator[str]:
+    def events(self, excerpt: Excerpt) -> Iterator[str]:
         """Slices with their threads' names, and per sender a counter of the bytes in flight."""
-        num_named = 0
+        named: set[int] = set()
         names = ("request", "kind", "receiver", "bytes", "queued_ns", "start_ns", "end_ns", "arrived")
         columns = {**{name: self._rows[name] for name in names}, "thread": self._threads}
         for name, first, stop in self._senders:
-            before = num_named
-            for row in in_blocks(columns, np.arange(first, stop)):
+            num_bytes, start, end = (self._rows[column][first:stop] for column in ("bytes", "start_ns", "end_ns"))
+            before = int(self._threads[first]) - 1
+            for row in in_blocks(columns, first + excerpt.overlaps(start, end)):
                 *transfer, thread = row
-                if thread > num_named:
-                    num_named = thread
+                if thread not in named:
+                    named.add(thread)
                     more = f" ({thread - before})" if thread > before + 1 else ""
                     yield from new_thread(self.process, thread, f"{name} ->{more}")
-                yield self._slice(transfer, thread)
-            yield from self._in_flight(name, first, stop)
+                yield from self._slice(transfer, thread, excerpt)
+            yield from level_events(self.process, f"{name} -> in flight", "bytes", start, end, num_bytes, excerpt)
 
-    def _slice(self, transfer: list[int], thread: int) -> str:
+    def _slice(self, transfer: list[int], thread: int, excerpt: Excerpt) -> list[str]:
         request, kind, receiver, num_bytes, queued, start, end, arrived = transfer
         what = f"hand-over {_size(num_bytes, _UNITS)}" if kind == HAND_OFF else f"KV {_size(num_bytes, _KV_UNITS)}"
         args = (
             f'"request":{request},"kind":"{TRANSFER_KINDS[kind]}","bytes":{num_bytes},"wait_us":{us(start - queued)},'
             f'"end":"{"arrived" if arrived else "cut"}"'
         )
-        return slice_event(self.process, thread, start, end, "transfer", f"{what} to {self._name(receiver)}", args)
-
-    def _in_flight(self, name: str, first: int, stop: int) -> Iterator[str]:
-        num_bytes, start, end = (self._rows[column][first:stop] for column in ("bytes", "start_ns", "end_ns"))
-        times = np.concatenate([start, end])
-        order = np.argsort(times, kind="stable")
-        times, total = times[order], np.cumsum(np.concatenate([num_bytes, -num_bytes])[order])
-        changes = np.flatnonzero(np.append(times[1:] != times[:-1], True))
-        for at, value in in_blocks({"time": times, "total": total}, changes):
-            yield counter(self.process, at, f"{name} -> in flight", "bytes", value)
+        name = f"{what} to {self._name(receiver)}"
+        return excerpt.slice(self.process, thread, start, end, "transfer", name, args)
 
     def _spread(self) -> IntColumn:
         """A thread for each transfer, such that those on one don't overlap."""

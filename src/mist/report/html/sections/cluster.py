@@ -53,7 +53,7 @@ def cluster(view: View) -> Markup | None:
            aria_label="Drawing of the cluster"),
         el("details", el("summary", counted(len(rows), "flow")),
            table(["from", "to", "hand-overs", "bytes"], rows, label="Flows"), open=len(rows) < 12),
-        _moved(view), _clients(view), _memories(view), _links(view),
+        _moved(view), _lent(view), _clients(view), _memories(view), _links(view),
     )  # fmt: skip
 
 
@@ -235,6 +235,16 @@ def _moved(view: View) -> Child:
     if not rows:
         return None
     return table(["transfers", "number", "mean size", "time, P50 · P99"], rows, label="Transfers of measured requests")
+
+
+def _lent(view: View) -> Child:
+    lending = view.summary.get("lending")
+    if lending is None:
+        return None
+    return note(
+        f"{counted(lending['loans'], 'loan')} of clients to prompts, {percent(lending['share_of_time'])} of the "
+        f"lenders' time; they took {counted(lending['prompts'], 'prompt')}."
+    )
 
 
 def _clients(view: View) -> Markup:

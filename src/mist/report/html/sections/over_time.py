@@ -19,10 +19,11 @@ from mist.report.html.figures import BYTES_PER_S, FRACTION, NUMBER, PER_S, SECON
 from mist.report.html.markup import Markup, note, section
 from mist.report.html.scales import Scale
 from mist.report.html.view import View
+from mist.report.link_use import link_uses
 from mist.units import NS_PER_S
 
-#: clients that are shown one by one, at most
-MAX_ROWS = 48
+#: clients that are shown one by one, and links, at most
+MAX_ROWS, MAX_LINKS = 48, 8
 _AXIS = "time since the first arrival"
 
 
@@ -30,7 +31,8 @@ def over_time(view: View) -> Markup | None:
     if not len(view.requests["request"]) or view.span.last_ns == view.span.first_ns:
         return None
     time = TimeAxis(view)
-    charts = [chart for make in (_arrivals, _queues, _batches, _kv, _busy, _flows) if (chart := make(view, time))]
+    makes = (_arrivals, _queues, _batches, _kv, _busy, _lent, _flows, _links)
+    charts = [chart for make in makes if (chart := make(view, time))]
     width = seconds(float(time.bounds[1] - time.bounds[0]) / NS_PER_S)
     said = note(
         f"Lines are means over stretches of {width}; the bands around them reach from the least to the most at any "
@@ -144,6 +146,17 @@ def _some(busy: Mapping[str, FloatColumn]) -> tuple[list[tuple[str, FloatColumn]
     return [ranked[i] for i in places.tolist()], f" ({MAX_ROWS} of {len(rows)}, from the busiest to the idlest)"
 
 
+def _lent(view: View, time: TimeAxis) -> Markup | None:
+    """Clients that took prompts for others, by pool."""
+    loans = view.records.loans.as_columns()
+    ends = np.where(loans["end_ns"] >= 0, loans["end_ns"], view.span.last_ns)
+    return time.chart("Clients lent to prompts, by pool", [
+        time.series(pool, reduce.levels(loans["start_ns"][mine], ends[mine], time.bounds), number)
+        for number, (pool, clients) in enumerate(view.pools.items())
+        for mine in [np.isin(loans["client"], clients)]
+    ], NUMBER)  # fmt: skip
+
+
 def _flows(view: View, time: TimeAxis) -> Markup | None:
     """Bytes under way between pools and memories, each spread evenly over the time of its transfer."""
     moved, names = view.transfers, list(view.pools)
@@ -160,6 +173,17 @@ def _flows(view: View, time: TimeAxis) -> Markup | None:
         name = " → ".join(names[end] if end >= 0 else view.records.memory_names[-1 - end] for end in pair)
         series.append(time.series(name, found, len(series)))
     return time.chart("Bytes under way between pools", series, BYTES_PER_S)
+
+
+def _links(view: View, time: TimeAxis) -> Markup | None:
+    """The share of its bandwidth that each link carried, the busiest of them; peaks would all be at 1."""
+    uses = link_uses(view.result)
+    series = [
+        Series(use.name, time.x, reduce.levels(use.starts_ns, use.ends_ns, time.bounds, use.shares).mean, colour=number)
+        for number, use in enumerate(uses[:MAX_LINKS])
+    ]
+    some = f" (the busiest {MAX_LINKS} of {len(uses)})" if len(uses) > MAX_LINKS else ""
+    return time.chart(f"Bandwidth in use, by link{some}", series, FRACTION)
 
 
 def _place(view: View, ends: IntColumn) -> IntColumn:
