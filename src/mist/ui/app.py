@@ -76,7 +76,7 @@ def application(scenarios: Scenarios, token: str, *, workers: int = 1, plugins: 
             Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
             Middleware(Guard, token=token),
         ],
-        exception_handlers={ScenarioError: _refused, ConflictError: _conflict},
+        exception_handlers={ScenarioError: _refused, ConflictError: _conflict, OSError: _failed},
         lifespan=lifespan,
     )
 
@@ -174,12 +174,21 @@ async def _body(request: Request, *names: str) -> dict[str, str]:
         raise HTTPException(400, "this is no JSON") from None
     if not isinstance(given, dict) or not all(isinstance(given.get(name, ""), str) for name in names):
         raise HTTPException(400, f"give texts: {', '.join(names)}")
-    return {name: given.get(name, "") for name in names}
+    found = {name: given.get(name, "") for name in names}
+    try:
+        "".join(found.values()).encode()
+    except UnicodeEncodeError:
+        raise HTTPException(400, "half of a character is no text") from None
+    return found
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     problems = error.problems if isinstance(error, ScenarioError) else ()
     return JSONResponse({"problems": told(problems)}, status_code=422)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return JSONResponse({"problems": [{"message": f"that didn't work: {error}"}]}, status_code=422)
 
 
 async def _conflict(request: Request, error: Exception) -> Response:

@@ -35,7 +35,8 @@ async def answer(job: Mapping[str, Any], progress: Progress | None = None) -> di
 
 
 async def _heard(process: Process, job: Mapping[str, Any], progress: Progress | None) -> dict[str, Any]:
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     last: dict[str, Any] = {}
     with suppress(BrokenPipeError, ConnectionResetError):  # it ended at once, and its stderr says why
         process.stdin.write(json.dumps(job).encode() + b"\n")

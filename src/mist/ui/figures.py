@@ -14,7 +14,7 @@ LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """`cells` by column, `load` ("", "near capacity" or "saturated"), `requests`, and the `slo` with what was missed."""
+    """`cells` by column, `load` ("", "near capacity", "saturated"), `requests`, and the `slo` with what was missed."""
     requests, throughput, cost = summary["requests"], summary["throughput"], summary.get("cost") or {}
     latencies = {
         f"{name} {statistic.upper()}": seconds(summary[metric][statistic])

@@ -73,6 +73,8 @@ class Runs:
             raise ScenarioError(Problem(f"there is no run {run_id!r:.100} to cancel"))
         run.task.cancel()
         await asyncio.wait([run.task])
+        if run.task.cancelled():
+            run.state = CANCELLED
 
     async def close(self) -> None:
         """End all runs."""
@@ -131,8 +133,8 @@ class Runs:
                 outcome = await answer({**job, "plugins": self.plugins}, progress)
             run.problems = outcome.get("problems", [])
             run.state = FAILED if run.problems else DONE
-        except asyncio.CancelledError:
-            run.state = CANCELLED
+        except OSError as error:
+            run.problems, run.state = [{"message": f"no process could be started: {error}"}], FAILED
         finally:
             if run.state != DONE:  # a process that had to be killed can't clear away what it began to write
                 for half in self.root.glob(f".{run.id}.*.partial"):

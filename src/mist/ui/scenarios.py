@@ -137,21 +137,12 @@ def _write(raw: bytes, path: Path, *, is_new: bool) -> None:
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(raw)
-        if is_new:
-            os.chmod(partial, 0o666 & ~_umask())
-            try:
-                os.link(partial, path)
-            except FileExistsError:
-                raise ConflictError(f"{path.name} is there already") from None
-        else:
-            shutil.copymode(path, partial)
-            os.replace(partial, path)
+        try:
+            path.touch(exist_ok=not is_new)  # nobody else makes it from here on
+        except FileExistsError:
+            raise ConflictError(f"{path.name} is there already") from None
+        shutil.copymode(path, partial)
+        os.replace(partial, path)
     finally:
         with suppress(FileNotFoundError):
             os.unlink(partial)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -230,7 +230,10 @@ function draw(found) {
 }
 function fill(row, run) {
   const had = row.contains(document.activeElement);
-  const head = make("th", { scope: "row" }, run.name, make("small", {}, run.id));
+  const [, day, h, m, s, label] = /^(\d{4}-\d\d-\d\d)-(\d\d)(\d\d)(\d\d)-(.*)$/.exec(run.id) || [];
+  const head = make("th", { scope: "row", title: run.id }, make("strong", {}, label || run.id));
+  if (run.name !== label) head.append(make("small", {}, run.name));
+  if (day) head.append(make("small", {}, `${day} ${h}:${m}:${s}`));
   if (run.load) head.append(make("span", { className: `badge ${run.load === "saturated" ? "bad" : "fair"}` }, run.load));
   if (run.state === "done") row.replaceChildren(...result(run, head));
   else row.replaceChildren(make("td"), head, make("td", { colSpan: 10, className: "under-way" }, ...underWay(run)), make("td", {}, ...ending(run)));
