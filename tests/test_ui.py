@@ -403,7 +403,7 @@ def test_a_bad_scenario_is_not_queued(folder: Path, page: TestClient) -> None:
 def test_what_only_a_run_can_find_is_told(folder: Path, page: TestClient) -> None:
     (folder / "broken.csv").write_text("at_s,prompt,answer\n0,10,5\n1,ten,5\n")
     workload = (
-        "workload: {trace: broken.csv, columns: {arrival_s: at_s, input_tokens: prompt, output_tokens: answer}}\n"
+        "workload: {trace: broken.csv, columns: {arrival: at_s, input_tokens: prompt, output_tokens: answer}}\n"
     )
     text = "name: tiny\n" + workload + SCENARIO[SCENARIO.index("clients:") :]
     assert checked(page, text)["problems"] == []

@@ -108,10 +108,7 @@ function problem(each) {
 async function save(doc = current, name = doc.name) {
   const written = doc.text, isNew = name !== doc.name || doc.origin !== "folder";
   const { digest } = await ask("api/save", { name, text: written, opened: isNew ? "" : doc.opened });
-  if (isNew) {
-    if (doc.origin === "folder" && doc.opened === "") documents.delete(key(doc.origin, doc.name));
-    else doc.text = doc.saved;
-  }
+  if (isNew) documents.delete(key(doc.origin, doc.name)); // opened again, it is what is on disk
   const saved = isNew ? { origin: "folder", name, text: written } : doc;
   Object.assign(saved, { saved: written, opened: digest });
   documents.set(key("folder", name), saved);
@@ -165,6 +162,7 @@ at("new").addEventListener("click", () => {
   documents.set(key("folder", name), doc);
   show(doc);
   text.focus();
+  list();
 });
 
 // ---- the list of scenarios
@@ -179,7 +177,8 @@ async function list() {
     return make("li", {}, button);
   });
   const focused = document.activeElement.dataset.name && key(document.activeElement.dataset.origin, document.activeElement.dataset.name);
-  at("names").replaceChildren(...entries(found.names, "folder"));
+  const unsaved = [...documents.values()].filter((doc) => doc.origin === "folder" && doc.opened === "").map((doc) => doc.name);
+  at("names").replaceChildren(...entries([...new Set([...found.names, ...unsaved])].sort(), "folder"));
   at("examples").replaceChildren(...entries(found.examples, "example"));
   at("examples-title").hidden = found.examples.length === 0;
   for (const each of document.querySelectorAll(".files button[data-name]")) if (key(each.dataset.origin, each.dataset.name) === focused) each.focus();
@@ -201,13 +200,11 @@ const rows = new Map(), picked = new Set();
 let waiting = 0, known = null;
 async function poll() {
   clearTimeout(waiting);
-  let busy = false;
-  try {
-    const found = await ask("api/runs");
-    busy = found.some((run) => run.state === "queued" || run.state === "running");
-    draw(found);
-  } catch { /* the page says so, and asks again */ }
+  const found = await ask("api/runs").catch(() => null); // the page says so, and asks again
+  const busy = (found || []).some((run) => run.state === "queued" || run.state === "running");
+  clearTimeout(waiting);
   waiting = setTimeout(poll, document.hidden ? 10 * IDLE_MS : busy ? BUSY_MS : IDLE_MS);
+  if (found) draw(found);
 }
 function draw(found) {
   const names = new Set(found.map((run) => run.id));
@@ -279,7 +276,6 @@ function ending(run) {
 at("run-form").addEventListener("submit", (event) => { event.preventDefault(); run(); });
 async function run() {
   const { text, name, origin } = current;
-  if (at("run").disabled) return;
   try {
     await ask("api/runs", { text, name, origin, label: at("label").value });
     tell("queued");
