@@ -324,7 +324,7 @@ def test_a_run_from_the_queue_to_its_report(folder: Path, page: TestClient) -> N
     assert run_id.endswith("-first-try-tp-1")
     run = finished(page, run_id)
     assert (run["state"], run["name"]) == ("done", "tiny")
-    assert run["requests"] == "40 of 40 requests"
+    assert run["requests"] == "40 requests"
     assert len(run["cells"]) == 9
     assert run["slo"]["met"] == 1
     assert run["slo"]["missed"][0].startswith("E2E P99 ")

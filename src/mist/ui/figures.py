@@ -21,6 +21,7 @@ def headline(summary: Mapping[str, Any]) -> dict[str, Any]:
         for metric, name in LATENCIES.items()
         for statistic in ("p50", "p99")
     }
+    finished, arrived = (f"{requests[key]:,}" for key in ("finished", "arrived"))
     price = cost.get("usd_per_million_output_tokens")
     return {
         "cells": {
@@ -30,7 +31,7 @@ def headline(summary: Mapping[str, Any]) -> dict[str, Any]:
             "$/M output tokens": NOTHING if price is None else digits(price),
         },
         "load": "saturated" if summary["saturated"] else "near capacity" if summary["near_capacity"] else "",
-        "requests": f"{requests['finished']:,} of {requests['arrived']:,} requests",
+        "requests": f"{finished} of {arrived} requests" if finished != arrived else f"{arrived} requests",
         "slo": _slo(summary["slo"]),
     }
 

@@ -70,7 +70,13 @@ function label() {
     const doc = documents.get(key(each.dataset.origin, each.dataset.name));
     each.setAttribute("aria-current", String(doc === current));
     each.classList.toggle("dirty", Boolean(doc && isDirty(doc)));
+    if (doc === current) within(at("lists"), each);
   }
+}
+function within(box, child) {
+  const outer = box.getBoundingClientRect(), inner = child.getBoundingClientRect();
+  if (inner.top < outer.top) box.scrollTop -= outer.top - inner.top;
+  if (inner.bottom > outer.bottom) box.scrollTop += inner.bottom - outer.bottom;
 }
 function badge(word, kind) { const state = at("state"); state.textContent = word; state.className = `badge ${kind}`; }
 
@@ -230,7 +236,7 @@ function fill(row, run) {
   const [, day, h, m, s, label] = /^(\d{4}-\d\d-\d\d)-(\d\d)(\d\d)(\d\d)-(.*)$/.exec(run.id) || [];
   const head = make("th", { scope: "row", title: run.id }, make("strong", {}, label || run.id));
   if (run.name !== label) head.append(make("small", {}, run.name));
-  if (day) head.append(make("small", {}, `${day} ${h}:${m}:${s}`));
+  head.append(make("small", {}, [day && `${day} ${h}:${m}:${s}`, run.requests].filter(Boolean).join(" · ")));
   if (run.load) head.append(make("span", { className: `badge ${run.load === "saturated" ? "bad" : "fair"}` }, run.load));
   if (run.state === "done") row.replaceChildren(...result(run, head));
   else row.replaceChildren(make("td"), head, make("td", { colSpan: 10, className: "under-way" }, ...underWay(run)), make("td", {}, ...ending(run)));
@@ -239,7 +245,6 @@ function fill(row, run) {
 }
 function result(run, head) {
   const figures = Object.values(run.cells).map((each) => make("td", { className: "n" }, each));
-  head.append(make("small", {}, run.requests));
   const slo = make("td");
   if (run.slo) {
     slo.append(make("span", { className: `badge ${run.slo.missed.length ? "bad" : "good"}` }, run.slo.missed.length ? `${run.slo.met} of ${run.slo.of} met` : "met"));
