@@ -343,6 +343,12 @@ def test_a_run_from_the_queue_to_its_report(folder: Path, page: TestClient) -> N
     assert (place / "report.html").read_text() == report.text
 
 
+def test_slowdowns_among_the_objectives(page: TestClient) -> None:
+    run = finished(page, start(page, SCENARIO.replace("ttft_s: {p99: 1}", "ttft_slowdown: {p99: 1.0001}")))
+    assert sorted(missed.partition(" P99")[0] for missed in run["slo"]["missed"]) == ["E2E", "TTFT slowdown"]
+    assert page.get("report", params={"run": run["id"]}).status_code == 200
+
+
 def test_a_page_started_later_finds_earlier_runs(folder: Path, page: TestClient) -> None:
     run = finished(page, start(page))
     with page_of(folder) as later:
@@ -402,9 +408,7 @@ def test_a_bad_scenario_is_not_queued(folder: Path, page: TestClient) -> None:
 
 def test_what_only_a_run_can_find_is_told(folder: Path, page: TestClient) -> None:
     (folder / "broken.csv").write_text("at_s,prompt,answer\n0,10,5\n1,ten,5\n")
-    workload = (
-        "workload: {trace: broken.csv, columns: {arrival: at_s, input_tokens: prompt, output_tokens: answer}}\n"
-    )
+    workload = "workload: {trace: broken.csv, columns: {arrival: at_s, input_tokens: prompt, output_tokens: answer}}\n"
     text = "name: tiny\n" + workload + SCENARIO[SCENARIO.index("clients:") :]
     assert checked(page, text)["problems"] == []
     run = finished(page, start(page, text))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mist.report.html.figures import NOTHING, digits, seconds
+from mist.report.html.figures import NOTHING, digits, seconds, slowdown
 
 LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
 
@@ -48,5 +48,6 @@ def _target(target: Mapping[str, Any]) -> str:
     whose = f"{target['tenant']}: " if target.get("tenant") else ""
     name, statistic = target["metric"].partition("_")[0].upper(), target["statistic"].upper()
     if "target_slowdown" in target:
-        return f"{whose}{name} slowdown {statistic} {digits(target['actual_slowdown'])} > {target['target_slowdown']:g}"
+        actual, bound = slowdown(target["actual_slowdown"]), slowdown(target["target_slowdown"])
+        return f"{whose}{name} slowdown {statistic} {actual} > {bound}"
     return f"{whose}{name} {statistic} {seconds(target['actual_s'])} > {seconds(target['target_s'])}"
