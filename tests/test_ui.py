@@ -341,19 +341,14 @@ def test_a_run_from_the_queue_to_its_report(folder: Path, page: TestClient) -> N
     assert "default-src 'none'" in report.headers["Content-Security-Policy"]
     assert CliRunner().invoke(main, ["report", str(place)]).exit_code == 0
     assert (place / "report.html").read_text() == report.text
+    with page_of(folder) as later:
+        assert runs(later) == [run]
 
 
 def test_slowdowns_among_the_objectives(page: TestClient) -> None:
     run = finished(page, start(page, SCENARIO.replace("ttft_s: {p99: 1}", "ttft_slowdown: {p99: 1.0001}")))
     assert sorted(missed.partition(" P99")[0] for missed in run["slo"]["missed"]) == ["E2E", "TTFT slowdown"]
     assert page.get("report", params={"run": run["id"]}).status_code == 200
-
-
-def test_a_page_started_later_finds_earlier_runs(folder: Path, page: TestClient) -> None:
-    run = finished(page, start(page))
-    with page_of(folder) as later:
-        assert runs(later) == [run]
-        assert later.get("report", params={"run": run["id"]}).status_code == 200
 
 
 def test_results_of_mist_run_are_runs(folder: Path, page: TestClient) -> None:
@@ -369,7 +364,7 @@ def test_results_of_mist_run_are_runs(folder: Path, page: TestClient) -> None:
     assert "can't be read" in state(page, "small")["problems"][0]["message"]
 
 
-def test_two_runs_are_compared(page: TestClient) -> None:
+def test_two_runs_are_compared_or_told_why_not(page: TestClient) -> None:
     one = finished(page, start(page))["id"]
     other = finished(page, start(page, SCENARIO.replace("llama-3.1-8b,", "llama-3.1-8b, count: 2,")))["id"]
     found = page.get("api/differences", params={"run": [one, other]}).json()
@@ -378,12 +373,8 @@ def test_two_runs_are_compared(page: TestClient) -> None:
     assert compared.status_code == 200
     assert f"Against {one}" in compared.text
     assert page.get("compare", params={"run": [one]}).status_code == 422
-
-
-def test_runs_that_can_not_be_compared_say_why(page: TestClient) -> None:
-    one = finished(page, start(page))["id"]
-    other = finished(page, start(page, SCENARIO.replace("seed: 3", "seed: 4")))["id"]
-    refused = page.get("compare", params={"run": [one, other]})
+    third = finished(page, start(page, SCENARIO.replace("seed: 3", "seed: 4")))["id"]
+    refused = page.get("compare", params={"run": [one, third]})
     assert refused.status_code == 422
     assert "seed is 3" in refused.text
 
@@ -415,13 +406,22 @@ def test_what_only_a_run_can_find_is_told(folder: Path, page: TestClient) -> Non
     assert run["state"] == "failed"
     assert run["problems"][0]["file"].endswith("broken.csv")
     assert run["problems"][0]["line"] == 3
-    assert not (folder / "out").exists()
+    assert list((folder / "out" / "ui").iterdir()) == []
+
+
+def test_results_that_can_not_be_written_are_refused_before_they_are_made(folder: Path, page: TestClient) -> None:
+    (folder / "out").write_text("a file")
+    answer = page.post("api/runs", json={"text": SCENARIO, "name": "tiny.yaml", "origin": "folder"})
+    assert answer.status_code == 422
+    assert str(folder / "out") in answer.json()["problems"][0]["message"]
+    assert runs(page) == []
 
 
 def test_a_process_that_dies_is_told(page: TestClient, tmp_path: Path, folder: Path) -> None:
     plugin = tmp_path / "dies.py"
-    plugin.write_text("import os\nprint('{noise')\nif 'PYTEST_CURRENT_TEST' not in os.environ: pass\n"
-                      "import sys\nif 'mist.ui.worker' in sys.orig_argv: sys.exit('it was too much')\n")  # fmt: skip
+    plugin.write_text(
+        "import sys\nprint('{noise')\nif 'mist.ui.worker' in sys.orig_argv: sys.exit('it was too much')\n"
+    )
     with page_of(folder, plugins=[str(plugin)]) as other:
         run = finished(other, start(other))
     assert run["state"] == "failed"
@@ -439,7 +439,7 @@ def test_one_at_a_time_and_cancelling_ends_the_process(folder: Path, page: TestC
     until(lambda: state(page, second)["state"] == "running", "the next one")
     assert page.post("api/cancel", json={"id": second}).status_code == 200
     assert workers_of(os.getpid()) == []
-    assert not (folder / "out").exists() or list((folder / "out" / "ui").iterdir()) == []
+    assert list((folder / "out" / "ui").iterdir()) == []
 
 
 def test_several_at_a_time(folder: Path) -> None:
@@ -523,7 +523,17 @@ def test_its_processes_end_even_if_it_is_killed(served: tuple[subprocess.Popen[b
     (worker,) = workers_of(process.pid)
     process.kill()
     until(lambda: not is_alive(worker), "the end of the worker")
-    assert not (folder / "out").exists()
+    assert list((folder / "out" / "ui").iterdir()) == []
+
+
+def test_a_worker_ends_when_nobody_listens_any_more(tmp_path: Path) -> None:
+    job = {"kind": "run", "text": LONG, "name": "a.yaml", "folder": str(tmp_path), "out": str(tmp_path / "out")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", "mist.ui.worker"]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process.communicate(json.dumps({**job, "plugins": []}).encode() + b"\n", timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_or_a_port_that_can_not_be_used(

@@ -7,7 +7,9 @@ folders are the only memory, so that a page started later finds them. It never c
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import re
 import shutil
 import time
@@ -59,7 +61,13 @@ class Runs:
         return [found[name] for name in sorted(found, reverse=True)]
 
     def start(self, text: str, name: str, folder: Path, label: str = "") -> str:
-        """Queue a simulation of `text`, which is the file `name` of `folder`; return the run's id."""
+        """Queue a simulation of `text`, which is the file `name` of `folder`; return the run's id.
+
+        OSError where results couldn't be written, rather than after the run.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.root, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.root))
         run = Run(self._new_id(label or Path(name).stem), label or name)
         job = {"kind": "run", "text": text, "name": name, "folder": str(folder), "out": str(self.root / run.id)}
         self._asked[run.id] = run

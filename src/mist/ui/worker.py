@@ -44,6 +44,8 @@ def main() -> None:
         from mist.ui.checking import told
 
         say(problems=told(error.problems, job.get("name", "")))
+    except OSError as error:
+        say(problems=[{"message": str(error)}])
     except InvariantError as error:
         say(problems=[{"message": f"a law of the simulation broke, which is a bug: {error}"}])
 
