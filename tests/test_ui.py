@@ -531,7 +531,10 @@ def test_a_worker_ends_when_nobody_listens_any_more(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "mist.ui.worker"]
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    process.communicate(json.dumps({**job, "plugins": []}).encode() + b"\n", timeout=60)
+    try:
+        process.communicate(json.dumps({**job, "plugins": []}).encode() + b"\n", timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
 
