@@ -21,7 +21,7 @@ from mist.metrics import ClientInfo, summarise
 from mist.records import FINISHED, REJECTED, Records
 from mist.report.anatomy import PARTS, anatomies
 from mist.report.html import SECTIONS, report_html, write_report
-from mist.report.html.figures import percent, seconds
+from mist.report.html.figures import percent, seconds, slowdown
 from mist.report.html.sections import cluster, stages
 from mist.report.html.sections.headline import expected_range
 from mist.report.html.sections.slowest import slowest
@@ -318,6 +318,13 @@ def test_what_a_measurement_may_show():
     assert expected_range({"expected_error": {"a": pool}}, "e2e_s", 1.0) == (0.4, None)
     assert expected_range(summary, "ttft_s", None) == (None, None)
     assert expected_range({}, "ttft_s", 1.0) == (None, None)
+
+
+def test_targets_of_slowdowns_are_told_as_factors():
+    found = small(slo={"ttft_slowdown": {"p99": 1.05}, "ttft_s": {"p99": 0.5}})
+    (target,) = (each for each in found.metrics["slo"]["targets"] if "target_slowdown" in each)
+    texts = check(report_html(found)).texts
+    assert {"TTFT slowdown P99", "≤ 1.05 x", slowdown(target["actual_slowdown"]), "TTFT P99"} <= set(texts)
 
 
 def test_cost_and_energy_are_shown_where_they_are(result):

@@ -25,6 +25,7 @@ from mist.cli.output import clean_up_when_terminated, folded, print_json, table
 from mist.cli.report import Span, check_trace_span, report, tell_trace, trace_span_option, write_trace
 from mist.cli.scenario import inputs, load_plugins, load_scenario, scenario_options
 from mist.cli.search import search, sensitivity
+from mist.cli.ui import ui
 from mist.cli.validation import validate
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def main() -> None:
         mist capacity scenario.yaml                     the highest rate within its SLO
         mist compare a.yaml b.yaml                      request by request, with confidence
         mist list devices                               what can be named
+        mist ui                                         all that on a page in your browser
     """
 
 
@@ -172,41 +174,10 @@ def check(resolved: bool, **options: Any) -> None:
     if resolved:
         click.echo(scenario.to_yaml(), nl=False)
         return
-    from mist.scenario.disturbances import check_links
-    from mist.scenario.remarks import remarks
+    from mist.scenario.account import account
 
-    check_links(scenario)
-    click.echo(f"{scenario.name}: fine")
-    for name, tenant in scenario.tenants.items():
-        stages = " -> ".join(tenant.stages)
-        where = f", on {', '.join(tenant.clients)}" if tenant.clients else ""
-        told = f"tenant {name}, priority {tenant.priority}: {stages}{where}" if name else f"pipeline {stages}"
-        click.echo(f"  {told}, seed {scenario.seed}" if not name else f"  {told}")
-    for name, host in scenario.hosts.items():
-        click.echo(f"  {name}: {host}")
-    for name, store in scenario.stores.items():
-        click.echo(f"  {name}: {store}")
-    for name, memory in scenario.memories.items():
-        click.echo(f"  memory {name}: {memory.describe(name)}")
-    for name, client in scenario.pools.items():
-        devices = f"{client.count} x {client.platform.num_devices} {client.device.name}"
-        click.echo(f"  {name}: {devices}, {client.model.name} in {client.weights_dtype}, {client.engine.name}")
-        batching = ", ".join(f"{key} {value}" for key, value in client.batching.params.items())
-        click.echo(f"    batching {client.batching.name}: {batching}")
-        if client.model.is_encoder:
-            click.echo("    no KV cache: an encoder keeps nothing")
-            continue
-        blocks = client.kv_cache.num_blocks
-        given = f"{blocks:,} blocks of {client.kv_cache.block_size} as given" if blocks else client.kv_capacity()
-        click.echo(f"    KV in {client.kv_dtype}: {given}")
-        if client.kv_cache.tiers:
-            by_layer = ", layer by layer" if client.kv_cache.layerwise else ""
-            click.echo(f"    tiers {', '.join(client.kv_cache.tiers)}; fetch: {client.kv_cache.fetch}{by_layer}")
-    if scenario.placement is not None:
-        for index, line in enumerate(scenario.placement.lines()):
-            click.echo(f"  {'' if index else 'network: '}{line}")
-    for remark in remarks(scenario):
-        click.echo(f"  {remark}")
+    for line in account(scenario):
+        click.echo(line)
 
 
 @main.command("explain-step")
@@ -376,3 +347,4 @@ main.add_command(calibrate)
 main.add_command(validate)
 main.add_command(search)
 main.add_command(sensitivity)
+main.add_command(ui)

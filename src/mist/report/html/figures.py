@@ -40,6 +40,11 @@ def seconds(value: float | None) -> str:
     return f"{digits(value / factor)} {unit}"
 
 
+def slowdown(factor: float | None) -> str:
+    """ "1.23 x": a request's time over that of it alone."""
+    return NOTHING if factor is None else f"{digits(factor)} x"
+
+
 def size(num_bytes: float | None) -> str:
     """ "1.23 GB", in powers of ten."""
     if num_bytes is None:

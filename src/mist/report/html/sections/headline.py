@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mist.metrics.words import counted
-from mist.report.html.figures import BYTES, SECONDS, digits, percent, seconds, shown
+from mist.report.html.figures import BYTES, digits, percent, seconds, shown, slowdown
 from mist.report.html.markup import Child, Markup, el, note, section, table
 from mist.report.html.view import View
 from mist.scenario.result_table import saturation_verdict
@@ -86,17 +86,20 @@ def _objectives(summary: Mapping[str, Any]) -> Child:
         return note("The scenario has no SLO: add slo: {ttft_s: {p99: 0.5}} for verdicts and goodput.")
     rows, has_ranges = [], False
     for target in summary["slo"]["targets"]:
-        metric, actual, bound = target["metric"], target["actual_s"], target["target_s"]
-        low, high = expected_range(summary, metric, actual)
+        unit = "slowdown" if "target_slowdown" in target else "s"
+        metric, actual, bound = target["metric"], target[f"actual_{unit}"], target[f"target_{unit}"]
+        low, high = expected_range(summary, metric, actual)  # of a slowdown nothing was checked
+        say = seconds if unit == "s" else slowdown
         badge = {True: ("met", "good"), False: ("missed", "bad"), None: ("no data", "fair")}[target["met"]]
         close = low is not None and low <= bound and (high is None or bound <= high)
         has_ranges |= low is not None
         lost = f", {target['num_lost']:,} lost" if target["num_lost"] else ""
-        name = f"{LATENCIES[metric]} {target['statistic'].replace('p', 'P')}"
+        called = LATENCIES[f"{metric.partition('_')[0]}_s"] + ("" if unit == "s" else " slowdown")
+        name = f"{called} {target['statistic'].replace('p', 'P')}"
         between = "-" if low is None else f"{seconds(low)} – {'?' if high is None else seconds(high)}"
         rows.append([
             *([target.get("tenant", "all")] if summary["tenants"] else []), el("span", name),
-            f"≤ {shown(bound, SECONDS)}", shown(actual, SECONDS), el("span", between),
+            f"≤ {say(bound)}", say(actual), el("span", between),
             el("span", el("b", badge[0], class_=f"badge {badge[1]}"), lost, " too close to call" if close else None),
         ])  # fmt: skip
     heads = [
