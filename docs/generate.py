@@ -94,7 +94,9 @@ def _described(name: str, value: Any, indent: str = "") -> Iterator[str]:
     yield f"\n{fence}{{py:{kind}}} {name}{_signature(value)}\n{flags}\n{_doc(value)}\n"
     if inspect.isclass(value):
         for member, raw in vars(value).items():
-            if not member.startswith("_") and inspect.isfunction(getattr(value, member, None)) | isinstance(raw, classmethod):
+            if not member.startswith("_") and inspect.isfunction(getattr(value, member, None)) | isinstance(
+                raw, classmethod
+            ):
                 yield from _described(member, getattr(value, member), "in a class")
             elif isinstance(raw, property | functools.cached_property) and not member.startswith("_"):
                 yield f"\n```{{py:property}} {member}\n\n{_doc(raw)}\n```\n"
@@ -217,7 +219,13 @@ def _type(node: Mapping[str, Any]) -> str:
         if isinstance(inner, Mapping):
             return f"mapping of names to {_type(inner)}"
         return "" if len(node.get("properties", ())) == 1 else "mapping"  # {policy: parameters}: said by its name
-    words = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false", "null": "none"}
+    words = {
+        "string": "text",
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "true or false",
+        "null": "none",
+    }
     return words.get(str(node.get("type", "")), "") + _range(node)
 
 
@@ -252,7 +260,12 @@ def _policies() -> Iterator[str]:
         yield f"\n## {kind}\n"
         for name in registry.names(kind):
             cells = [
-                [f"`{key}`", "**required**" if field.is_required() else f"`{_plain(field.get_default(call_default_factory=True))}`"]
+                [
+                    f"`{key}`",
+                    "**required**"
+                    if field.is_required()
+                    else f"`{_plain(field.get_default(call_default_factory=True))}`",
+                ]
                 for key, field in (parameters(kind, name).model_fields if kind in NOUNS else {}).items()
             ]
             yield f"\n### {name}\n\n{_doc(registry.lookup(kind, name))}\n\n"
@@ -275,7 +288,9 @@ def _catalogue(kind: str) -> Iterator[str]:
 
 def _sources(kind: str, name: str, entry: Mapping[str, Any]) -> Iterator[str]:
     named = entry.get("sources") or {}
-    single = {key.replace("_", " "): value for key, value in entry.items() if "source" in key and isinstance(value, str)}
+    single = {
+        key.replace("_", " "): value for key, value in entry.items() if "source" in key and isinstance(value, str)
+    }
     if kind == "prices":
         cells = [[_cell(value) for value in row.values()] for row in price_rows(name)]
         yield f"\n## {name}\n\n" + _table(list(price_rows(name)[0]), cells)
@@ -292,4 +307,6 @@ def _cell(value: Any) -> str:
 def _table(head: list[str], body: list[list[str]]) -> str:
     """A Markdown table; a cell is one line, in which bars are text."""
     lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in line)} |\n" for line in lines)
+    return "".join(
+        f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in line)} |\n" for line in lines
+    )

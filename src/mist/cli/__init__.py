@@ -151,7 +151,7 @@ def run(
 def check(resolved: bool, **options: Any) -> None:
     """Validate SCENARIO without running it, and print what it comes to.
 
-    All problems are listed at once, each with its line and a remedy.
+    All problems are listed at once, each with its line and a remedy. Traces are read.
 
     \b
     Examples:
@@ -165,9 +165,13 @@ def check(resolved: bool, **options: Any) -> None:
         return
     from mist.scenario.disturbances import check_links
     from mist.scenario.remarks import remarks
+    from mist.scenario.tables import traces
 
     check_links(scenario)
+    read = traces(scenario)
     click.echo(f"{scenario.name}: fine")
+    for line in read:
+        click.echo(f"  {line}")
     for name, tenant in scenario.tenants.items():
         stages = " -> ".join(tenant.stages)
         where = f", on {', '.join(tenant.clients)}" if tenant.clients else ""
