@@ -17,7 +17,7 @@ import mist
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from generate import write_reference  # noqa: E402
+from generate import SOURCE_LINK, write_reference  # noqa: E402
 
 project = "MIST"
 version = release = mist.__version__
@@ -37,6 +37,7 @@ html_show_search_summary = False  # would be fetched, which browsers refuse to p
 html_copy_source = False
 maximum_signature_line_length = 90
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 python_use_unqualified_type_names = True
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
@@ -45,13 +46,14 @@ pygments_dark_style = "monokai"
 NAMED_BLOCK = re.compile(r"^<!-- file: (\S+) -->\n```(\w+)\n", re.MULTILINE)
 
 
-def name_blocks(app: Sphinx, page: str, content: list[str]) -> None:
-    """Show the file's name over a block; plain Markdown keeps it in a comment."""
+def dress(app: Sphinx, page: str, content: list[str]) -> None:
+    """Show the file's name over a block, which plain Markdown keeps in a comment, and source files as pages."""
     content[0] = NAMED_BLOCK.sub(r"```{code-block} \2\n:caption: \1\n\n", content[0])
+    content[0] = SOURCE_LINK.sub(r"](reference/source/\1.md)", content[0])
 
 
 def setup(app: Sphinx) -> None:
     """Write the reference, and register what Sphinx lacks."""
     write_reference(HERE / "reference")
     app.add_lexer("csv", TextLexer)
-    app.connect("source-read", name_blocks)
+    app.connect("source-read", dress)

@@ -6,6 +6,7 @@ code, its docstrings or the data files don't say.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import inspect
@@ -14,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import click
@@ -29,23 +30,28 @@ from mist.scenario.schema import json_schema
 #: what a user may import, by chapter: modules, with their names where these aren't all; all else may change unannounced
 MODULES = {
     "Running and results": [
-        "mist: run Scenario Result ScenarioError InvariantError", "mist.scenario: load", "mist.scenario.stored: read_result",
-        "mist.errors: Problem", "mist.units",
+        "mist: run Scenario Result ScenarioError InvariantError", "mist.scenario: load",
+        "mist.scenario.stored: read_result", "mist.errors: Problem", "mist.units",
     ],
     "Contracts": [
-        "mist.registry: register lookup names load_plugin_file", "mist.request", "mist.batching", "mist.batching.orders", "mist.routing", "mist.admission", "mist.pipeline",
-        "mist.memory.eviction", "mist.perf", "mist.workload",
+        "mist.registry: register lookup names load_plugin_file", "mist.request", "mist.batching",
+        "mist.batching.orders", "mist.routing", "mist.admission", "mist.pipeline", "mist.memory.eviction", "mist.perf",
+        "mist.workload",
     ],
     "Workloads": ["mist.workload.trace", "mist.workload.columns", "mist.workload.synthetic", "mist.workload.sessions"],
     "Many runs": [
-        "mist.search.capacity", "mist.search.compare", "mist.search.run", "mist.search.evaluate", "mist.search.executors",
+        "mist.search.capacity", "mist.search.compare", "mist.search.run", "mist.search.evaluate",
+        "mist.search.executors", "mist.search.executors.serial",
     ],
     "What to make of a result": ["mist.advice", "mist.cost", "mist.report.html", "mist.report.timeline"],
     "Tests of your own": ["mist.testing"],
 }  # fmt: skip
+#: a link from a page to a file of the source
+SOURCE_LINK = re.compile(r"\]\(\.\./src/mist/([\w/]+?)(?:/__init__)?\.py\)")
 CATALOGUES = {
     "devices": "Devices", "models": "Models", "engines": "Engines", "networks": "Networks", "memories": "Memories",
-    "prices": "Prices", "steps": "Learned steps", "acceptance": "Measured acceptance", "workloads": "Lengths of workloads",
+    "prices": "Prices", "steps": "Learned steps", "acceptance": "Measured acceptance",
+    "workloads": "Lengths of workloads",
 }  # fmt: skip
 
 
@@ -60,9 +66,16 @@ def write_reference(folder: Path) -> None:
         page = folder / f"{name}.md"
         if not page.exists() or page.read_text() != text:
             page.write_text(text)
-    for page in folder.glob("*.md"):
-        if page.stem not in pages:
-            page.unlink()
+    for name in SOURCE_LINK.findall((folder.parent / "how-it-works.md").read_text()):
+        _write_source(folder / "source" / f"{name}.md", name)
+
+
+def _write_source(page: Path, name: str) -> None:
+    """A page that shows one file of the source, for the pages that link to it."""
+    home = Path(inspect.getfile(import_module(f"mist.{name.replace('/', '.')}")))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    shown = f"````{{code-block}} python\n:linenos:\n\n{home.read_text()}````\n"
+    page.write_text(f"---\norphan: true\n---\n# mist/{name}{'/__init__' * (home.stem == '__init__')}.py\n\n{shown}")
 
 
 def _python() -> Iterator[str]:
@@ -73,30 +86,51 @@ def _python() -> Iterator[str]:
             module = import_module(name)
             yield f"\n### `{name}`\n\n{inspect.getdoc(module)}\n\n```{{py:module}} {name}\n```\n"
             for public in only.split() or _public(module):
-                yield from _described(public, getattr(module, public))
+                value = getattr(module, public)
+                is_data = not (inspect.isclass(value) or inspect.isfunction(value))
+                yield from [_data(module, public)] if is_data else _described(public, value)
 
 
 def _public(module: ModuleType) -> list[str]:
-    """`__all__`, or the classes and functions that the module itself defines, in their order."""
-    if hasattr(module, "__all__"):
-        return [name for name in module.__all__ if not name.startswith("_")]
-    own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
-    return [name for name in own if not name.startswith("_") and callable(getattr(module, name))]
+    """`__all__`, or what the module itself defines, in its order."""
+    return [name for name in getattr(module, "__all__", _defined(module)) if not name.startswith("_")]
+
+
+def _defined(module: ModuleType) -> dict[str, ast.stmt]:
+    """The top-level definitions of a module by name: classes, functions, aliases of types and constants."""
+    found: dict[str, ast.stmt] = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = node
+    return found
+
+
+def _data(module: ModuleType, name: str) -> str:
+    """A constant or an alias of types, with the comment above it."""
+    node, comment = _defined(module).get(name), ""
+    if not isinstance(node, ast.Assign):
+        return f"\n````{{py:data}} {name}\n````\n"
+    for line in reversed(inspect.getsource(module).splitlines()[: node.lineno - 1]):
+        if not line.startswith("#: "):
+            break
+        comment = f"{line.removeprefix('#: ')}\n{comment}"
+    return f"\n````{{py:data}} {name}\n:value: {_short(ast.unparse(node.value))}\n\n{_escaped(comment)}````\n"
+
+
+def _short(text: str) -> str:
+    return text if len(text) < 80 else f"{text[:77]}..."
 
 
 def _described(name: str, value: Any, indent: str = "") -> Iterator[str]:
-    if not callable(value):
-        yield f"\n````{{py:data}} {name}\n````\n"
-        return
     kind = "class" if inspect.isclass(value) else "method" if indent else "function"
     fence = "`" * (3 if indent else 5)
     flags = ":classmethod:\n" if inspect.ismethod(value) else ""
     yield f"\n{fence}{{py:{kind}}} {name}{_signature(value)}\n{flags}\n{_doc(value)}\n"
     if inspect.isclass(value):
         for member, raw in vars(value).items():
-            if not member.startswith("_") and inspect.isfunction(getattr(value, member, None)) | isinstance(
-                raw, classmethod
-            ):
+            if not member.startswith("_") and isinstance(raw, FunctionType | classmethod):
                 yield from _described(member, getattr(value, member), "in a class")
             elif isinstance(raw, property | functools.cached_property) and not member.startswith("_"):
                 yield f"\n```{{py:property}} {member}\n\n{_doc(raw)}\n```\n"
@@ -175,8 +209,8 @@ def _scenario() -> Iterator[str]:
     """Every section of a scenario, the file itself first, then in the order in which sections are referred to."""
     schema = json_schema()
     yield (
-        "# Scenario keys\n\nEvery key that a scenario may have. Unknown keys are errors, and `mist check --resolved` prints a scenario "
-        "with every default; `mist schema` prints this page for editors, as a JSON Schema.\n"
+        "# Scenario keys\n\nEvery key that a scenario may have. Unknown keys are errors, and `mist check --resolved` "
+        "prints a scenario with every default; `mist schema` prints this page for editors, as a JSON Schema.\n"
     )
     sections = {"The file": schema} | {name: schema["$defs"][name] for name in _in_order(schema)}
     for name, section in sections.items():
