@@ -25,13 +25,15 @@ project_copyright = "the authors of MIST; Apache-2.0"
 
 extensions = ["myst_parser"]
 myst_enable_extensions = ["colon_fence"]
+smartquotes = False  # `--set` and quotes are meant as they are
 myst_heading_anchors = 4  # the anchors that forges give to headings
 exclude_patterns = ["Thumbs.db", ".DS_Store"]
 
 html_theme = "furo"
 html_title = f"MIST {version}"
-html_static_path = ["site.css"]
+html_static_path = ["site.css", "site.js"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_show_sourcelink = False
 html_show_search_summary = False  # would be fetched, which browsers refuse to pages that are files
 html_copy_source = False
@@ -39,8 +41,6 @@ maximum_signature_line_length = 90
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 python_use_unqualified_type_names = True
-pygments_style = "friendly"
-pygments_dark_style = "monokai"
 
 #: a block whose first line says, for the tests that execute it, in which file it goes
 NAMED_BLOCK = re.compile(r"^<!-- file: (\S+) -->\n```(\w+)\n", re.MULTILINE)

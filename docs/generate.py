@@ -149,6 +149,8 @@ def _signature(value: Any) -> str:
         for each in signature.parameters.values()
         if each.name != "self"
     ]
+    if inspect.isclass(value):
+        signature = signature.replace(return_annotation=signature.empty)
     text = str(signature.replace(parameters=shown)).replace("'", "").replace("\n", " ")
     known = getattr(inspect.unwrap(value), "__globals__", None) or vars(import_module(value.__module__))
     return re.sub(r"(?<![\w.])[A-Z]\w+", lambda found: _homes().get(id(known.get(found[0])), found[0]), text)
@@ -174,7 +176,7 @@ class _Shown:
     value: Any
 
     def __repr__(self) -> str:
-        text = repr(self.value)
+        text = repr(self.value).replace("'", '"')
         return "..." if "<" in text or len(text) > 40 else text
 
 
@@ -289,7 +291,7 @@ def _default(node: Mapping[str, Any], needed: bool) -> str:
 
 def _policies() -> Iterator[str]:
     """What the registry knows, by kind, with parameters and docstrings."""
-    yield "# Policies, pipelines and models of time\n\nEach is one file; [yours](../extending.md) may be the next.\n"
+    yield "# Policies and pipelines\n\nAll that has a name in the registry, by kind. Each is one file; [yours](../extending.md) may be the next.\n"
     for kind in (*POLICIES, "pipeline", "executor"):
         yield f"\n## {kind}\n"
         for name in registry.names(kind):
