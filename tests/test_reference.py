@@ -1,93 +1,95 @@
-"""The reference of the documentation is written from the code and leaves nothing out.
-
-Beside `test_docs.py`, which runs the examples; `make docs` builds the site, where a broken link fails.
-"""
+"""The lazy client against the naive per-token scheduler, bit for bit, on thousands of random small scenarios."""
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+import random
 
-import click
+import numpy as np
 import pytest
 
-from mist import registry
-from mist.cli import main
-from mist.scenario import catalogue
-from mist.scenario.schema import json_schema
+from mist.speculation import Speculation
+from reference import Job
+from side_by_side import POLICIES, same
 
-DOCS = Path(__file__).parent.parent / "docs"
-sys.path.insert(0, str(DOCS))
-from generate import CATALOGUES, _escaped, _table, write_reference  # noqa: E402
-
-pytestmark = pytest.mark.docs
+SCENARIOS_PER_CASE = 250
 
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("docs")
-    (folder / "how-it-works.md").write_text((DOCS / "how-it-works.md").read_text())
-    write_reference(folder / "reference")
-    return {page.stem: page.read_text() for page in (folder / "reference").rglob("*.md")}
+def scenario(seed: int, policy: str, caching: bool) -> tuple[list[Job], dict[str, int]]:
+    """Tiny pools and budgets; lengths 0, 1, block - 1, block, block + 1 and random; shared prefixes."""
+    rng = random.Random(f"{policy} {caching} {seed}")
+    block = rng.choice([1, 2, 4, 8])
+    unit = block * rng.choice([1, 2, 4]) if caching and rng.random() < 0.8 else 0
+    edges = [1, block, block + 1, max(1, block - 1), 2 * block]
+    jobs = []
+    now = 0
+    prefixes = [tuple(100 * p + i for i in range(12)) for p in range(3)]
+    for i in range(rng.randint(1, 14)):
+        now += rng.choice([0, 0, rng.randint(0, 4000), rng.randint(0, 400)])
+        prompt = rng.choice(edges) if rng.random() < 0.3 else rng.randint(1, 40)
+        output = rng.choice([0, 1, 2, block, block + 1]) if rng.random() < 0.3 else rng.randint(1, 40)
+        keys: tuple[int, ...] = ()
+        if unit:
+            shared = rng.randint(0, 6)
+            count = -(-prompt // unit)
+            own = [10_000 * (i + 1) + k for k in range(count)]
+            keys = (rng.choice(prefixes)[:shared] + tuple(own))[:count]
+        jobs.append(Job(i, now, prompt, output, keys))
+    seqs = rng.randint(1, 8)
+    limits = {
+        "max_num_seqs": seqs,
+        "max_num_batched_tokens": seqs + rng.randint(0, 30),
+        "num_blocks": rng.randint(max(1, 30 // block), max(2, 160 // block)),
+        "block_size": block,
+        "unit_tokens": unit,
+        "watermark": rng.choice([0, 0, 1, 2]),
+    }
+    return jobs, limits
 
 
-def test_every_command_has_its_help(pages: dict[str, str]) -> None:
-    def commands(group: click.Group, path: str) -> Iterator[str]:
-        for name, command in group.commands.items():
-            yield f"{path} {name}"
-            if isinstance(command, click.Group):
-                yield from commands(command, f"{path} {name}")
-
-    named = list(commands(main, "mist"))
-    assert "mist calibrate points" in named
-    for name in named:
-        assert f"\n## {name}\n\n```text\nUsage: {name} " in pages["cli"], name
+def drawn_speculation(seed: int) -> Speculation:
+    rng = random.Random(seed)
+    acceptance = rng.choice([0.0, 1.0, rng.random(), rng.random()])
+    return Speculation(rng.randint(1, 5), acceptance, lambda *key: np.random.default_rng((seed, *key)))
 
 
-def test_every_key_of_a_scenario_is_explained(pages: dict[str, str]) -> None:
-    schema = json_schema()
-    sections = {"The file": schema, **schema["$defs"]}
-    for name, section in sections.items():
-        text = pages["scenario"].split(f"\n## {name}\n")[1].split("\n## ")[0]
-        for key in section["properties"]:
-            row = re.search(rf"^\| `{key}` \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)
-            assert row is not None, f"{name}: {key}"
-            assert row[1], f"{name}: {key} has no type"
-    for target in re.findall(r"\]\(#(\w+)\)", pages["scenario"]):
-        assert re.search(rf"^## {target}$", pages["scenario"], re.MULTILINE | re.IGNORECASE), target
+def compare(seed: int, policy: str, caching: bool, speculation: Speculation | None = None) -> int:
+    jobs, limits = scenario(seed, policy, caching)
+    reference = same(jobs, limits, policy, caching, speculation)
+    return sum(preemptions for *_, preemptions in reference.done.values())
 
 
-@pytest.mark.parametrize("kind", CATALOGUES)
-def test_every_entry_of_a_catalogue_is_there(kind: str, pages: dict[str, str]) -> None:
-    for name in catalogue.names(kind):
-        assert f"\n| {name} | " in pages[kind], name
+@pytest.mark.parametrize("caching", [False, True], ids=["plain", "prefix-caching"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("part", range(2))
+def test_equals_the_naive_scheduler(policy: str, caching: bool, part: int) -> None:
+    preemptions = 0
+    for seed in range(part * SCENARIOS_PER_CASE, (part + 1) * SCENARIOS_PER_CASE):
+        try:
+            preemptions += compare(seed, policy, caching)
+        except BaseException:
+            print(f"reproduce: compare({seed}, {policy!r}, {caching})")
+            raise
+    assert preemptions > SCENARIOS_PER_CASE // (25 if policy == "static" else 4), "hardly any preemption: proves little"
 
 
-def test_figures_have_their_sources(pages: dict[str, str]) -> None:
-    text = pages["devices"].split("\n## l40s\n")[1].split("\n## ")[0]
-    assert "| memory_bytes | aiconfigurator-core 0.12.0 systems/l40s.yaml (48 GiB less ECC) |" in text
+@pytest.mark.parametrize("caching", [False, True], ids=["plain", "prefix-caching"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_speculation_equals_the_naive_scheduler(policy: str, caching: bool) -> None:
+    preemptions = 0
+    for seed in range(500_000, 500_000 + SCENARIOS_PER_CASE):
+        try:
+            preemptions += compare(seed, policy, caching, drawn_speculation(seed))
+        except BaseException:
+            print(f"reproduce: compare({seed}, {policy!r}, {caching}, drawn_speculation({seed}))")
+            raise
+    assert preemptions > SCENARIOS_PER_CASE // (25 if policy == "static" else 4), "hardly any preemption: proves little"
 
 
-@pytest.mark.parametrize("kind", ["batching", "order", "routing", "admission", "perf", "eviction", "pipeline", "trace"])
-def test_every_policy_is_there_with_its_docstring(kind: str, pages: dict[str, str]) -> None:
-    text = pages["policies"].split(f"\n## {kind}\n")[1].split("\n## ")[0]
-    for name in registry.names(kind):
-        assert re.search(rf"^### {name}\n\n\S", text, re.MULTILINE), name
-
-
-def test_what_the_pages_import_is_in_the_reference(pages: dict[str, str]) -> None:
-    shown = [
-        DOCS / name for name in ("tutorial.md", "extending.md", "capacity.md", "search.md", "advice.md", "cost.md")
-    ]
-    for page in (*shown, *(DOCS / "guides").glob("*.md")):
-        for module, names in re.findall(r"^from (mist\S*) import (.*)$", page.read_text(), re.MULTILINE):
-            text = pages["python"].partition(f"\n```{{py:module}} {module}\n")[2].partition("{py:module}")[0]
-            for name in names.split(", "):
-                assert re.search(rf"{{py:\w+}} {name}\b", text), f"{page.name}: {module}.{name}"
-
-
-def test_text_of_docstrings_and_data_is_not_taken_for_markup() -> None:
-    assert _escaped("`<a>` and <b>") == "`<a>` and \\<b>"
-    assert _table(["x"], [["a|b\nc"]]) == "| x |\n| --- |\n| a\\|b c |\n"
+@pytest.mark.long
+@pytest.mark.parametrize("caching", [False, True], ids=["plain", "prefix-caching"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("part", range(4))
+def test_equals_the_naive_scheduler_at_length(policy: str, caching: bool, part: int) -> None:
+    for seed in range(100_000 + part * 2000, 100_000 + (part + 1) * 2000):
+        compare(seed, policy, caching)
+        compare(seed, policy, caching, drawn_speculation(seed))
