@@ -291,7 +291,8 @@ def _default(node: Mapping[str, Any], needed: bool) -> str:
 
 def _policies() -> Iterator[str]:
     """What the registry knows, by kind, with parameters and docstrings."""
-    yield "# Policies and pipelines\n\nAll that has a name in the registry, by kind. Each is one file; [yours](../extending.md) may be the next.\n"
+    yield "# Policies and pipelines\n\nAll that has a name in the registry, by kind. "
+    yield "Each is one file; [yours](../extending.md) may be the next.\n"
     for kind in (*POLICIES, "pipeline", "executor"):
         yield f"\n## {kind}\n"
         for name in registry.names(kind):

@@ -89,8 +89,8 @@ def steps(file: Path, out: Path | None, overwrite: bool, as_json: bool, **option
 @click.option("--overwrite", is_flag=True, help="Let --out and --out-device replace what is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the fit and the profile as one JSON document.")
 def points(
-    file: Path, engine: str, constants: tuple[str, ...], sources: tuple[str, ...], device: str, fitting_part: bool, perf: str,
-    workers: int, date: str, out: Path | None, out_device: Path | None, overwrite: bool, as_json: bool,
+    file: Path, engine: str, constants: tuple[str, ...], sources: tuple[str, ...], device: str, fitting_part: bool,
+    perf: str, workers: int, date: str, out: Path | None, out_device: Path | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit constants of an engine profile to the measured points in FILE, and say how well they are known.
 
