@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-long check docs bench validate lock clean
+.PHONY: demo test test-long check docs site bench validate lock clean
 
 demo: $(READY)  ## simulate the shipped example, and make its report and its timeline
 	$(BIN)/mist run examples/demo.yaml --out out/demo --trace out/demo/timeline.json.gz \
@@ -24,8 +24,11 @@ check: $(READY)  ## all that must hold before a change lands
 	$(MAKE) --no-print-directory docs
 	$(MAKE) --no-print-directory test
 
-docs: $(READY)  ## run every example of the documentation
+docs: $(READY) site  ## run every example of the documentation, and build it as a site
 	$(BIN)/pytest -n 2 -q -m docs
+
+site: $(READY)  ## build/site/index.html: the documentation with its generated reference; any warning fails
+	$(BIN)/sphinx-build -W --keep-going -q -d build/doctrees -b html docs build/site
 
 bench: $(READY)  ## exact counts and this machine's times of benchmarks/scenarios; `python benchmarks/run.py --all` for the slow ones too
 	$(BIN)/python benchmarks/run.py
@@ -42,7 +45,7 @@ lock:
 		--no-emit-index-url --no-config --quiet --upgrade --group dev --extra kernels --output-file requirements.lock pyproject.toml
 
 clean:
-	rm -rf .venv out build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv out build dist docs/reference .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "MIST needs Python 3.11 or newer: make PYTHON=python3.12")'

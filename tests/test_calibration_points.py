@@ -151,6 +151,7 @@ def test_what_the_points_cannot_tell_is_said(tmp_path: Path) -> None:
     path = made_with(tmp_path, {"step_overhead_ns": 9_000_000}, LOADS[:2])
     result = invoke(*fit, "step_overhead_ns,token_overhead_ns")
     assert "step_overhead_ns and token_overhead_ns can't be told apart by these points" in result.stderr
+    assert invoke(*fit, "step_overhead_ns", "--fit", "token_overhead_ns").stdout == result.stdout
 
 
 @pytest.mark.parametrize(

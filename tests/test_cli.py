@@ -332,6 +332,18 @@ def test_check_prints_the_essentials(scenario: Path) -> None:
     assert "123 blocks of 16 as given" in told
 
 
+def test_check_reads_traces(scenario: Path) -> None:
+    Path("mine.csv").write_text("at_ms,prompt,answer\n0,100,10\n1500,301,20\n")
+    columns = "{arrival: at_ms, input_tokens: prompt, output_tokens: answer}"
+    trace = ("--set", f"workload={{trace: mine.csv, columns: {columns}}}")
+    told = invoke("check", scenario, *trace).stdout
+    assert "  mine.csv: 2 requests over 1.5 s, 200 tokens in and 15 out in the mean\n" in told
+    wrong = invoke("check", scenario, *trace, "--set", "workload.columns.output_tokens=reply")
+    assert wrong.exit_code == 2
+    assert "mine.csv:1: no column 'reply'" in wrong.stderr
+    assert wrong.stdout == ""
+
+
 def test_schema_is_json(scenario: Path) -> None:
     result = invoke("schema")
     assert result.exit_code == 0

@@ -301,10 +301,16 @@ def test_files_that_are_no_traces(put: Put, content: bytes, message: str) -> Non
     assert problems_of(put(content), Azure())[0].startswith(message)
 
 
+def test_columns_that_are_not_separated_by_commas_are_told(put: Put) -> None:
+    found = problems_of(put("when_s;prompt;answer\n1;2;3\n"), Columns("when_s", "prompt", "answer"))
+    assert found[0] == "FILE:1: no column 'when_s'\n    its columns are separated by ';': save it with commas"
+
+
 def test_unknown_formats_and_folders(put: Put, tmp_path: Path) -> None:
     message = problems_of(put("when,prompt,answer\n1,2,3\n"))[0]
     assert "FILE:1: no trace format knows this first line: 'when,prompt,answer'" in message
     assert all(name in message for name in ("azure", "columns", "mooncake", "vidur"))
+    assert "columns: {arrival: NAME, input_tokens: NAME, output_tokens: NAME}" in message
     with pytest.raises(ScenarioError, match="can't be read"):
         read_trace(tmp_path)
     with pytest.raises(ScenarioError, match="can't be read"):

@@ -162,7 +162,7 @@ def run(
 def check(resolved: bool, **options: Any) -> None:
     """Validate SCENARIO without running it, and print what it comes to.
 
-    All problems are listed at once, each with its line and a remedy.
+    All problems are listed at once, each with its line and a remedy. Traces are read.
 
     \b
     Examples:

@@ -75,7 +75,7 @@ def steps(file: Path, out: Path | None, overwrite: bool, as_json: bool, **option
 @calibrate.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--engine", required=True, metavar="PROFILE", help="The engine profile to start from, by name or path.")
-@click.option("--fit", "constants", required=True, metavar="A,B", help="The constants to fit, with commas.")
+@click.option("--fit", "constants", required=True, multiple=True, metavar="A,B", help="The constants to fit.")
 @click.option("--source", "sources", multiple=True, metavar="S", help="Only points of this source; may be repeated.")
 @click.option(
     "--device", default="", help="Only points on this device of the catalogue, whose constants may be fitted too."
@@ -89,8 +89,8 @@ def steps(file: Path, out: Path | None, overwrite: bool, as_json: bool, **option
 @click.option("--overwrite", is_flag=True, help="Let --out and --out-device replace what is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the fit and the profile as one JSON document.")
 def points(
-    file: Path, engine: str, constants: str, sources: tuple[str, ...], device: str, fitting_part: bool, perf: str,
-    workers: int, date: str, out: Path | None, out_device: Path | None, overwrite: bool, as_json: bool,
+    file: Path, engine: str, constants: tuple[str, ...], sources: tuple[str, ...], device: str, fitting_part: bool,
+    perf: str, workers: int, date: str, out: Path | None, out_device: Path | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit constants of an engine profile to the measured points in FILE, and say how well they are known.
 
@@ -121,7 +121,7 @@ def points(
     from mist.validation.points import read_points
     from mist.validation.score import TRUSTED
 
-    named = list(dict.fromkeys(name.strip() for name in constants.split(",") if name.strip()))
+    named = list(dict.fromkeys(name.strip() for name in ",".join(constants).split(",") if name.strip()))
     if not named:
         raise click.UsageError("--fit names no constant; such as --fit step_overhead_ns")
     outputs = [path for path in (out, out_device) if path is not None]

@@ -10,13 +10,17 @@ from collections.abc import Iterator
 from mist.scenario.clients import Pool
 from mist.scenario.disturbances import check_links
 from mist.scenario.remarks import remarks
+from mist.scenario.tables import traces
 from mist.scenario.value import Scenario
 
 
-def account(scenario: Scenario) -> Iterator[str]:
-    """The lines of `mist check`; ScenarioError where an event changes a link that there isn't."""
+def account(scenario: Scenario, *, reads_traces: bool = True) -> Iterator[str]:
+    """The lines of `mist check`; ScenarioError where an event changes a link that there isn't, or of a trace."""
     check_links(scenario)
+    read = traces(scenario) if reads_traces else []
     yield f"{scenario.name}: fine"
+    for line in read:
+        yield f"  {line}"
     for name, tenant in scenario.tenants.items():
         stages = " -> ".join(tenant.stages)
         where = f", on {', '.join(tenant.clients)}" if tenant.clients else ""

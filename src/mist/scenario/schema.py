@@ -259,7 +259,7 @@ class Workload(Section):
         if self._is_closed_loop and self.rate_scale != 1:
             yield ("rate_scale",), Problem("a closed loop has no rate to scale", hint="change concurrency")
         if self.columns and self.trace and (reason := self.columns.build().problem_with(self.trace)):
-            yield ("columns", "arrival"), Problem(reason, hint="such as time_unit: s")
+            yield ("columns", "arrival"), Problem(reason, hint="time_unit: timestamp for dates, s or ms for numbers")
         if self.arrivals and self.num_requests and (rate := self.arrivals.params.get("rate_per_s")):
             num_requests = min(self.num_requests, self.limit or self.num_requests)
             if num_requests > MAX_SECONDS * rate * self.rate_scale:

@@ -19,6 +19,7 @@ from mist.scenario.named import Spec
 from mist.scenario.seeds import random_of, seed_of
 from mist.scenario.tenancy import Tenancy
 from mist.scenario.value import Scenario
+from mist.units import NS_PER_S
 from mist.workload import RequestTable
 from mist.workload.sessions import begin_sessions, draw_sessions
 from mist.workload.synthetic import draw_table
@@ -35,6 +36,18 @@ def build_tables(scenario: Scenario) -> dict[str, RequestTable]:
     for tenant, table in zip(scenario.tenants.values(), tables.values(), strict=True):
         _check_sizes(scenario, tenant, table)
     return _apart(tables) if len(tables) > 1 else tables
+
+
+def traces(scenario: Scenario) -> list[str]:
+    """What was read from each tenant's trace, a line each; ScenarioError of all that can't be read."""
+    read = {t.workload.trace: _table(scenario, t) for t in scenario.tenants.values() if t.workload.trace is not None}
+    return [f"{trace}: {_told(table)}" for trace, table in read.items()]
+
+
+def _told(table: RequestTable) -> str:
+    span_s = int(table.arrival_ns.max() - table.arrival_ns.min()) / NS_PER_S
+    tokens = f"{table.input_tokens.mean():,.0f} tokens in and {table.output_tokens.mean():,.0f} out in the mean"
+    return f"{len(table):,} requests over {span_s:,.6g} s, {tokens}"
 
 
 def _table(scenario: Scenario, tenant: Tenancy) -> RequestTable:

@@ -24,12 +24,22 @@ def read(text: str, name: str, folder: Path) -> Scenario:
     return Scenario.from_source(Source(parse(text, name), folder, Path(name).stem))
 
 
+#: traces of more bytes than that aren't read while somebody types
+MAX_TRACE_BYTES = 4 << 20
+
+
 def check(text: str, name: str, folder: Path) -> dict[str, Any]:
     """`problems` with their places (`here`: in this text), or, where there are none, the `lines` of `mist check`."""
     try:
-        return {"problems": [], "lines": [*account(read(text, name, folder))]}
+        scenario = read(text, name, folder)
+        return {"problems": [], "lines": [*account(scenario, reads_traces=_are_short(scenario))]}
     except ScenarioError as error:
         return {"problems": told(error.problems, name), "lines": []}
+
+
+def _are_short(scenario: Scenario) -> bool:
+    traces = [scenario.trace_path(name) for name, each in scenario.tenants.items() if each.workload.trace is not None]
+    return all(trace.stat().st_size <= MAX_TRACE_BYTES for trace in traces if trace.is_file())
 
 
 def told(problems: Iterable[Problem], name: str = "") -> list[dict[str, Any]]:

@@ -107,7 +107,9 @@ class ColumnMap:
         missing = [name for name in self._names() if name not in rows.columns and name not in self.optional]
         for name in missing:
             found = ", ".join(rows.names) or "none"
-            hint = f"its columns are: {found[:300]}; say which is which with the trace format `columns`"
+            hint = f"its columns are: {found[:300]}; say which is which with `columns`"
+            if len(rows.names) == 1 and (mark := next((each for each in ";\t|" if each in found), "")):
+                hint = f"its columns are separated by {mark!r}: save it with commas"
             if name == HASH_BLOCK_SIZE:
                 hint = "set hash_block_size to the tokens per block"
             rows.problems.add(f"no column {name!r}", line=1, hint=hint)

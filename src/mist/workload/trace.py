@@ -55,7 +55,8 @@ def detect(path: Path) -> TraceFormat:
         if candidate.matches(path, line):
             return candidate
     shown = repr(line[:80].decode("utf-8", "replace").strip())
-    hint = f"formats known: {', '.join(formats)}; for another file map its columns with `columns`"
+    which = "columns: {arrival: NAME, input_tokens: NAME, output_tokens: NAME}"
+    hint = f"say which of its columns is which, under workload: {which}; formats known without: {', '.join(formats)}"
     raise ScenarioError(Problem(f"no trace format knows this first line: {shown}", str(path), 1, hint=hint))
 
 
