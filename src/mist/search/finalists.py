@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mist.search.laboratory import Laboratory
+from mist.search.laboratory import WHOLE, Laboratory
 from mist.search.legal import Point
 from mist.search.pareto import Score, front
-from mist.search.strategies import WHOLE
 
 #: what accelerators' names begin with, by vendor
 _VENDORS = {

@@ -29,6 +29,8 @@ from mist.units import NS_PER_S
 
 #: called with the runs that are done and those that are planned
 Progress = Callable[[int, int], None]
+#: the share that is all of the workload
+WHOLE = 1.0
 
 
 @dataclass

@@ -16,12 +16,11 @@ from typing import Any
 from mist.errors import Problem, ScenarioError
 from mist.scenario.value import to_yaml
 from mist.search.finalists import Podium
-from mist.search.laboratory import Laboratory
+from mist.search.laboratory import WHOLE, Laboratory
 from mist.search.legal import Legal, Point
 from mist.search.objectives import excesses, maximised, objective
 from mist.search.space import Space
 from mist.search.store import excerpt_of
-from mist.search.strategies import WHOLE
 
 SCHEMA_VERSION = 1
 RESULT, STORE, PAGE = "result.json", "search.db", "report.html"
