@@ -7,6 +7,7 @@ in place. It reads only what is asked for, and never decides what a figure means
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -96,6 +97,13 @@ def mapping(kind: str, given: str | Mapping[str, Any]) -> dict[str, Any]:
     if entry is None:
         raise KeyError(given)
     return entry.source.data()
+
+
+@functools.cache
+def digest(name: str) -> str:
+    """What the entries of all catalogues that are called `name` say, as a short text; empty where none is."""
+    found = [str(entry.source.data()) for kind in _BUILDERS if (entry := _index(kind).get(name.lower())) is not None]
+    return hashlib.sha256("".join(found).encode()).hexdigest() if found else ""
 
 
 def key_of(message: str, data: Any) -> tuple[KeyPath, str]:

@@ -6,7 +6,6 @@ requests; the first requests of each run are left out of its metrics. It never d
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from mist import __version__
-from mist.perf.measured import find_tables
 from mist.scenario import Scenario
 from mist.scenario.tables import build_tables
 from mist.scenario.tenancy import SOLE
 from mist.search.evaluate import Executor, Job
+from mist.search.keys import run_key
 from mist.search.legal import Point
 from mist.search.objectives import HOPELESS, Constraint, excerpt, excesses, maximised, objective
 from mist.search.pareto import Score
@@ -100,9 +98,7 @@ class Laboratory:
 
     def _job(self, point: Point, share: float, seed: int) -> Job:
         overrides = {"seed": seed, **self._prefix(point, share, seed)}
-        parts = [__version__, str(find_tables()), point.resolved, overrides]
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-        return Job(key, point.resolved, overrides)
+        return Job(run_key(point.resolved, overrides), point.resolved, overrides)
 
     def _prefix(self, point: Point, share: float, seed: int) -> dict[str, Any]:
         """What takes the first `share` of every tenant's requests, and leaves the first of these out of the metrics."""
