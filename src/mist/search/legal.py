@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from mist.errors import Problem, ScenarioError
+from mist.hardware import Device
 from mist.scenario import catalogue
 from mist.scenario.pricing import refusals_of
 from mist.scenario.source import KeyPath, Source, key_path
@@ -56,8 +57,15 @@ class Point:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The names of its accelerators."""
-        pools = self.scenario.pools.values()
-        return tuple(sorted({pool.device.name for pool in pools if not pool.device.num_cores}))
+        return tuple(sorted({device.name for device in self._accelerators()}))
+
+    @property
+    def vendors(self) -> tuple[str, ...]:
+        """Who makes its accelerators; for one that says no vendor its own name."""
+        return tuple(sorted({device.vendor or device.name for device in self._accelerators()}))
+
+    def _accelerators(self) -> Iterator[Device]:
+        return (pool.device for pool in self.scenario.pools.values() if not pool.device.num_cores)
 
 
 @dataclass(frozen=True, slots=True)
