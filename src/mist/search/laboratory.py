@@ -47,6 +47,7 @@ class Laboratory:
     planned: int = 0
     runs: dict[tuple[int, float, int], Run] = field(default_factory=dict)
     _tables: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    _scores: dict[tuple[int, float, tuple[int, ...]], Score] = field(default_factory=dict, repr=False)
 
     def measure(self, points: Iterable[Point], share: float, seeds: Sequence[int]) -> None:
         """Run what isn't known of `points` on the first `share` of the workload, with each seed."""
@@ -76,7 +77,13 @@ class Laboratory:
 
     def score(self, point: Point, share: float, seeds: Sequence[int]) -> Score:
         """The means over the runs of `seeds` that there are: of each objective, and of what each constraint misses."""
-        runs = [run for seed in seeds if (run := self.runs.get((point.number, share, seed))) is not None]
+        ran = tuple(seed for seed in seeds if (point.number, share, seed) in self.runs)
+        at = (point.number, share, ran)
+        if at not in self._scores:
+            self._scores[at] = self._score([self.runs[point.number, share, seed] for seed in ran])
+        return self._scores[at]
+
+    def _score(self, runs: Sequence[Run]) -> Score:
         found = [excerpt_of(run) for run in runs]
         if not found or any(each is None for each in found):
             return Score((math.inf,) * len(self.objectives), HOPELESS)

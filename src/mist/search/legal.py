@@ -6,6 +6,7 @@ runs nothing, and drops nothing without a reason that is counted.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
@@ -49,20 +50,25 @@ class Point:
     resolved: Mapping[str, Any]
     devices: int
 
-    @property
+    @functools.cached_property
     def deployment(self) -> str:
         """What serves, as text: the same for points that differ in their load alone."""
         return json.dumps(self.resolved["clients"], sort_keys=True, default=str)
 
-    @property
+    @functools.cached_property
     def kinds(self) -> tuple[str, ...]:
         """The names of its accelerators."""
         return tuple(sorted({device.name for device in self._accelerators()}))
 
-    @property
+    @functools.cached_property
     def vendors(self) -> tuple[str, ...]:
         """Who makes its accelerators; for one that says no vendor its own name."""
         return tuple(sorted({device.vendor or device.name for device in self._accelerators()}))
+
+    @property
+    def standing(self) -> int:
+        """2 for one kind of device, 1 for several of one vendor, else 0: in how many contests beside all it is."""
+        return (len(self.kinds) == 1) + (len(self.vendors) == 1)
 
     def _accelerators(self) -> Iterator[Device]:
         return (pool.device for pool in self.scenario.pools.values() if not pool.device.num_cores)

@@ -17,6 +17,7 @@ from mist.errors import Problem, ScenarioError
 from mist.scenario.value import to_yaml
 from mist.search.finalists import Podium
 from mist.search.laboratory import WHOLE, Laboratory
+from mist.search.ladders import ladders_of
 from mist.search.legal import Legal, Point
 from mist.search.objectives import excesses, maximised, objective
 from mist.search.space import Space
@@ -88,6 +89,7 @@ def outcome(
         "configurations": {
             "tried": legal.num_configurations,
             "legal": len(legal.points),
+            "deployments": len(ladders_of(legal.points.values(), space.load)),
             "refused": [
                 {"reason": reason, "count": number, "example": legal.examples[reason]}
                 for reason, number in sorted(legal.refused.items(), key=lambda item: (-item[1], item[0]))

@@ -16,10 +16,10 @@ import numpy as np
 
 from mist.search.choices import resolve
 from mist.search.laboratory import WHOLE, Laboratory
-from mist.search.ladders import Ladder, climb, fill, hopes_of
+from mist.search.ladders import Ladder, climb, climb_best_first, fill, hopes_of
 from mist.search.legal import Legal, Point
 from mist.search.objectives import HOPELESS
-from mist.search.pareto import Score, covers, ranked
+from mist.search.pareto import Bar, Score, ranked
 from mist.search.space import Space
 
 
@@ -42,13 +42,14 @@ def planned_runs(ladders: Sequence[Ladder]) -> int:
 class Halving:
     """Successive halving on longer and longer prefixes of the same workload, with a second look at what was left.
 
-    All deployments run on the shortest prefix, where their highest load is bisected. Of the points on the longest
-    prefix but the whole that are still promising, the best by Pareto rank go on to the next prefix, 1/`eta` as many as
-    there are deployments, then 1/`eta` of these, ...; where none is left, those on the prefix below it, at last those
-    that ran on none, with what a lower load says at best; until none is promising. A point is promising while it
-    misses no constraint by more than `far`, nor a lower load of its deployment does on a prefix as long, and no point
-    on the whole workload is as good in every objective to within `margin`. What a prefix says is corrected by the
-    median ratio of the whole workload to it, over the points that ran on both.
+    All deployments run on the shortest prefix, where their highest load is bisected, as far as it could be in the front
+    there. Of the points on the longest prefix but the whole that are still promising, the best by Pareto rank go on to
+    the next prefix, 1/`eta` as many as there are deployments, then 1/`eta` of these, ...; where none is left, those on
+    the prefix below it, at last those that ran on none, with what a lower load says at best; until none is promising.
+    A point is promising while it misses no constraint by more than `far`, nor a lower load of its deployment does on a
+    longer prefix, and no point on the whole workload that takes part in as many contests is as good in every objective
+    to within `margin`. What a prefix says is corrected by the median ratio of the whole workload to it, over the points
+    that ran on both.
     """
 
     eta: int = 4
@@ -70,7 +71,7 @@ class Halving:
         points = {point.number: point for ladder in ladders for point in ladder.points}
         each = planned_runs(ladders)
         lab.planned = each + sum(max(len(ladders) // self.eta**i, 1) for i in range(1, len(shares)))
-        climb(lab, ladders, shares[0], [seed], self.far)
+        climb_best_first(lab, ladders, shares[0], [seed], self.far)
         at = {i: 0 if (i, shares[0], seed) in lab.runs else -1 for i in points}
         while climbing := self._next(lab, ladders, at, shares, seed):
             rung = at[climbing[0]] + 1
@@ -88,7 +89,7 @@ class Halving:
             for rung, share in enumerate(shares)
         ]
         whole = said[last]
-        feasible = [score for score in whole.values() if score.violation <= 0]
+        bar = Bar.of([(score, points[i].standing) for i, score in whole.items()])
         lost = self._lost(ladders, at, said)
         for rung in reversed(range(-1, last)):
             there = said[max(rung, 0)]
@@ -98,10 +99,10 @@ class Halving:
             promising = {
                 i: score
                 for i, score in here.items()
-                if score.violation <= self.far and not any(covers(best, score, self.margin) for best in feasible)
+                if score.violation <= self.far and not bar.covers(score, points[i].standing, self.margin)
             }
             if promising:
-                number = max(self.min_points, math.ceil(len(ladders) / self.eta ** (rung + 1)))
+                number = max(self.min_points, math.ceil(len(ladders) / self.eta ** max(rung + 1, 1)))
                 return ranked(promising)[:number]
         return []
 
