@@ -69,8 +69,9 @@ class Halving:
         """Measure until nothing is promising."""
         shares = self.shares(num_requests)
         points = {point.number: point for ladder in ladders for point in ladder.points}
-        each = planned_runs(ladders)
-        lab.planned = each + sum(max(len(ladders) // self.eta**i, 1) for i in range(1, len(shares)))
+        # of a bisection about half is left out
+        climbed = len(ladders) + (planned_runs(ladders) - len(ladders)) // 2
+        lab.planned = climbed + sum(max(len(ladders) // self.eta**i, 1) for i in range(1, len(shares)))
         climb_best_first(lab, ladders, shares[0], [seed], self.far)
         at = {i: 0 if (i, shares[0], seed) in lab.runs else -1 for i in points}
         while climbing := self._next(lab, ladders, at, shares, seed):
