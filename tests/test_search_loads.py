@@ -117,6 +117,12 @@ def test_a_real_space_by_bisection_and_by_every_load(tmp_path: Path) -> None:
     assert found[0]["front"], "nothing to compare"
 
 
+@pytest.mark.parametrize(("loads", "is_last"), [([1, 2], True), ([1, 2, 400], False)])
+def test_a_best_under_the_highest_load_is_told(tmp_path: Path, loads: list[int], is_last: bool) -> None:
+    document = search(written(tmp_path, {"load": loads}), MadeUp(1), num_seeds=1).document
+    assert any("under the highest load of the space" in remark for remark in document["remarks"]) is is_last
+
+
 def test_deployments_are_counted_apart_from_loads(tmp_path: Path) -> None:
     for loads, number, load in (([1, 2], 24, None), ({"load": [1, 2]}, 12, RATE)):
         space = read_space(written(tmp_path, loads))
