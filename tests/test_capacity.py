@@ -6,6 +6,7 @@ the executor and answer by a rule.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from click.testing import CliRunner
 from mist.cli import main
 from mist.errors import InvariantError, ScenarioError
 from mist.scenario import Scenario
-from mist.search.capacity import Capacity, capacity
+from mist.search.capacity import Capacity, Interrupted, capacity
 from mist.search.evaluate import Job, Outcome
 from mist.search.executors.processes import Processes
 from mist.search.executors.serial import Serial
@@ -377,3 +378,51 @@ def test_the_command_prints_a_table_or_a_document(tmp_path: Path, service_s: flo
     unknown = CliRunner().invoke(main, ["capacity", str(path), "--executor", "seriel"])
     assert unknown.exit_code == 2
     assert "did you mean 'serial'" in unknown.output
+    nothing = CliRunner().invoke(main, ["capacity", *options[:2], f"slo.ttft_s.p99={service_s / 2}", *options[3:]])
+    assert nothing.exit_code == 1
+    assert "no value holds for every seed" in nothing.output
+
+
+class Cut(Rule):
+    """The user stops it after so many runs."""
+
+    most: int = 6
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+        for job in jobs:
+            if self.asked[0] == self.most:
+                raise KeyboardInterrupt
+            yield from super().run([job])
+
+
+def test_what_is_known_when_it_is_stopped_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario = server({"poisson": {"rate_per_s": 4}}, 50)
+    with pytest.raises(Interrupted) as stopped:
+        capacity(scenario, executor=Cut(lambda _, value: value <= 11))
+    told = stopped.value.known.as_json()
+    assert told["complete"] is False
+    assert told["found"] is None
+    (seed,) = told["seeds"]
+    assert (seed["value"], seed["fails_at"], seed["num_runs"]) == (8, pytest.approx(math.sqrt(128)), 6)
+    assert told["notes"] == []
+    assert of_rule(lambda _, value: value <= 11).as_json()["complete"] is True
+    path = tmp_path / "server.yaml"
+    path.write_text(scenario.to_yaml())
+    command = importlib.import_module("mist.cli.capacity")
+    monkeypatch.setattr(command, "chosen_executor", lambda *_: Cut(lambda _, value: value <= 11))
+    printed = CliRunner().invoke(main, ["capacity", str(path)])
+    assert printed.exit_code == 130
+    assert "interrupted; so far" in printed.output
+    assert "8 x the rate" in printed.output
+    document = CliRunner().invoke(main, ["capacity", str(path), "--json"])
+    assert json.loads(document.stdout)["complete"] is False
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_failures_that_no_number_of_clients_makes_up_for_are_told(service_s: float, fails: bool) -> None:
+    arrivals = {"constant": {"rate_per_s": 0.9 / service_s}}
+    events = [{"at_s": 20.5 * service_s, "client_down": "gpu-0", "on_loss": "fail"}] if fails else []
+    scenario = server(arrivals, 60, gpu={"count": 2}, events=events, slo={"ttft_s": {"p99": service_s * 1.01}})
+    found = capacity(scenario, vary="clients.gpu.count")
+    assert (found.value is None) is fails
+    assert any("lost or late however many there are" in note for note in found.notes()) is fails

@@ -51,7 +51,7 @@ def sourced(sources: dict[str, str]) -> set[str]:
 @pytest.mark.parametrize("name", sorted(ENTRIES))
 def test_every_figure_has_a_source(name: str) -> None:
     data = DATA[name]
-    assert set(data) - {"name", "aliases", "sources"} <= sourced(data["sources"])
+    assert set(data) - {"name", "vendor", "aliases", "sources"} <= sourced(data["sources"])
     assert {"peak_tflops", "memory_bytes", "memory_bytes_per_s", "efficiency"} <= sourced(data["sources"])
     for figure in sourced(data["sources"]) - OPTIONAL:
         key, _, part = figure.partition(".")

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -289,6 +290,15 @@ def die_once(scenario: Scenario) -> dict[str, Any]:
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return summary_of(scenario)
+
+
+def test_what_ray_prints_is_in_no_document(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = SimpleNamespace(is_initialized=lambda: False, init=lambda **_: None, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", quiet)
+    with executor_named("ray"):
+        print("a worker died")
+    print("{}")
+    assert tuple(capsys.readouterr()) == ("{}\n", "a worker died\n")
 
 
 @needs_ray

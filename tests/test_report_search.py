@@ -267,6 +267,15 @@ def test_messages_and_their_remedies_are_told_apart(document):
     assert "tp = 3 a; take 4" in check(search_html(told, {})).texts
 
 
+def test_a_comparison_of_several_seeds_says_that_its_curves_hold_them_all():
+    times = np.random.default_rng(1).lognormal(0, 1, 90)
+    sides = [deployment("one", times), deployment("two", times + 0.25)]
+    pooled = "curves the requests of all seeds together"
+    assert pooled not in compare_html(compare(sides), [paired(*sides)])
+    twice = [Deployment(side.label, side.runs * 2) for side in sides]
+    assert pooled in compare_html(compare(twice), [paired(*twice)])
+
+
 def test_the_commands_write_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("space.yaml").write_text(yaml.safe_dump(SPACE))

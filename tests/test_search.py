@@ -14,12 +14,13 @@ from click.testing import CliRunner
 
 from mist.cli import main
 from mist.errors import ScenarioError
-from mist.scenario import load
+from mist.scenario import catalogue, load
 from mist.scenario.tables import build_tables
 from mist.search.evaluate import Job, Outcome
 from mist.search.executors import executor_named
-from mist.search.finalists import vendor_of
+from mist.search.legal import legal_points
 from mist.search.run import search
+from mist.search.space import read_space
 from mist.search.store import open_store
 
 SPACE: dict[str, Any] = {
@@ -203,9 +204,26 @@ def test_dollars_without_prices_are_refused(tmp_path: Path) -> None:
         found(space)
 
 
-def test_vendors() -> None:
-    names = ("h100-sxm", "l40s", "mi300x", "gaudi2", "tpu-v6e", "a100-pcie-80gb", "of-my-own")
-    assert [vendor_of(name) for name in names] == ["nvidia", "nvidia", "amd", "intel", "google", "nvidia", "of-my-own"]
+def test_the_best_of_a_single_vendor_is_told_by_what_devices_say(tmp_path: Path) -> None:
+    own = {"peak_tflops": {"bf16": 900}, "memory_bytes": "80 GiB", "memory_bytes_per_s": "3 TB/s"}
+    devices = [
+        {"name": "one", "vendor": "acme", **own},
+        {"name": "two", "vendor": "acme", **own},
+        {"name": "lone", **own},
+    ]
+    client = {"model": "llama-3.1-8b", "perf": "roofline", "device": devices}
+    space = {**SPACE, "budget": {"devices": 2}, "space": {"clients": [{"a": client, "b": client}]}}
+    legal = legal_points(read_space(written(tmp_path, space)))
+    assert {(point.kinds, point.vendors) for point in legal.points.values()} == {
+        (("one",), ("acme",)), (("two",), ("acme",)), (("one", "two"), ("acme",)), (("lone",), ("lone",)),
+        (("lone", "one"), ("acme", "lone")), (("lone", "two"), ("acme", "lone")),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", catalogue.entries("devices"), ids=lambda entry: entry.name)
+def test_accelerators_of_the_catalogue_say_their_vendor(entry: catalogue.Entry) -> None:
+    device = catalogue.read("devices", entry.name, Path())[0]
+    assert device.num_cores or device.vendor in ("nvidia", "amd", "intel", "google", "sambanova")
 
 
 def test_the_command_writes_deployments_that_run(path: Path, halved: dict[str, Any], tmp_path: Path) -> None:

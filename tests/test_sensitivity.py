@@ -83,3 +83,18 @@ def test_what_can_not_move_is_told(tmp_path: Any) -> None:
     assert document["seeds"] == [5]
     with pytest.raises(ScenarioError, match=r"did you mean 'ttft_s\.p99'"), executor_named("serial") as executor:
         sensitivity(load(SCENARIO), executor, objectives=["ttft_s.p98"])
+
+
+def test_prices_move_dollars_in_proportion_and_nothing_else() -> None:
+    objectives = ("usd_per_hour", "output_tokens_per_usd", "usd_per_million_output_tokens", "ttft_s.p99", "mean_w")
+    with executor_named("serial") as executor:
+        document = sensitivity(load(SCENARIO), executor, objectives=objectives, num_seeds=2)
+    (prices,) = (row for row in document["parameters"] if row["parameter"] == "prices")
+    means = {name: each["mean"] for name, each in prices["elasticities"].items()}
+    assert means == {
+        "usd_per_hour": pytest.approx(1),
+        "output_tokens_per_usd": pytest.approx(-1),
+        "usd_per_million_output_tokens": pytest.approx(1),
+        "ttft_s.p99": 0.0,
+        "mean_w": 0.0,
+    }

@@ -50,6 +50,7 @@ IDLE_POWER = 0.15
 class Device:
     """One accelerator or CPU socket. Rates are data-sheet peaks per device; `efficiency` says what kernels reach.
 
+    `vendor`: who makes it, in lower case; empty where that isn't said.
     `peak_flop_per_s`: dense FLOP/s by dtype (`bf16` always there; it stands for `fp16` too).
     `link_bytes_per_s`: scale-up link in total, per direction; `scale_up_domain`: devices that it joins; `switched`:
     every pair talks at full rate (NVSwitch, full mesh), so that small all-reduces need no ring.
@@ -69,6 +70,7 @@ class Device:
     memory_bytes: int
     memory_bytes_per_s: float
     aliases: tuple[str, ...] = ()
+    vendor: str = ""
     link_bytes_per_s: float = GENERIC_LINK_BYTES_PER_S
     link_latency_ns: int = GENERIC_LINK_LATENCY_NS
     scale_up_domain: int = 8
@@ -155,7 +157,7 @@ class Device:
         if not isinstance(launch, Mapping):
             launch = dict.fromkeys(GENERIC_LAUNCH_NS, launch)
         values["kernel_launch_ns"] = reader.numbers("kernel_launch_ns", launch, -1.0, 1e9, GENERIC_LAUNCH_NS)
-        values["name"] = str(data.get("name", ""))
+        values["name"], values["vendor"] = (str(data.get(key, "")) for key in ("name", "vendor"))
         values["aliases"] = tuple(str(alias) for alias in data.get("aliases") or ())
         values["switched"] = bool(data.get("switched", False))
         values["sources"] = {str(k): str(v) for k, v in (data.get("sources") or {}).items()}

@@ -17,6 +17,9 @@ from mist.cli.scenario import load_scenario, scenario_options
 if TYPE_CHECKING:
     from mist.search.capacity import Capacity
 
+#: exit code where no value holds for every seed
+NOTHING_HOLDS = 1
+
 
 @click.command()
 @scenario_options
@@ -35,7 +38,8 @@ def capacity(
     """Find the highest rate at which SCENARIO meets its SLO, or the fewest clients that meet it.
 
     A run holds where every target of the SLO is met and it isn't saturated. A rate is told as a factor of the
-    scenario's own; each seed has the same requests at every rate. What is found holds for all seeds.
+    scenario's own; each seed has the same requests at every rate. What is found holds for all seeds. Exit code: 0
+    where something holds, 1 where nothing does, 130 for a search that was interrupted, which tells what it knows.
 
     \b
     Examples:
@@ -45,15 +49,26 @@ def capacity(
         mist capacity scenario.yaml --set slo.ttft_slowdown='{p50: 2, p90: 3, p99: 6}' --json
     """
     scenario = load_scenario(**options)
+    from mist.search.capacity import Interrupted
     from mist.search.capacity import capacity as find
 
     numbers = [scenario.seed + i for i in range(seeds)]
-    with chosen_executor(executor, workers, ray_address) as where, progress_of("runs") as progress:
-        found = find(scenario, vary=vary, seeds=numbers, tolerance=tolerance, executor=where, progress=progress)
+    try:
+        with chosen_executor(executor, workers, ray_address) as where, progress_of("runs") as progress:
+            found = find(scenario, vary=vary, seeds=numbers, tolerance=tolerance, executor=where, progress=progress)
+    except Interrupted as cut:
+        _show(cut.known, as_json)
+        raise
+    _show(found, as_json)
+    if found.value is None:
+        raise click.exceptions.Exit(NOTHING_HOLDS)
+
+
+def _show(found: Capacity, as_json: bool) -> None:
     if as_json:
         print_json(found.as_json())
-        return
-    _print(found)
+    else:
+        _print(found)
 
 
 def _print(found: Capacity) -> None:
@@ -83,6 +98,8 @@ def _print(found: Capacity) -> None:
 def _headline(found: Capacity) -> str:
     document = found.as_json()
     answer = document["found"]
+    if not found.is_whole:
+        return "interrupted; so far each seed holds and fails at"
     if answer is None:
         return "no value holds for every seed."
     rate, devices = answer["requests_per_s"], answer["devices"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -85,15 +86,7 @@ class ModelSpec:
         """
         if pp > self.num_layers:
             raise ValueError(f"{self.name} has {self.num_layers} layers, too few for pp = {pp}")
-        each = [g.repeated(1) for g in self.layers for _ in range(g.num_layers)]
-        size, rest = divmod(len(each), pp)
-        stages, start = [], 0
-        for i in range(pp):
-            end = start + size + (pp - 1 - rest <= i < pp - 1)
-            runs = groupby(each[start:end])
-            stages.append(tuple(kind.repeated(len(list(run))) for kind, run in runs))
-            start = end
-        return stages
+        return list(_stages(self.layers, pp))
 
     def weight_bytes(self, dtype: str, tp: int = 1, *, pp: int = 1, ep: int = 1, attn_dp: int = 1) -> int:
         """Bytes of the weights on a device of the pipeline stage that holds most; see `stage_weight_bytes`."""
@@ -196,6 +189,20 @@ class ModelSpec:
         represent (state-space layers, encoder-decoders, layers that share a KV cache, ...).
         """
         return cls(name=name, **read_config(name, config))
+
+
+@lru_cache(maxsize=256)
+def _stages(layers: tuple[LayerGroup, ...], pp: int) -> tuple[tuple[LayerGroup, ...], ...]:
+    # asked for again by every replica that is built
+    each = [g.repeated(1) for g in layers for _ in range(g.num_layers)]
+    size, rest = divmod(len(each), pp)
+    stages, start = [], 0
+    for i in range(pp):
+        end = start + size + (pp - 1 - rest <= i < pp - 1)
+        runs = groupby(each[start:end])
+        stages.append(tuple(kind.repeated(len(list(run))) for kind, run in runs))
+        start = end
+    return tuple(stages)
 
 
 def _layer_bytes(g: LayerGroup, dense: float, routed: float, wide: float, tp: int, ep: int, attn_dp: int) -> float:

@@ -11,10 +11,10 @@ from typing import Any
 
 from mist.errors import Problem, ScenarioError
 from mist.search.choices import every
-from mist.search.laboratory import Laboratory
+from mist.search.laboratory import WHOLE, Laboratory
+from mist.search.ladders import Ladder, climb
 from mist.search.legal import REST, Point, Refusal, examine
 from mist.search.space import Space
-from mist.search.strategies import WHOLE
 
 _TP = (1, 2, 4, 8, 16)
 
@@ -40,9 +40,10 @@ def baseline_points(space: Space) -> list[Point]:
     return found
 
 
-def best_baseline(lab: Laboratory, points: Sequence[Point], seeds: Sequence[int]) -> Point | None:
+def best_baseline(lab: Laboratory, ladders: Sequence[Ladder], seeds: Sequence[int]) -> Point | None:
     """Of the baselines, the feasible one that is best in the first objective, run with every seed; None if none is."""
-    lab.measure(points, WHOLE, seeds[:1])
+    climb(lab, ladders, WHOLE, seeds[:1])
+    points = [p for ladder in ladders for p in ladder.points if (p.number, WHOLE, seeds[0]) in lab.runs]
     scores = {point.number: lab.score(point, WHOLE, seeds[:1]) for point in points}
     for point in sorted(points, key=lambda point: (scores[point.number].values, -point.number)):
         if scores[point.number].violation > 0:

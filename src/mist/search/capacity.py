@@ -8,65 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 from mist.errors import InvariantError, ScenarioError
-from mist.metrics.slo import SLOWDOWNS
-from mist.metrics.words import counted
 from mist.scenario.clients import Pool
 from mist.scenario.value import Scenario
-from mist.search.evaluate import Executor, Job, Outcome, Summary
+from mist.search.evaluate import Executor, Job, Outcome
 from mist.search.executors.serial import Serial
 from mist.search.intervals import LEVEL, mean_interval, share_at_least
 from mist.search.knobs import RATE, Knob, knob_of
-from mist.search.pace import Pace, measured
+from mist.search.pace import measured
+from mist.search.verdict import FIGURES, Trial, trial_of
 
 SCHEMA_VERSION = 1
-#: what is told of a run beside its verdict, and where a summary has it
-FIGURES = {
-    "throughput_requests_per_s": ("throughput", "requests_per_s"),
-    "output_tokens_per_s": ("throughput", "output_tokens_per_s"),
-    "ttft_p99_s": ("ttft_s", "p99"),
-    "tpot_p99_s": ("tpot_s", "p99"),
-    "usd_per_hour": ("cost", "usd_per_hour"),
-    "usd_per_million_output_tokens": ("cost", "usd_per_million_output_tokens"),
-}
-
 #: called with the runs that are done and about how many there will be
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One run at one value: whether it `holds`, and else why not (`because`); its targets with what came of them.
-
-    `pace` is None where the load waits for the system; `is_behind`: it only fails for not having kept it. `figures` are
-    those of the run that a reader looks at first. `ran`: whether the scenario can be run so at all.
-    """
-
-    seed: int
-    value: float
-    requests_per_s: float | None
-    holds: bool
-    because: str
-    targets: tuple[Mapping[str, Any], ...]
-    figures: Mapping[str, float | None] = field(default_factory=dict)
-    pace: Pace | None = None
-    is_behind: bool = False
-    ran: bool = True
-
-    def is_like(self, other: Trial) -> bool:
-        """Whether all targets came out the same, to 1 %."""
-        pairs = zip(_actual(self), _actual(other), strict=True)
-        return len(self.targets) > 0 and all(a == b or (a and b and abs(a / b - 1) < 0.01) for a, b in pairs)
-
-    @property
-    def num_enough(self) -> int:
-        """Requests that would have to arrive for this verdict to be more than a beginning; 0 where these are enough."""
-        told = self.pace is not None and self.pace.is_short and (self.holds or self.is_behind)
-        return self.pace.num_enough if told and self.pace else 0
 
 
 @dataclass(slots=True)
@@ -131,6 +89,10 @@ class Capacity:
     value: float | None
     has_clock: bool = False
     """something happens at stated times, whatever the rate"""
+    has_failures: bool = False
+    """clients go down"""
+    is_whole: bool = True
+    """it wasn't interrupted"""
 
     def as_json(self) -> dict[str, Any]:
         """The document: the same for the same scenario, seeds and tolerance, wherever it was run.
@@ -144,6 +106,7 @@ class Capacity:
         return {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
+            "complete": self.is_whole,
             "vary": self.knob.name,
             "looking_for": "highest" if self.knob.rises else "fewest",
             "tolerance": None if self.knob.is_whole else self.tolerance,
@@ -161,12 +124,19 @@ class Capacity:
         }
 
     def notes(self) -> Iterator[str]:
-        """What the reader should know of the answer, as sentences."""
+        """What the reader should know of the answer, as sentences; none of a search that was interrupted."""
+        if not self.is_whole:
+            return
         for each in self.bisections:
             if each.good is None and each.bad is not None:
                 level = " More clients change nothing." if each.is_level else ""
                 because = each.trials[each.bad].because
                 yield f"Seed {each.seed}: even at {self.shown(each.bad)} it fails: {because}.{level}"
+                if self.has_failures and not self.knob.rises:
+                    yield (
+                        "Clients fail in this scenario: what one had under way is lost or late however many there are. "
+                        "An SLO that leaves no room for that share holds for no number of them."
+                    )
             elif each.bad is not None and not each.trials[each.bad].ran:
                 because = each.trials[each.bad].because
                 yield f"Seed {each.seed}: the search ended at {self.shown(each.bad)}, which {because}."
@@ -244,6 +214,14 @@ class Capacity:
         }
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a search; `known` is what its finished rounds say."""
+
+    def __init__(self, known: Capacity) -> None:
+        super().__init__()
+        self.known = known
+
+
 def capacity(
     scenario: Scenario,
     *,
@@ -258,7 +236,7 @@ def capacity(
     What is found for all seeds is the least that any of them found, and is tried for each, as are easier values. A run
     holds where every target of its SLOs is met and it isn't saturated. `executor` left out: one run after another.
     A value at which it can't be run fails, and ends the search on its side. Raises ScenarioError for a scenario without
-    SLO, or that doesn't run as it is.
+    SLO, or that doesn't run as it is; Interrupted, with what is known so far, where the user stops it.
     """
     if not any(metric for tenant in scenario.tenants.values() for metric in tenant.slo.model_dump().values()):
         hint = "such as slo: {ttft_s: {p99: 1.5}, tpot_s: {p99: 0.05}}, in the file or by --set"
@@ -266,6 +244,22 @@ def capacity(
     knob = knob_of(scenario, vary)
     searches = {seed: Bisection(knob, seed, tolerance) for seed in seeds or (scenario.seed,)}
     runs = _Runs(scenario, knob, executor or Serial(), progress)
+    has_clock = bool(scenario.events) or any(
+        pool.scaling is not None and len(pool.scaling.schedule) > 0
+        for pool in scenario.clients.values()
+        if isinstance(pool, Pool)
+    )
+    has_failures = any(event.client_down for event in scenario.events)
+    known = Capacity(scenario.name, knob, tolerance, list(searches.values()), None, has_clock, has_failures)
+    try:
+        return replace(known, value=_bisect(runs, searches))
+    except KeyboardInterrupt:
+        raise Interrupted(replace(known, is_whole=False)) from None
+
+
+def _bisect(runs: _Runs, searches: Mapping[int, Bisection]) -> float | None:
+    """Run until every search has ended; the value that each of them holds at, None where one has none."""
+    knob = runs.knob
     while wanted := {seed: x for seed, each in searches.items() if (x := each.next()) is not None}:
         left = len(knob.checks(knob.start)) * len(searches) + sum(each.num_left() for each in searches.values())
         for trial in runs.at(wanted.items(), left):
@@ -277,12 +271,7 @@ def capacity(
         missing = [(seed, x) for seed, x in checks if x not in searches[seed].trials]
         for trial in runs.at(missing, len(missing)):
             searches[trial.seed].trials[trial.value] = trial
-    has_clock = bool(scenario.events) or any(
-        pool.scaling is not None and len(pool.scaling.schedule) > 0
-        for pool in scenario.clients.values()
-        if isinstance(pool, Pool)
-    )
-    return Capacity(scenario.name, knob, tolerance, list(searches.values()), value, has_clock)
+    return value
 
 
 @dataclass(slots=True)
@@ -315,59 +304,11 @@ class _Runs:
     def _trial(self, seed: int, value: float, outcome: Outcome) -> Trial:
         """One that can't be run fails; the first of all says that the scenario is wrong."""
         if outcome.summary is not None:
-            return _trial(seed, value, outcome.summary)
+            return trial_of(seed, value, outcome.summary)
         error = outcome.error or ""
         if outcome.is_bug or outcome.has_crashed or value == self.knob.start:
             raise (InvariantError if outcome.is_bug else ScenarioError)(f"{self.knob.name} at {value:g}: {error}")
         return Trial(seed, value, None, False, f"can't be run: {' '.join(error.split())}", (), ran=False)
-
-
-def _trial(seed: int, value: float, summary: Summary) -> Trial:
-    targets = tuple(summary["slo"]["targets"])
-    missed = "; ".join(_missed(target) for target in targets if target["met"] is not True)
-    pace: Pace | None = summary.get("pace")
-    is_behind = not (missed or summary["saturated"] or pace is None or pace.is_kept)
-    because = _overload(summary, pace) or missed
-    rate = summary["offered"]["requests_per_s"] if summary["offered"] else None
-    return Trial(seed, value, rate, not because, because, targets, _figures(summary), pace, is_behind)
-
-
-def _overload(summary: Summary, pace: Pace | None) -> str:
-    """Why more arrives than is served, whatever the targets say; empty where it doesn't."""
-    if summary["saturated"]:
-        return f"saturated, {summary['saturation_reason']}"
-    if summary.get("near_capacity") and (backlog := summary["backlog"]):
-        grown = f"from about {backlog['waiting_first']:,.0f} to {backlog['waiting_last']:,.0f} waiting"
-        return f"near capacity, the queue of {backlog['pool']} grew {grown}"
-    if pace is not None and not pace.is_kept:
-        return (
-            f"behind its load, {pace.ended:,} requests ended while {pace.arrived:,} arrived (second half of arrivals)"
-        )
-    return ""
-
-
-def _figures(summary: Summary) -> dict[str, float | None]:
-    """What a run served, how fast and at what cost; None each for what it has no figure of."""
-    return {name: (summary.get(section) or {}).get(key) for name, (section, key) in FIGURES.items()}
-
-
-def _missed(target: Mapping[str, Any]) -> str:
-    unit = "slowdown" if target["metric"] in SLOWDOWNS else "s"
-    name = f"{target['metric'].removesuffix('_s').upper().replace('_SLOWDOWN', ' slowdown')} {target['statistic']}"
-    name = f"{target['tenant']}: {name}" if "tenant" in target else name
-    actual = target[f"actual_{unit}"]
-    if target["met"] is None:
-        return f"no request has a {name}"
-    sign = "x" if unit == "slowdown" else "s"
-    wanted = f"{target[f'target_{unit}']:.4g} {sign}"
-    if not target["num_lost"]:
-        return f"{name} is {actual:.4g} {sign}, not {wanted}"
-    others = f"no other request has a {name}" if actual is None else f"{name} of the others is {actual:.4g} {sign}"
-    return f"{counted(target['num_lost'], 'request')} lost, which count as late: {others}, target {wanted}"
-
-
-def _actual(trial: Trial) -> list[Any]:
-    return [target.get(key) for target in trial.targets for key in ("actual_s", "actual_slowdown", "num_lost")]
 
 
 def _target(target: Mapping[str, Any]) -> dict[str, Any]:

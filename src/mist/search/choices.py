@@ -16,10 +16,14 @@ Chooser = Callable[[str, tuple[str, ...]], int]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Alternatives by label, of which one is taken; `name` tells it from all other choices of the tree."""
+    """Alternatives by label, of which one is taken; `name` tells it from all other choices of the tree.
+
+    `is_load`: they are numbers, each of which is harder to serve than those before it.
+    """
 
     name: str
     options: Mapping[str, Any]
+    is_load: bool = False
 
 
 def resolve(tree: Any, choose: Chooser) -> Any:

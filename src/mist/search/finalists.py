@@ -9,19 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mist.search.laboratory import Laboratory
+from mist.search.laboratory import WHOLE, Laboratory
 from mist.search.legal import Point
 from mist.search.pareto import Score, front
-from mist.search.strategies import WHOLE
-
-#: what accelerators' names begin with, by vendor
-_VENDORS = {
-    "nvidia": ("a10", "a30", "b200", "b300", "gb", "gh", "h100", "h20", "h800", "jetson", "l4", "rtx"),
-    "amd": ("mi",),
-    "intel": ("arc", "gaudi"),
-    "google": ("tpu",),
-    "sambanova": ("sn",),
-}
 
 #: which points count for a title
 Eligible = Callable[[Point], bool]
@@ -36,17 +26,11 @@ class Podium:
     scores: Mapping[int, Score]
 
 
-def vendor_of(device: str) -> str:
-    """Who makes a device; its own name where that isn't known."""
-    known = ((v, start) for v, starts in _VENDORS.items() for start in starts)
-    return next((vendor for vendor, start in known if device.startswith(start)), device)
-
-
 def titles(objectives: Sequence[str]) -> dict[str, tuple[int, Eligible]]:
     """What one can be best at: the index of an objective, and who may compete."""
     return {
         **{f"best {name}": (k, lambda point: True) for k, name in enumerate(objectives)},
-        "best single vendor": (0, lambda point: len({vendor_of(kind) for kind in point.kinds}) == 1),
+        "best single vendor": (0, lambda point: len(point.vendors) == 1),
         "best homogeneous": (0, lambda point: len(point.kinds) == 1),
     }
 

@@ -6,7 +6,6 @@ requests; the first requests of each run are left out of its metrics. It never d
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from mist import __version__
-from mist.perf.measured import find_tables
 from mist.scenario import Scenario
 from mist.scenario.tables import build_tables
 from mist.scenario.tenancy import SOLE
 from mist.search.evaluate import Executor, Job
+from mist.search.keys import run_key
 from mist.search.legal import Point
 from mist.search.objectives import HOPELESS, Constraint, excerpt, excesses, maximised, objective
 from mist.search.pareto import Score
@@ -29,6 +27,8 @@ from mist.units import NS_PER_S
 
 #: called with the runs that are done and those that are planned
 Progress = Callable[[int, int], None]
+#: the share that is all of the workload
+WHOLE = 1.0
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Laboratory:
     planned: int = 0
     runs: dict[tuple[int, float, int], Run] = field(default_factory=dict)
     _tables: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    _scores: dict[tuple[int, float, tuple[int, ...]], Score] = field(default_factory=dict, repr=False)
 
     def measure(self, points: Iterable[Point], share: float, seeds: Sequence[int]) -> None:
         """Run what isn't known of `points` on the first `share` of the workload, with each seed."""
@@ -76,7 +77,13 @@ class Laboratory:
 
     def score(self, point: Point, share: float, seeds: Sequence[int]) -> Score:
         """The means over the runs of `seeds` that there are: of each objective, and of what each constraint misses."""
-        runs = [run for seed in seeds if (run := self.runs.get((point.number, share, seed))) is not None]
+        ran = tuple(seed for seed in seeds if (point.number, share, seed) in self.runs)
+        at = (point.number, share, ran)
+        if at not in self._scores:
+            self._scores[at] = self._score([self.runs[point.number, share, seed] for seed in ran])
+        return self._scores[at]
+
+    def _score(self, runs: Sequence[Run]) -> Score:
         found = [excerpt_of(run) for run in runs]
         if not found or any(each is None for each in found):
             return Score((math.inf,) * len(self.objectives), HOPELESS)
@@ -98,9 +105,7 @@ class Laboratory:
 
     def _job(self, point: Point, share: float, seed: int) -> Job:
         overrides = {"seed": seed, **self._prefix(point, share, seed)}
-        parts = [__version__, str(find_tables()), point.resolved, overrides]
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-        return Job(key, point.resolved, overrides)
+        return Job(run_key(point.resolved, overrides), point.resolved, overrides)
 
     def _prefix(self, point: Point, share: float, seed: int) -> dict[str, Any]:
         """What takes the first `share` of every tenant's requests, and leaves the first of these out of the metrics."""

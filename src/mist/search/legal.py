@@ -6,14 +6,16 @@ runs nothing, and drops nothing without a reason that is counted.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from mist.errors import Problem, ScenarioError
+from mist.hardware import Device
 from mist.scenario import catalogue
 from mist.scenario.pricing import refusals_of
 from mist.scenario.source import KeyPath, Source, key_path
@@ -48,16 +50,28 @@ class Point:
     resolved: Mapping[str, Any]
     devices: int
 
-    @property
+    @functools.cached_property
     def deployment(self) -> str:
         """What serves, as text: the same for points that differ in their load alone."""
         return json.dumps(self.resolved["clients"], sort_keys=True, default=str)
 
-    @property
+    @functools.cached_property
     def kinds(self) -> tuple[str, ...]:
         """The names of its accelerators."""
-        pools = self.scenario.pools.values()
-        return tuple(sorted({pool.device.name for pool in pools if not pool.device.num_cores}))
+        return tuple(sorted({device.name for device in self._accelerators()}))
+
+    @functools.cached_property
+    def vendors(self) -> tuple[str, ...]:
+        """Who makes its accelerators; for one that says no vendor its own name."""
+        return tuple(sorted({device.vendor or device.name for device in self._accelerators()}))
+
+    @property
+    def standing(self) -> int:
+        """2 for one kind of device, 1 for several of one vendor, else 0: in how many contests beside all it is."""
+        return (len(self.kinds) == 1) + (len(self.vendors) == 1)
+
+    def _accelerators(self) -> Iterator[Device]:
+        return (pool.device for pool in self.scenario.pools.values() if not pool.device.num_cores)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,9 @@ _PER_USD = ("output_tokens_per_usd", "total_tokens_per_usd", "requests_per_usd")
 _USD_PER = ("usd_per_million_output_tokens", "usd_per_million_total_tokens", "usd_per_thousand_requests")
 _UNITS = {"output_tokens": 1e6, "total_tokens": 1e6, "requests": 1e3}
 _SECONDS_PER_HOUR = 3600.0
+#: beside what is per dollar: at most in proportion to a load that rises these grow, or fall
+_GROWING = ("requests_per_s", "output_tokens_per_s", "total_tokens_per_s", "goodput_requests_per_s")
+_FALLING = (*_USD_PER, "joules_per_output_token")
 
 NAMES = (
     "devices",
@@ -53,6 +56,18 @@ def unknown(name: str) -> str | None:
 def maximised(name: str) -> bool:
     """Whether more of it is better."""
     return name in _PER_USD or (name in _FIGURES and _FIGURES[name][2])
+
+
+def improves_with_load(name: str) -> bool:
+    """Whether it may get better where a deployment is offered more; if so, by no more than in proportion."""
+    return name in _PER_USD or name in _GROWING or name in _FALLING
+
+
+def at_best(name: str, value: float, times: float) -> float:
+    """What a figure `value` could be at best under a load that is `times` as high, times >= 1."""
+    if not improves_with_load(name):
+        return value
+    return value / times if name in _FALLING else value * times
 
 
 def objective(summary: Summary, name: str) -> float | None:

@@ -15,13 +15,14 @@ from typing import Any
 
 from mist.errors import Problem, ScenarioError
 from mist.scenario.value import to_yaml
+from mist.search.choices import Choice
 from mist.search.finalists import Podium
-from mist.search.laboratory import Laboratory
+from mist.search.laboratory import WHOLE, Laboratory
+from mist.search.ladders import ladders_of
 from mist.search.legal import Legal, Point
 from mist.search.objectives import excesses, maximised, objective
 from mist.search.space import Space
 from mist.search.store import excerpt_of
-from mist.search.strategies import WHOLE
 
 SCHEMA_VERSION = 1
 RESULT, STORE, PAGE = "result.json", "search.db", "report.html"
@@ -89,13 +90,14 @@ def outcome(
         "configurations": {
             "tried": legal.num_configurations,
             "legal": len(legal.points),
+            "deployments": len(ladders_of(legal.points.values(), space.load)),
             "refused": [
                 {"reason": reason, "count": number, "example": legal.examples[reason]}
                 for reason, number in sorted(legal.refused.items(), key=lambda item: (-item[1], item[0]))
             ],
             "failed": _failed(lab),
         },
-        "remarks": [*legal.remarks, *_remarks(space, base)],
+        "remarks": [*legal.remarks, *_remarks(space, base, first)],
         "runs": _runs(lab),
         "front": [{"name": names[number], **told[number]} for number in podium.front],
         "best": {
@@ -117,10 +119,14 @@ def outcome(
     return Found(document, {names[number]: legal.points[number].resolved for number in podium.front})
 
 
-def _remarks(space: Space, base: Point | None) -> list[str]:
-    if space.baseline is None or base is not None:
-        return []
-    return ["The baseline meets the constraints under no load of the space."]
+def _remarks(space: Space, base: Point | None, best: Point | None) -> list[str]:
+    told = []
+    if space.baseline is not None and base is None:
+        told.append("The baseline meets the constraints under no load of the space.")
+    choice = space.tree.get(space.load or "")
+    if best is not None and isinstance(choice, Choice) and best.choices[choice.name] == list(choice.options)[-1]:
+        told.append("The best is under the highest load of the space: give higher ones, which it may serve too.")
+    return told
 
 
 def _deployment(lab: Laboratory, point: Point, seeds: Sequence[int]) -> dict[str, Any]:

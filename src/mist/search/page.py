@@ -42,7 +42,10 @@ def render(document: Document) -> RenderableType:
 def _counts(document: Document) -> str:
     counts = document["configurations"]
     runs = ", ".join(f"{each['runs']:,} on {each['share']:.4g} of the workload" for each in document["runs"])
-    return f"{counts['legal']:,} of {counts['tried']:,} configurations are legal; by {document['strategy']}: {runs}."
+    legal = f"{counts['legal']:,} of {counts['tried']:,} configurations are legal"
+    if counts.get("deployments", counts["legal"]) != counts["legal"]:
+        legal += f", {counts['deployments']:,} deployments under several loads"
+    return f"{legal}; by {document['strategy']}: {runs}."
 
 
 def _refused(configurations: Document) -> RenderableType:

@@ -26,6 +26,29 @@ def covers(one: Score, other: Score, margin: float = 0.0) -> bool:
     return one.violation <= 0 and all(a <= b + margin * abs(b) for a, b in zip(one.values, other.values, strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What is to be beaten: by standing, the front of the feasible that have that standing or a higher one.
+
+    A point with a lower standing takes part in fewer contests, so it beats none with a higher one.
+    """
+
+    fronts: tuple[tuple[Score, ...], ...]
+
+    @classmethod
+    def of(cls, scored: Sequence[tuple[Score, int]], num_standings: int = 3) -> Bar:
+        """That of scores with their standings, 0 to `num_standings` - 1."""
+        fronts = []
+        for standing in range(num_standings):
+            known = {i: score for i, (score, its) in enumerate(scored) if its >= standing}
+            fronts.append(tuple(known[i] for i in front(known)))
+        return cls(tuple(fronts))
+
+    def covers(self, score: Score, standing: int, margin: float = 0.0) -> bool:
+        """Whether something is as good as `score` in everything, to within a share of `margin` of it."""
+        return any(covers(one, score, margin) for one in self.fronts[standing])
+
+
 def front(scores: Mapping[int, Score]) -> list[int]:
     """The feasible that no other feasible one dominates, by their first value; of equals the lowest number."""
     feasible = {i: score for i, score in scores.items() if score.violation <= 0}

@@ -16,6 +16,7 @@ from mist.search.choices import count
 from mist.search.evaluate import Executor
 from mist.search.finalists import last_round
 from mist.search.laboratory import Laboratory, Progress
+from mist.search.ladders import Ladder, ladders_of
 from mist.search.legal import Legal, legal_points
 from mist.search.objectives import objective
 from mist.search.outcome import Found, outcome
@@ -46,8 +47,9 @@ def search(
     first = sample.scenario.seed if sample else 0
     seeds = range(first, first + num_seeds)
     lab = Laboratory(executor, kept, space.objectives, space.constraints, progress=progress)
-    _apply(strategy, num_trials, space, legal, lab, seeds)
-    best = best_baseline(lab, base, seeds)
+    ladders = ladders_of(legal.points.values(), space.load)
+    _apply(strategy, num_trials, space, legal, ladders, lab, seeds)
+    best = best_baseline(lab, ladders_of(base, space.load), seeds)
     podium = last_round(lab, legal.points, seeds)
     _check_measured(space, lab)
     timing = _timing(lab, time.perf_counter() - began)
@@ -63,12 +65,15 @@ def _enumerated(space: Space) -> Legal:
     return legal_points(space)
 
 
-def _apply(strategy: str, num_trials: int, space: Space, legal: Legal, lab: Laboratory, seeds: Sequence[int]) -> None:
+def _apply(
+    strategy: str, num_trials: int, space: Space, legal: Legal, ladders: Sequence[Ladder], lab: Laboratory,
+    seeds: Sequence[int],
+) -> None:  # fmt: skip
     if strategy == "exhaustive":
-        exhaustive(lab, legal.points, seeds)
+        exhaustive(lab, ladders, seeds)
     elif strategy == "halving":
         table = build_tables(next(iter(legal.points.values())).scenario)
-        Halving().run(lab, legal.points, seeds[0], sum(map(len, table.values())))
+        Halving().run(lab, ladders, seeds[0], sum(map(len, table.values())))
     else:
         Sampled(strategy, num_trials).run(lab, space, legal, seeds[0])
 

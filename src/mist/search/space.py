@@ -16,11 +16,13 @@ from mist.errors import Problem, ScenarioError, nearest
 from mist.scenario.nodes import Node, Place
 from mist.scenario.source import KeyPath, Source, read_file
 from mist.search.choices import Choice
-from mist.search.objectives import Constraint, unknown
+from mist.search.objectives import Constraint, improves_with_load, unknown
 
 _KEYS = ("name", "scenario", "space", "budget", "objectives", "constraints", "baseline")
 #: alternatives by name, whole numbers from first to last, numbers that double from first to last
 _ANY, _RANGE, _DOUBLING = "any", "range", "doubling"
+#: numbers in their order, of which each is harder to serve than those before it
+_LOAD = "load"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,11 @@ class Space:
     objectives: tuple[str, ...]
     constraints: tuple[Constraint, ...]
     baseline: Mapping[str, Any] | None
+
+    @property
+    def load(self) -> str | None:
+        """The name of the choice that is the load; None where the space says none."""
+        return next((tree.name for tree in self.tree.values() if isinstance(tree, Choice) and tree.is_load), None)
 
     def label(self, name: str) -> str:
         """FILE:LINE:COLUMN of what the space says of a choice or a path into the scenario, for messages about it."""
@@ -64,6 +71,7 @@ class _Reader:
     def __init__(self, own: Source) -> None:
         self.own = own
         self.problems: list[Problem] = []
+        self.loads: list[str] = []
 
     def space(self) -> Space | None:
         data = self.own.root.value
@@ -120,6 +128,9 @@ class _Reader:
         for path, inner in node.value.items():
             for dotted, tree in _settings(self._read(inner, path), path):
                 found[dotted] = tree
+        if len(self.loads) > 1 or any(name not in found for name in self.loads):
+            message = f"load is said of {', '.join(self.loads)}: there can be one, outside of all alternatives"
+            self._add(("space",), message, "give the others as plain lists")
         return found
 
     def _read(self, node: Node, name: str) -> Any:
@@ -140,6 +151,8 @@ class _Reader:
             key, inner = next(iter(node.value.items()))
             if key == _ANY:
                 return self._any(inner, name)
+            if key == _LOAD:
+                return self._load(inner, name)
             if key in (_RANGE, _DOUBLING):
                 return Choice(name, {str(number): number for number in self._numbers(key, inner, name)})
         return {key: self._read(inner, f"{name}.{key}") for key, inner in node.value.items()}
@@ -149,6 +162,15 @@ class _Reader:
             self._at(node, f"{name}: any holds alternatives by name", "such as any: {one: {...}, other: {...}}")
             return Choice(name, {"": None})
         return Choice(name, {label: self._read(inner, f"{name}[{label}]") for label, inner in node.value.items()})
+
+    def _load(self, node: Node, name: str) -> Choice:
+        self.loads.append(name)
+        given = _plain(node)
+        numbers = given if isinstance(given, list) and given else [0]
+        known = all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in numbers)
+        if not known or sorted(set(numbers)) != numbers:
+            self._at(node, f"{name}: {given!r:.60} are no loads", "such as load: [4, 6, 8]: numbers that rise")
+        return Choice(name, {str(number): number for number in numbers}, is_load=True)
 
     def _numbers(self, kind: str, node: Node, name: str) -> list[int]:
         given = _plain(node)
@@ -199,6 +221,9 @@ class _Reader:
                 self._add(("constraints", name), f"there is no objective {name!r}", hint, key=True)
             if isinstance(bound, bool) or not isinstance(bound, int | float) or bound <= 0:
                 self._add(("constraints", name), f"{bound!r} is no bound", "a number above 0")
+            if self.loads and improves_with_load(name):
+                message = f"{name} may hold at a higher load only, but a load is one that is harder the higher it is"
+                self._add(("constraints", name), message, "give the loads as a plain list", key=True)
         return tuple(Constraint(name, bound) for name, bound in given.items())
 
     def _baseline(self) -> Mapping[str, Any] | None:

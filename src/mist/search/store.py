@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mist.errors import Problem, ScenarioError
+from mist.errors import InvariantError, Problem, ScenarioError
 from mist.search.objectives import maximised, objective
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 #: what is kept of a run: its `excerpt` or its `error`, and the processor time `cpu_s` that it took
 Run = dict[str, Any]
+
+_TRIES, _PAUSE_S = 10, 0.5
 
 
 class Store:
@@ -57,22 +60,37 @@ def open_store(url: str | Path | None, name: str, objectives: Sequence[str]) -> 
     """The store in a SQLite file (a path) or a database (a URL), made where there is none; in memory for None."""
     if url is None:
         return Store()
+    where = f"sqlite:///{url.resolve()}" if isinstance(url, Path) else url
+    if where.startswith("postgresql://"):
+        where = where.replace(
+            "postgresql:", "postgresql+psycopg:", 1
+        )  # of its drivers the one that is an extra of MIST
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            return Store(_study(where, f"{name}: {', '.join(objectives)}", objectives), objectives)
+        except Exception as error:
+            told = str(error)
+            if tries_left and ("already exists" in told or "duplicate key" in told):
+                time.sleep(_PAUSE_S)  # another search makes the tables of a new database just now
+                continue
+            hint = "such as sqlite:///search.db or postgresql://user@host/database"
+            if isinstance(error, ImportError):
+                hint = "PostgreSQL's driver is an extra: pip install 'mist-sim[postgresql]'"
+            told = f"the store can't be opened: {type(error).__name__}: {told.splitlines()[0]:.200}"
+            raise ScenarioError(Problem(told, hint=hint)) from None
+    raise InvariantError("the last try neither opened the store nor told why not")
+
+
+def _study(where: str, name: str, objectives: Sequence[str]) -> optuna.Study:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    where = f"sqlite:///{url.resolve()}" if isinstance(url, Path) else url
-    try:
-        study = optuna.create_study(
-            study_name=f"{name}: {', '.join(objectives)}",
-            storage=where,
-            directions=["maximize" if maximised(each) else "minimize" for each in objectives],
-            load_if_exists=True,
-        )
-    except Exception as error:
-        told = f"the store can't be opened: {type(error).__name__}: {str(error).splitlines()[0]:.200}"
-        hint = "such as sqlite:///search.db or postgresql://user@host/database"
-        raise ScenarioError(Problem(told, hint=hint)) from None
-    return Store(study, objectives)
+    return optuna.create_study(
+        study_name=name,
+        storage=where,
+        directions=["maximize" if maximised(each) else "minimize" for each in objectives],
+        load_if_exists=True,
+    )
 
 
 def excerpt_of(run: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -15,30 +15,41 @@ from typing import Any
 import numpy as np
 
 from mist.search.choices import resolve
-from mist.search.laboratory import Laboratory
+from mist.search.laboratory import WHOLE, Laboratory
+from mist.search.ladders import Ladder, climb, climb_best_first, fill, hopes_of
 from mist.search.legal import Legal, Point
 from mist.search.objectives import HOPELESS
-from mist.search.pareto import Score, covers, ranked
+from mist.search.pareto import Bar, Score, ranked
 from mist.search.space import Space
 
-WHOLE = 1.0
+
+def exhaustive(lab: Laboratory, ladders: Sequence[Ladder], seeds: Sequence[int]) -> None:
+    """Every deployment on the whole workload, with every seed: what the others are held against.
+
+    Its highest load is bisected, and loads below it are measured where they could be in the front.
+    """
+    lab.planned = planned_runs(ladders) * len(seeds)
+    climb(lab, ladders, WHOLE, seeds)
+    fill(lab, ladders, WHOLE, seeds)
 
 
-def exhaustive(lab: Laboratory, points: Mapping[int, Point], seeds: Sequence[int]) -> None:
-    """Every point on the whole workload, with every seed: what the others are held against."""
-    lab.planned = len(points) * len(seeds)
-    lab.measure(points.values(), WHOLE, seeds)
+def planned_runs(ladders: Sequence[Ladder]) -> int:
+    """About so many runs take all deployments to their highest loads."""
+    return sum(1 + (len(ladder.points) - 1).bit_length() for ladder in ladders)
 
 
 @dataclass(frozen=True, slots=True)
 class Halving:
     """Successive halving on longer and longer prefixes of the same workload, with a second look at what was left.
 
-    All points run on the shortest prefix. Of the points on the longest prefix but the whole that are still promising,
-    the best 1/`eta` by Pareto rank, as many as a halving of all points leaves there, go on to the next prefix; where
-    none is left, those on the prefix below it; until none is promising. A point is promising while it misses no
-    constraint by more than `far`, and no point on the whole workload is as good in every objective to within `margin`.
-    What a prefix says is corrected by the median ratio of the whole workload to it, over the points that ran on both.
+    All deployments run on the shortest prefix, where their highest load is bisected, as far as it could be in the front
+    there. Of the points on the longest prefix but the whole that are still promising, the best by Pareto rank go on to
+    the next prefix, 1/`eta` as many as there are deployments, then 1/`eta` of these, ...; where none is left, those on
+    the prefix below it, at last those that ran on none, with what a lower load says at best; until none is promising.
+    A point is promising while it misses no constraint by more than `far`, nor a lower load of its deployment does on a
+    longer prefix, and no point on the whole workload that takes part in as many contests is as good in every objective
+    to within `margin`. What a prefix says is corrected by the median ratio of the whole workload to it, over the points
+    that ran on both.
     """
 
     eta: int = 4
@@ -54,37 +65,70 @@ class Halving:
             shares.insert(0, shares[0] / self.eta)
         return shares
 
-    def run(self, lab: Laboratory, points: Mapping[int, Point], seed: int, num_requests: int) -> None:
+    def run(self, lab: Laboratory, ladders: Sequence[Ladder], seed: int, num_requests: int) -> None:
         """Measure until nothing is promising."""
         shares = self.shares(num_requests)
-        at = dict.fromkeys(points, 0)
-        lab.planned = sum(max(len(points) // self.eta**i, 1) for i in range(len(shares)))
-        lab.measure(points.values(), shares[0], [seed])
-        while climbing := self._next(lab, points, at, shares, seed):
+        points = {point.number: point for ladder in ladders for point in ladder.points}
+        # of a bisection about half is left out
+        climbed = len(ladders) + (planned_runs(ladders) - len(ladders)) // 2
+        lab.planned = climbed + sum(max(len(ladders) // self.eta**i, 1) for i in range(1, len(shares)))
+        climb_best_first(lab, ladders, shares[0], [seed], self.far)
+        at = {i: 0 if (i, shares[0], seed) in lab.runs else -1 for i in points}
+        while climbing := self._next(lab, ladders, at, shares, seed):
             rung = at[climbing[0]] + 1
             lab.measure([points[i] for i in climbing], shares[rung], [seed])
             at.update(dict.fromkeys(climbing, rung))
 
     def _next(
-        self, lab: Laboratory, points: Mapping[int, Point], at: Mapping[int, int], shares: list[float], seed: int
+        self, lab: Laboratory, ladders: Sequence[Ladder], at: Mapping[int, int], shares: list[float], seed: int
     ) -> list[int]:
-        """The points that go on, all from one prefix to the next."""
+        """The points that go on, all from one prefix to the next; those of the rung -1 have run on none."""
         last = len(shares) - 1
-        whole = {i: lab.score(points[i], WHOLE, [seed]) for i, rung in at.items() if rung == last}
-        feasible = [score for score in whole.values() if score.violation <= 0]
-        for rung in reversed(range(last)):
-            said = {i: lab.score(points[i], shares[rung], [seed]) for i, its in at.items() if its >= rung}
-            both = [(said[i], score) for i, score in whole.items()]
-            here = {i: corrected(said[i], both, self.min_points) for i, its in at.items() if its == rung}
+        points = {point.number: point for ladder in ladders for point in ladder.points}
+        said = [
+            {i: lab.score(points[i], share, [seed]) for i, its in at.items() if its >= rung}
+            for rung, share in enumerate(shares)
+        ]
+        whole = said[last]
+        bar = Bar.of([(score, points[i].standing) for i, score in whole.items()])
+        lost = self._lost(ladders, at, said)
+        for rung in reversed(range(-1, last)):
+            there = said[max(rung, 0)]
+            both = [(there[i], score) for i, score in whole.items()]
+            open_ = {i: there[i] for i in there if at[i] == rung} if rung >= 0 else _unmeasured(lab, ladders, there)
+            here = {i: corrected(score, both, self.min_points) for i, score in open_.items() if i not in lost}
             promising = {
                 i: score
                 for i, score in here.items()
-                if score.violation <= self.far and not any(covers(best, score, self.margin) for best in feasible)
+                if score.violation <= self.far and not bar.covers(score, points[i].standing, self.margin)
             }
             if promising:
-                number = max(self.min_points, math.ceil(len(points) / self.eta ** (rung + 1)))
+                number = max(self.min_points, math.ceil(len(ladders) / self.eta ** max(rung + 1, 1)))
                 return ranked(promising)[:number]
         return []
+
+    def _lost(
+        self, ladders: Sequence[Ladder], at: Mapping[int, int], said: Sequence[Mapping[int, Score]]
+    ) -> frozenset[int]:
+        """Points under a load that is above one which was missed: on the whole workload at all, else by `far`."""
+        lost: set[int] = set()
+        last = len(said) - 1
+        for ladder in ladders:
+            missed = -1
+            for number in (point.number for point in ladder.points):
+                if at[number] < missed:
+                    lost.add(number)
+                elif at[number] >= 0:
+                    allowed = 0.0 if at[number] == last else self.far
+                    if said[at[number]][number].violation > allowed:
+                        missed = max(missed, at[number])
+        return frozenset(lost)
+
+
+def _unmeasured(lab: Laboratory, ladders: Sequence[Ladder], known: Mapping[int, Score]) -> dict[int, Score]:
+    """What the points that have not run could be at best on the prefix of `known`."""
+    hopes = ((ladder, hopes_of(lab.objectives, ladder, known)) for ladder in ladders)
+    return {ladder.points[i].number: score for ladder, found in hopes for i, score in found.items()}
 
 
 def corrected(score: Score, both: list[tuple[Score, Score]], least: int) -> Score:

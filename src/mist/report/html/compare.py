@@ -35,9 +35,13 @@ def compare_html(document: Document, pairs: Sequence[Pairs]) -> str:
     either: float64[n], s.
     """
     by = document["interval"]["by"]
+    several = document["num_seeds"] > 1
+    pooled = (
+        " Tables hold means over the seeds' own figures, curves the requests of all seeds together." if several else ""
+    )
     said = note("Requests are paired by number, so that what both have in common cancels. Intervals hold the "
                 f"difference with {percent(document['interval']['level'])} confidence, by {by}; "
-                f"seeds: {document['num_seeds']}.")  # fmt: skip
+                f"seeds: {document['num_seeds']}.{pooled}")  # fmt: skip
     sections = [
         _against(i, document["baseline"], against, its)
         for i, (against, its) in enumerate(zip(document["against"], pairs, strict=True))

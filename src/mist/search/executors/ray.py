@@ -6,9 +6,11 @@ reference of its task. It ends only what it has started.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pickle
 import socket
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -39,6 +41,7 @@ class Ray:
     max_retries: int = 5
     _ray: Any = field(init=False, repr=False, default=None)
     _is_ours: bool = field(init=False, repr=False, default=False)
+    _told: contextlib.ExitStack = field(init=False, repr=False, default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> Ray:
         self._ray = _imported()
@@ -56,9 +59,12 @@ class Ray:
         else:
             self._ray.init(address="local", num_cpus=self.num_workers or None, include_dashboard=False, **quiet)
         self._is_ours = True
+        # Ray prints what becomes of its workers, from a thread of its own, into what may be a document
+        self._told.enter_context(contextlib.redirect_stdout(sys.stderr))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._told.close()
         if self._is_ours:
             self._ray.shutdown()
             self._is_ours = False

@@ -1,0 +1,125 @@
+"""Deployments under rising loads: which loads a deployment takes is bisected rather than tried one by one.
+
+Between the legal points and the strategies: the points of one deployment are a `Ladder`. It relies on three things:
+what a deployment misses at one load it misses at higher ones, its latencies don't fall with the load, and what it
+serves rises at most in proportion. It never decides which deployments are worth a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mist.search.laboratory import Laboratory
+from mist.search.legal import Point
+from mist.search.objectives import at_best, maximised
+from mist.search.pareto import Bar, Score, ranked
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """The points of a deployment by rising `loads`; where a space has no load, its one point."""
+
+    points: tuple[Point, ...]
+    loads: tuple[float, ...]
+
+
+def ladders_of(points: Iterable[Point], load: str | None) -> list[Ladder]:
+    """The points by deployment; `load`: the choice whose values are rising loads, None: each point is alone."""
+    groups: dict[object, list[Point]] = {}
+    for point in points:
+        others = tuple((name, label) for name, label in point.choices.items() if name != load)
+        groups.setdefault((others, point.deployment) if load else point.number, []).append(point)
+    found = []
+    for members in groups.values():
+        by_load = {float(point.choices[load]) if load else 1.0: point for point in members}
+        found.append(Ladder(tuple(by_load[each] for each in sorted(by_load)), tuple(sorted(by_load))))
+    return found
+
+
+def climb(
+    lab: Laboratory, ladders: Sequence[Ladder], share: float, seeds: Sequence[int], far: float = 0.0,
+    rivals: Sequence[Ladder] = (),
+) -> None:  # fmt: skip
+    """Measure the lowest load of each, then bisect for the highest that misses no constraint by more than `far`.
+
+    All ladders step together, so that a round has a run for each. Where there are `rivals`, a bisection ends when all
+    that it could still find is covered at best by what is known of them.
+    """
+    held, missed = [-1] * len(ladders), [len(ladder.points) for ladder in ladders]
+    probes = dict.fromkeys(range(len(ladders)), 0)
+    while probes:
+        lab.measure([ladders[k].points[i] for k, i in probes.items()], share, seeds)
+        for k, i in probes.items():
+            fits = lab.score(ladders[k].points[i], share, seeds).violation <= far
+            held[k], missed[k] = (i, missed[k]) if fits else (held[k], i)
+        bar = bar_of(lab, rivals, share, seeds)
+        probes = {
+            k: (held[k] + missed[k]) // 2
+            for k, ladder in enumerate(ladders)
+            if missed[k] - held[k] > 1
+            and (not rivals or any(held[k] < i < missed[k] for i in _open(lab, ladder, bar, share, seeds, far)))
+        }
+
+
+def climb_best_first(
+    lab: Laboratory, ladders: Sequence[Ladder], share: float, seeds: Sequence[int], far: float, num_waves: int = 8
+) -> None:
+    """As `climb`, in waves: the most promising at their lowest loads first, so that the others can be held to them."""
+    lab.measure([ladder.points[0] for ladder in ladders], share, seeds)
+    by_lowest = {ladder.points[0].number: ladder for ladder in ladders}
+    order = ranked({number: lab.score(ladder.points[0], share, seeds) for number, ladder in by_lowest.items()})
+    size = -(-len(order) // num_waves)
+    for start in range(0, len(order), size):
+        climb(lab, [by_lowest[number] for number in order[start : start + size]], share, seeds, far, ladders)
+
+
+def fill(lab: Laboratory, ladders: Sequence[Ladder], share: float, seeds: Sequence[int]) -> None:
+    """After `climb`: measure what could still be in the front, until nothing else can; of each the middle first."""
+    while True:
+        bar = bar_of(lab, ladders, share, seeds)
+        left = [(ladder, _open(lab, ladder, bar, share, seeds)) for ladder in ladders]
+        wanted = [ladder.points[numbers[len(numbers) // 2]] for ladder, numbers in left if numbers]
+        if not wanted:
+            return
+        lab.measure(wanted, share, seeds)
+
+
+def bar_of(lab: Laboratory, ladders: Sequence[Ladder], share: float, seeds: Sequence[int]) -> Bar:
+    """What is to be beaten on a prefix."""
+    known = [(ladder, known_of(lab, ladder, share, seeds)) for ladder in ladders]
+    return Bar.of([(its[p.number], p.standing) for ladder, its in known for p in ladder.points if p.number in its])
+
+
+def known_of(lab: Laboratory, ladder: Ladder, share: float, seeds: Sequence[int]) -> dict[int, Score]:
+    """The scores of a deployment's points that ran on a prefix, by number."""
+    ran = [point for point in ladder.points if (point.number, share, seeds[0]) in lab.runs]
+    return {point.number: lab.score(point, share, seeds) for point in ran}
+
+
+def _open(lab: Laboratory, ladder: Ladder, bar: Bar, share: float, seeds: Sequence[int], far: float = 0.0) -> list[int]:
+    """Loads, by index, that have not run, may miss no constraint by more than `far`, and be in the front at best."""
+    hopes = hopes_of(lab.objectives, ladder, known_of(lab, ladder, share, seeds))
+    standing = ladder.points[0].standing
+    return [i for i, score in hopes.items() if score.violation <= far and not bar.covers(score, standing)]
+
+
+def hopes_of(objectives: Sequence[str], ladder: Ladder, known: Mapping[int, Score]) -> dict[int, Score]:
+    """What the points that aren't `known` could be at best, by index: each as the next lower load that is known."""
+    found: dict[int, Score] = {}
+    below: tuple[float, Score] | None = None
+    for i, (point, load) in enumerate(zip(ladder.points, ladder.loads, strict=True)):
+        if (score := known.get(point.number)) is not None:
+            below = load, score
+        elif below is not None:
+            found[i] = hope(objectives, below[1], load / below[0])
+    return found
+
+
+def hope(objectives: Sequence[str], score: Score, times: float) -> Score:
+    """A score under a load that is `times` as high, at best."""
+    values = tuple(
+        -at_best(name, -value, times) if maximised(name) else at_best(name, value, times)
+        for name, value in zip(objectives, score.values, strict=True)
+    )
+    return Score(values, score.violation)
