@@ -43,13 +43,22 @@ class Views:
             outlook = self._outlooks.setdefault(client.index, _Outlook(client))
             outlook.ask(needs, self._prices.get(id(client.perf)))
 
-    def of(self, clients: Sequence[Client], now: int, *, with_load: bool = True) -> list[ClientView]:
-        """The views of `clients`, in their order; without the load for who reads `num_outstanding` at most."""
+    def of(
+        self, clients: Sequence[Client], now: int, *, with_load: bool = True, with_pending: bool = True
+    ) -> list[ClientView]:
+        """The views of `clients`, in their order; without the load for who reads `num_outstanding` at most, or
+        `pending_prefill_tokens` too.
+        """
         if self._refresh_ns:
             return [self._last(client, now // self._refresh_ns) for client in clients]
         if self._outlooks or self.count_promises:
             return [self._fresh(client) for client in clients]
-        return [client.refresh_view() for client in clients] if with_load else [client.view for client in clients]
+        if with_load:
+            return [client.refresh_view() for client in clients]
+        if with_pending:
+            for client in clients:
+                client.view.pending_prefill_tokens = client.residents.pending_tokens + client.front_end.incoming_tokens
+        return [client.view for client in clients]
 
     def placed(self, task: Task, client: Client) -> None:
         """`task` goes to `client`."""
