@@ -79,7 +79,7 @@ def prompt(*keys: int, tokens: int = 0) -> Task:
 
 
 def seen_by(router: PrefixAffinity, client: int) -> set[int]:
-    return {key for key, clients in router._holders.items() if clients >> client & 1}
+    return {key for key, lack in router._lacking.items() if not lack >> client & 1}
 
 
 def test_a_prompt_follows_its_prefix() -> None:

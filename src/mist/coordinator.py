@@ -329,7 +329,7 @@ class Coordinator:
         candidates = route.candidates if among is None else among
         if len(candidates) < 2:
             return candidates[0] if candidates else None
-        views = self.views.of(candidates, now, with_load=route.reads_load, with_pending=route.reads_pending)
+        views = self.views.of(candidates, now, with_load=route.reads_load, as_read=route.reads_pending)
         chosen = route.router.choose(task, views, now)
         if not isinstance(chosen, ClientView) or self.clients[chosen.index] not in candidates:
             name = type(route.router).__name__

@@ -231,34 +231,35 @@ class Sharing:
 
     def _join(self, flow: Flow, key: tuple[float, tuple[Channel, ...]], size: float, now: int) -> None:
         bundle = self._bundles.get(key)
-        is_alone = bundle is None
         if bundle is None:
             bundle = self._bundles[key] = _Bundle(key, _Component(), now)
-            for channel in bundle.channels:
-                channel._bundles[bundle] = None
+        bound, is_bound = bundle.bound, False
         for channel in bundle.channels:
-            channel._demand += bundle.bound
-            if channel._demand > channel.capacity_per_s * _ALIKE:
-                is_alone = False
+            channel._bundles[bundle] = None
+            channel._demand = demand = channel._demand + bound
+            if demand > channel.capacity_per_s * _ALIKE:
+                is_bound = True
         self._num_started += 1
         flow._bundle = bundle
+        if not bundle.flows and not is_bound:
+            self._begin_alone(flow, bundle, size, now)
+            return
         flow._until = bundle.served_at(now) + size
         heappush(bundle.flows, (flow._until, self._num_started, flow))
-        if is_alone:
-            self._begin_alone(bundle, now)
-            return
         if bundle.rate:
             bundle.foresee()
         self._num_visits += 1
         self._share(bundle, now)
 
-    def _begin_alone(self, bundle: _Bundle, now: int) -> None:
-        """`bundle`, which is new, gets its bound, for no channel binds it: nobody's rate depends on another's."""
+    def _begin_alone(self, flow: Flow, bundle: _Bundle, size: float, now: int) -> None:
+        """`flow` is all of a new `bundle` and gets its bound, as no channel binds it: nobody's rate depends on it."""
+        bundle.flows.append((size, self._num_started, flow))
         bundle.rate = bundle.bound
-        bundle.foresee()
+        flow._until = size
         component = bundle.component
         component.bundles, component.shared_ns = [bundle], now
-        self._expect(component, bundle.end_ns)
+        component.posted_ns = component.end_ns = bundle.end_ns = end = now + duration_ns(size, bundle.bound)
+        self.kernel.at(end, self._due, component)
 
     def _share(self, seed: _Bundle, now: int) -> None:
         """Recompute the rates of all that depend on `seed`, which become one component, and when the next flow ends."""
@@ -277,11 +278,7 @@ class Sharing:
         for bundle in bundles:
             if not (bundle.rate <= bundle.fair * _ALIKE and bundle.fair <= bundle.rate * _ALIKE):
                 bundle.proceed(bundle.fair, now)
-        self._expect(component, min([bundle.end_ns for bundle in bundles]))
-
-    def _expect(self, component: _Component, end: int) -> None:
-        """The first flow of `component` ends at `end`."""
-        component.end_ns = end
+        component.end_ns = end = min([bundle.end_ns for bundle in bundles])
         if end < component.posted_ns:
             component.posted_ns = end
             self.kernel.at(end, self._due, component)

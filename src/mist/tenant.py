@@ -34,7 +34,7 @@ class Route:
     clients: Sequence[Client]
     router: RoutingPolicy
     candidates: Sequence[Client] = field(init=False)
-    #: whether the router reads more of a view than `num_outstanding`, and if not, `pending_prefill_tokens`
+    #: whether the router reads more of a view than `num_outstanding`, or else `pending_prefill_tokens` of some
     reads_load: bool = field(init=False)
     reads_pending: bool = field(init=False)
 

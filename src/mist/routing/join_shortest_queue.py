@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from mist.registry import register
 from mist.request import ClientView, Task
@@ -14,9 +13,6 @@ from mist.request import ClientView, Task
 @dataclass
 class JoinShortestQueue:
     """Fewest pending prefill tokens, then fewest outstanding tasks."""
-
-    reads_load: ClassVar[bool] = False
-    reads_pending: ClassVar[bool] = True
 
     def choose(self, task: Task, views: Sequence[ClientView], now: int) -> ClientView:
         return min(views, key=lambda view: (view.pending_prefill_tokens, view.num_outstanding))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from mist.registry import register
 from mist.request import ClientView, Task
@@ -18,9 +17,6 @@ from mist.request import ClientView, Task
 @dataclass
 class PrefillBalancer:
     """Fewest pending prefill tokens; the first on a tie."""
-
-    reads_load: ClassVar[bool] = False
-    reads_pending: ClassVar[bool] = True
 
     def choose(self, task: Task, views: Sequence[ClientView], now: int) -> ClientView:
         return min(views, key=lambda view: view.pending_prefill_tokens)

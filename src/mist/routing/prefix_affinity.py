@@ -6,6 +6,7 @@ client what its cache still holds.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -18,9 +19,20 @@ from mist.request import ClientView, Task
 
 #: sets of clients, and how many keys at the front of a prompt these have seen and no more
 _Overlaps = list[tuple[int, int]]
+_EVERYBODY = -1
 _INDEX = attrgetter("index")
 #: that are kept for the next prompt
 _MAX_NUM_SETS = 1000
+
+
+class _Lacking(dict[int, int]):
+    """By key, the set of the clients that haven't seen it: bit i is client i; all, for a key that isn't here.
+
+    Who has not seen a key has seen none behind it in a prompt.
+    """
+
+    def __missing__(self, key: int) -> int:
+        return _EVERYBODY
 
 
 @register("routing", "prefix_affinity")
@@ -46,8 +58,7 @@ class PrefixAffinity:
     #: by client that it has met, and these as a set: bit i is client i
     _sent: dict[int, _Sent] = field(default_factory=dict, init=False, repr=False)
     _everyone: int = field(default=0, init=False, repr=False)
-    #: by key, the set of the clients that have seen it: all that have seen any behind it in a prompt
-    _holders: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+    _lacking: _Lacking = field(default_factory=_Lacking, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.load_weight < float("inf"):
@@ -79,21 +90,15 @@ class PrefixAffinity:
 
     def _overlaps(self, keys: Sequence[int]) -> _Overlaps:
         """All clients that it has met, those that have seen the fewest of `keys` first."""
-        holders, clients, place = self._holders, self._everyone, 0
+        lacking, clients, place = self._lacking, self._everyone, 0
         overlaps = []
         while clients:
-            holding = holders.get(keys[place], 0) if place < len(keys) else 0
-            if clients & ~holding:
-                overlaps.append((clients & ~holding, place))
-                clients &= holding
-            low, high = place + 1, len(keys)
-            while low < high and clients:
-                middle = (low + high) // 2
-                if holders.get(keys[middle], 0) == holding:
-                    low = middle + 1
-                else:
-                    high = middle
-            place = low
+            lack = lacking[keys[place]] if place < len(keys) else _EVERYBODY
+            if clients & lack:
+                overlaps.append((clients & lack, place))
+                clients &= ~lack
+            if clients:  # a set within another is the smaller number, so that they are in order
+                place = bisect_right(keys, lack, place + 1, key=lacking.__getitem__)
         return overlaps
 
     def _cheapest(self, task: Task, views: Sequence[ClientView], overlaps: _Overlaps) -> list[int]:
@@ -103,7 +108,8 @@ class PrefixAffinity:
         """
         key_tokens = self.stride * task.keyed_tokens / max(1, len(task.prompt_keys))
         remaining, load_weight = task.remaining_tokens, self.load_weight
-        least, cheapest = inf, []
+        cheapest: list[int] = []
+        least = inf
         for clients, num_seen in reversed(overlaps):
             to_compute = remaining - num_seen * key_tokens
             if to_compute > least:
@@ -128,19 +134,19 @@ class PrefixAffinity:
         return places
 
     def _remember(self, client: int, keys: Sequence[int], overlaps: _Overlaps) -> None:
-        holders, bit = self._holders, 1 << client
+        lacking, bit = self._lacking, 1 << client
         num_seen = next(number for clients, number in overlaps if clients & bit)
         _, num_known = overlaps[-1]
         for key in keys[num_seen:num_known]:
-            holders[key] |= bit
-        holders.update(dict.fromkeys(keys[num_known:], bit))
+            lacking[key] &= ~bit
+        lacking.update(dict.fromkeys(keys[num_known:], ~bit))
         sent = self._sent[client]
         sent.use(keys, len(keys) - num_seen)
         while sent.num_keys > self.max_num_keys:
             key = sent.forget()
-            holders[key] &= ~bit
-            if not holders[key]:
-                del holders[key]
+            lacking[key] |= bit
+            if lacking[key] == _EVERYBODY:
+                del lacking[key]
 
 
 class _Sent:
