@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from kit import task
 from mist.request import ClientView, Task
 from mist.routing.prefix_affinity import PrefixAffinity
 from mist.routing.session_affinity import SessionAffinity
+from mist.testing import random_scenario
 
 
 def views(*outstanding: int, pending: tuple[int, ...] = ()) -> list[ClientView]:
@@ -187,6 +189,26 @@ def test_what_it_notes_does_not_grow_with_what_is_sent_again() -> None:
     for _ in range(2000):
         router.choose(prompt(*range(100)), views(0, 9), 0)
     assert len(router._sent[0]._prompts) < 200
+
+
+def test_what_is_told_as_it_is_read_is_what_the_clients_have() -> None:
+    """Prompts in chunks, preemptions and hits: at every choice the view reads as one that is brought up to date."""
+    seen: list[tuple[int, int]] = []
+
+    class Looking(PrefixAffinity):
+        def choose(self, task: Task, views: Sequence[ClientView], now: int) -> ClientView:
+            for view in views:
+                fresh = copy.copy(view._client.refresh_view())  # type: ignore[attr-defined]
+                assert (view.index, view.name, view.kv_blocks) == (fresh.index, fresh.name, fresh.kv_blocks)
+                told = view.num_outstanding, view.pending_prefill_tokens
+                assert told == (fresh.num_outstanding, fresh.pending_prefill_tokens)
+                seen.append(told)
+            return super().choose(task, views, now)
+
+    for seed in range(20):
+        random_scenario(seed).play(router=Looking(), num_clients=3)
+    assert any(outstanding for outstanding, _ in seen)
+    assert any(pending for _, pending in seen)
 
 
 @pytest.mark.parametrize("changes", [{"load_weight": -1}, {"stride": 0}, {"max_num_keys": 0}])
