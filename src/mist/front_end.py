@@ -26,8 +26,8 @@ class FrontEnd:
         self._takes_time = bool(
             engine.request_serial_ns or engine.request_overhead_ns or engine.prompt_token_overhead_ns
         )
-        #: prompt and output together: more may fit or not
-        self._tokens_that_fit = min(client.max_model_len, (kv.num_blocks - kv.watermark_blocks) * kv.block_size)
+        #: prompt and output together that the KV cache has room for anyhow; more may fit or not
+        self._tokens_that_fit = (kv.num_blocks - kv.watermark_blocks) * kv.block_size
         #: tasks of this client that don't wait yet: they or their KV cache are under way, or here; True for those that
         #: were the first in the queue, and go back to its front
         self.incoming: dict[Task, bool] = {}
