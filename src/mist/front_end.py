@@ -146,9 +146,8 @@ class FrontEnd:
         # The client generates, so it may compare the true length with its memory, as an engine does with max_tokens.
         stage = task.stage
         tokens = task.target_tokens + (stage.oracle_output_tokens or task.request.oracle_output_tokens)
-        if tokens + client.num_drafts <= self._tokens_that_fit and (
-            client.runs_model or not stage.oracle_output_tokens
-        ):
+        has_room = tokens <= client.max_model_len and tokens + client.num_drafts <= self._tokens_that_fit
+        if has_room and (client.runs_model or not stage.oracle_output_tokens):
             return ""
         if stage.oracle_output_tokens and not client.runs_model:
             return f"{client.name} runs no model, and the stage {stage.kind} generates tokens"
