@@ -201,7 +201,8 @@ def test_affinity_that_weighs_no_load_follows_the_prefix_and_one_that_weighs_all
     by_prefix, by_load = PrefixAffinity(load_weight=0), PrefixAffinity(load_weight=1e12)
     sent: list[set[int]] = [set() for _ in range(3)]
     for i in range(300):
-        keys = tuple(range(10 * rng.randint(0, 5), 10 * rng.randint(0, 5) + rng.randint(1, 9)))
+        first = 10 * rng.randint(0, 5)
+        keys = tuple(100 * first + j for j in range(rng.randint(0, 9)))
         who, seen = task(i, tokens=10 * max(1, len(keys)), keys=keys), some_views(rng, 3)
         least = min(view.pending_prefill_tokens for view in seen)
         assert by_load.choose(who, seen, 0).pending_prefill_tokens == least

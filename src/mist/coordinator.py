@@ -178,14 +178,13 @@ class Coordinator:
     def _place(self, task: Task, here: Client | None, now: int) -> None:
         """Give `task` to a client; what the stage before, on `here`, hands on to it is sent there first."""
         there = self._choose(task, now)
-        assert task.branch is not None
         if there is None:
             self._park(task, now)
             return
         if self.lending is not None:
             there = self.lending.place(task, there, self._decoders(task), now)
         self.views.placed(task, there)
-        task.branch.client = there.index
+        task.branch.client = there.index  # type: ignore[union-attr]
         if not there.front_end.expect(task, now):
             return
         if self.handing.terms.at_arrival and self.handing.is_early(task, there):
@@ -317,10 +316,9 @@ class Coordinator:
         return route.candidates if route is not None else ()
 
     def _route(self, task: Task) -> Route:
-        kind = task.stage.kind
-        route = self.tenants[task.request.tenant].routes.get(kind)
+        route = self.tenants[task.request.tenant].routes.get(task.stage.kind)
         if route is None or not route.clients:
-            raise InvariantError(f"the pipeline yielded a stage {kind!r} that it did not announce")
+            raise InvariantError(f"the pipeline yielded a stage {task.stage.kind!r} that it did not announce")
         return route
 
     def _choose(self, task: Task, now: int, among: Sequence[Client] | None = None) -> Client | None:
@@ -329,7 +327,7 @@ class Coordinator:
         candidates = route.candidates if among is None else among
         if len(candidates) < 2:
             return candidates[0] if candidates else None
-        views = self.views.of(candidates, now, with_load=route.reads_load)
+        views = self.views.of(candidates, now, with_load=route.reads_load, as_read=route.reads_pending)
         chosen = route.router.choose(task, views, now)
         if not isinstance(chosen, ClientView) or self.clients[chosen.index] not in candidates:
             name = type(route.router).__name__

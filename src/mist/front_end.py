@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 class FrontEnd:
     """Tasks on their way to the queue of `client`, to which all of this belongs."""
 
-    __slots__ = ("_client", "_free_ns", "incoming", "incoming_tokens", "unseen")
+    __slots__ = ("_client", "_free_ns", "_takes_time", "_tokens_that_fit", "incoming", "incoming_tokens", "unseen")
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._free_ns = 0
+        engine, kv = client.engine, client.residents.kv
+        self._takes_time = bool(
+            engine.request_serial_ns or engine.request_overhead_ns or engine.prompt_token_overhead_ns
+        )
+        #: prompt and output together that the KV cache has room for anyhow; more may fit or not
+        self._tokens_that_fit = (kv.num_blocks - kv.watermark_blocks) * kv.block_size
         #: tasks of this client that don't wait yet: they or their KV cache are under way, or here; True for those that
         #: were the first in the queue, and go back to its front
         self.incoming: dict[Task, bool] = {}
@@ -58,7 +64,12 @@ class FrontEnd:
         """An expected task is here: it passes the front end, then its prefix is fetched, then it waits."""
         if task not in self.incoming:
             return
-        engine = self._client.engine
+        client = self._client
+        then = self._enqueue if client.offload is None else self._fetch
+        if not self._takes_time:
+            then(task, now)
+            return
+        engine = client.engine
         begin = self._free_ns if self._free_ns > now else now
         self._free_ns = begin + engine.request_serial_ns
         num_tokens = task.stage.input_tokens or task.request.input_tokens
@@ -66,9 +77,9 @@ class FrontEnd:
         if ready < self._free_ns:
             ready = self._free_ns
         if ready > now:
-            self._client.kernel.at(ready, self._fetch, task)
+            client.kernel.at(ready, then, task)
         else:
-            self._fetch(task, now)
+            then(task, now)
 
     def forget(self, task: Task) -> None:
         """`task` was cancelled on its way: what brings it arrives for nobody."""
@@ -134,6 +145,10 @@ class FrontEnd:
         client = self._client
         # The client generates, so it may compare the true length with its memory, as an engine does with max_tokens.
         stage = task.stage
+        tokens = task.target_tokens + (stage.oracle_output_tokens or task.request.oracle_output_tokens)
+        has_room = tokens <= client.max_model_len and tokens + client.num_drafts <= self._tokens_that_fit
+        if has_room and (client.runs_model or not stage.oracle_output_tokens):
+            return ""
         if stage.oracle_output_tokens and not client.runs_model:
             return f"{client.name} runs no model, and the stage {stage.kind} generates tokens"
         decodes = DECODE in client.stage_kinds and DECODE in client.serves

@@ -111,13 +111,19 @@ class Kernel:
         events, quiet = self._events, self._quiet
         while events or quiet:
             now = events[0][0] if events else FOREVER
-            if quiet and quiet[0][0] < now:
+            if quiet and quiet[0][0] <= now:
                 now = quiet[0][0]
-            if now >= until_ns:
+                if now >= until_ns:
+                    break
+                self.now = now
+                while quiet and quiet[0][0] == now:
+                    self._finish(heappop(quiet)[2], now)
+            elif now >= until_ns:
                 break
-            self.now = now
-            while quiet and quiet[0][0] == now:
-                self._finish(heappop(quiet)[2], now)
+            else:  # the first of them without being looked at again
+                self.now = now
+                _, _, deliver, argument = heappop(events)
+                deliver(argument, now)
             while events and events[0][0] == now:
                 _, _, deliver, argument = heappop(events)
                 deliver(argument, now)

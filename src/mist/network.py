@@ -52,6 +52,8 @@ class Network:
         self.sharing = sharing
         self.carries_all = paths.carries_all
         self._append = records.transfers.append
+        #: that something was sent over, by (sender, receiver)
+        self._paths: dict[tuple[int, int], Path] = {}
         #: paths from and to memories outside the nodes' own, by (sender, receiver)
         self.memory_paths: dict[tuple[int, int], Path] = {}
         #: sent and not there yet, oldest first
@@ -74,7 +76,9 @@ class Network:
 
         `deliver(argument, time_ns)` is called once all of it is there. `queued_ns`: since when it was to be sent.
         """
-        path = self.path(sender, receiver)
+        path = self._paths.get((sender, receiver))
+        if path is None:
+            path = self._paths[sender, receiver] = self.path(sender, receiver)
         transfer = Transfer(request, kind, sender, receiver, num_bytes, now, deliver, argument, queued_ns)
         self.in_flight[transfer] = self.sharing.start(
             path.channels, num_bytes, self.arrive, transfer, now, latency_ns=path.latency_ns

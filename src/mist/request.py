@@ -332,7 +332,11 @@ class Task:
         """Its next `num_tokens` as (new tokens, context) in each of the sequences that they belong to."""
         length = -(-self.stage.input_tokens // self.stage.num_sequences)
         first, last = self.computed_tokens, self.computed_tokens + num_tokens
-        parts = []
+        parts: list[tuple[int, int]] = []
+        if not first % length:
+            num_whole = num_tokens // length
+            parts = [(length, 0)] * num_whole
+            first += num_whole * length
         while first < last:
             context = first % length
             new = min(length - context, last - first)

@@ -88,11 +88,6 @@ class Flow:
         """Units that have not left at `now`."""
         return min(self.size, max(0.0, self._until - self._bundle.served_at(now))) if self._bundle else 0.0
 
-    def key(self) -> tuple[float, tuple[Channel, ...]]:
-        """Whom it proceeds alike with: its bound, what it gets at most alone, and the channels that limit anybody."""
-        bound = min([channel.capacity_per_s for channel in self.channels], default=inf)
-        return min(bound, self.max_rate_per_s), tuple([c for c in self.channels if c.capacity_per_s < inf])
-
 
 class _Bundle:
     """Flows over the same channels under the same cap: they proceed alike, each by `served` units since `anchor_ns`.
@@ -156,6 +151,8 @@ class Sharing:
         self.kernel = kernel
         #: in flight, oldest first
         self.flows: dict[Flow, None] = {}
+        #: by path: the smallest capacity, and the channels that limit anybody
+        self._limits: dict[tuple[Channel, ...], tuple[float, tuple[Channel, ...]]] = {}
         self._bundles: dict[tuple[float, tuple[Channel, ...]], _Bundle] = {}
         self._num_started = 0
         self._num_visits = 0
@@ -178,9 +175,9 @@ class Sharing:
         """
         flow = Flow(channels, size, now, latency_ns, max_rate_per_s)
         flow.deliver, flow.argument = deliver, argument
-        key = flow.key()
+        key = self._key(flow)
         for channel in key[1]:
-            if channel._binds(key[0]):
+            if channel._bundles and channel._binds(key[0]):
                 self._end_due(channel, now)
         for channel in channels:
             channel.num_flows += 1
@@ -207,8 +204,18 @@ class Sharing:
         flows = [flow for _, flow in sorted((n, flow) for bundle in channel._bundles for _, n, flow in bundle.flows)]
         left = [self._take_out(flow, now) for flow in flows]
         channel.capacity_per_s = capacity_per_s
+        self._limits.clear()
         for flow, size in zip(flows, left, strict=True):
-            self._join(flow, flow.key(), size, now)
+            self._join(flow, self._key(flow), size, now)
+
+    def _key(self, flow: Flow) -> tuple[float, tuple[Channel, ...]]:
+        """Whom it proceeds alike with: its bound, what it gets at most alone, and the channels that limit anybody."""
+        channels = tuple(flow.channels)
+        limits = self._limits.get(channels)
+        if limits is None:
+            bound = min([channel.capacity_per_s for channel in channels], default=inf)
+            limits = self._limits[channels] = bound, tuple([c for c in channels if c.capacity_per_s < inf])
+        return limits if limits[0] <= flow.max_rate_per_s else (flow.max_rate_per_s, limits[1])
 
     def _take_out(self, flow: Flow, now: int) -> float:
         """Take `flow` out of its bundle; the units that have not left."""
@@ -226,18 +233,33 @@ class Sharing:
         bundle = self._bundles.get(key)
         if bundle is None:
             bundle = self._bundles[key] = _Bundle(key, _Component(), now)
-            for channel in bundle.channels:
-                channel._bundles[bundle] = None
+        bound, is_bound = bundle.bound, False
         for channel in bundle.channels:
-            channel._demand += bundle.bound
+            channel._bundles[bundle] = None
+            channel._demand = demand = channel._demand + bound
+            if demand > channel.capacity_per_s * _ALIKE:
+                is_bound = True
         self._num_started += 1
         flow._bundle = bundle
+        if not bundle.flows and not is_bound:
+            self._begin_alone(flow, bundle, size, now)
+            return
         flow._until = bundle.served_at(now) + size
         heappush(bundle.flows, (flow._until, self._num_started, flow))
         if bundle.rate:
             bundle.foresee()
         self._num_visits += 1
         self._share(bundle, now)
+
+    def _begin_alone(self, flow: Flow, bundle: _Bundle, size: float, now: int) -> None:
+        """`flow` is all of a new `bundle` and gets its bound, as no channel binds it: nobody's rate depends on it."""
+        bundle.flows.append((size, self._num_started, flow))
+        bundle.rate = bundle.bound
+        flow._until = size
+        component = bundle.component
+        component.bundles, component.shared_ns = [bundle], now
+        component.posted_ns = component.end_ns = bundle.end_ns = end = now + duration_ns(size, bundle.bound)
+        self.kernel.at(end, self._due, component)
 
     def _share(self, seed: _Bundle, now: int) -> None:
         """Recompute the rates of all that depend on `seed`, which become one component, and when the next flow ends."""
@@ -298,6 +320,13 @@ class Sharing:
 
     def _end(self, component: _Component, now: int) -> None:
         """Flows of `component` that are due leave it, oldest first; what remains may fall into several."""
+        if len(component.bundles) == 1 and len(component.bundles[0].flows) == 1:
+            (bundle,) = component.bundles
+            _, _, flow = bundle.flows.pop()
+            component.bundles, component.end_ns = [], FOREVER
+            self._leave(bundle)
+            self._deliver(flow, now)
+            return
         ended: list[tuple[int, Flow]] = []
         remaining: list[_Bundle] = []
         for bundle in component.bundles:
@@ -327,15 +356,15 @@ class Sharing:
         """The first flow of `bundle` left it."""
         if bundle.flows:
             bundle.foresee()
-        else:
-            bundle.end_ns = FOREVER
-            del self._bundles[bundle.key]
+            for channel in bundle.channels:
+                channel._demand -= bundle.bound
+            return
+        bundle.end_ns = FOREVER
+        del self._bundles[bundle.key]
         for channel in bundle.channels:
-            channel._demand -= bundle.bound
-            if not bundle.flows:
-                del channel._bundles[bundle]
-            if not channel._bundles:
-                channel._demand = 0.0  # nothing is left of what float arithmetic may have left
+            del channel._bundles[bundle]
+            # with nobody left, nothing is left of what float arithmetic may have left
+            channel._demand = channel._demand - bundle.bound if channel._bundles else 0.0
 
     def _deliver(self, flow: Flow, now: int) -> None:
         flow._bundle = None

@@ -34,12 +34,14 @@ class Route:
     clients: Sequence[Client]
     router: RoutingPolicy
     candidates: Sequence[Client] = field(init=False)
-    #: whether the router reads more of a view than `num_outstanding`
+    #: whether the router reads more of a view than `num_outstanding`, or else `pending_prefill_tokens` of some
     reads_load: bool = field(init=False)
+    reads_pending: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.candidates = self.clients
         self.reads_load = getattr(self.router, "reads_load", True)
+        self.reads_pending = getattr(self.router, "reads_pending", False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from mist.client import Client
 from mist.forecast import LongestDecode, Prices, predicted_tokens, true_tokens
@@ -33,6 +33,9 @@ class Views:
         self._prices: dict[int, Prices] = {}
         #: by client, the period that its view is of, and the view
         self._seen: dict[int, tuple[int, ClientView]] = {}
+        #: the clients that somebody looked at last `as_read`, and these views of them
+        self._clients_as_read: Sequence[Client] = ()
+        self._as_read: tuple[ClientView, ...] = ()
 
     def ask(self, clients: Iterable[Client], policy: object) -> None:
         """`policy` will look at `clients`: from now on their views tell what it `needs`."""
@@ -43,13 +46,24 @@ class Views:
             outlook = self._outlooks.setdefault(client.index, _Outlook(client))
             outlook.ask(needs, self._prices.get(id(client.perf)))
 
-    def of(self, clients: Sequence[Client], now: int, *, with_load: bool = True) -> list[ClientView]:
-        """The views of `clients`, in their order; without the load for who reads `num_outstanding` at most."""
+    def of(
+        self, clients: Sequence[Client], now: int, *, with_load: bool = True, as_read: bool = False
+    ) -> Sequence[ClientView]:
+        """The views of `clients`, in their order; without the load for who reads `num_outstanding` at most.
+
+        `as_read`: for who reads `pending_prefill_tokens` too, but not of every client; told as of when it is read.
+        """
         if self._refresh_ns:
             return [self._last(client, now // self._refresh_ns) for client in clients]
         if self._outlooks or self.count_promises:
             return [self._fresh(client) for client in clients]
-        return [client.refresh_view() for client in clients] if with_load else [client.view for client in clients]
+        if with_load:
+            return [client.refresh_view() for client in clients]
+        if not as_read:
+            return [client.view for client in clients]
+        if clients is not self._clients_as_read:
+            self._clients_as_read, self._as_read = clients, tuple([_AsRead(client) for client in clients])
+        return self._as_read
 
     def placed(self, task: Task, client: Client) -> None:
         """`task` goes to `client`."""
@@ -69,6 +83,27 @@ class Views:
         if seen is None or seen[0] != period:
             seen = self._seen[client.index] = period, copy(self._fresh(client))
         return seen[1]
+
+
+class _AsRead(ClientView):
+    """A view whose number of tasks and pending tokens are those of when they are read; the others are as at first."""
+
+    __slots__ = ("_client",)
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        for each in fields(ClientView):
+            if each.name not in ("num_outstanding", "pending_prefill_tokens"):
+                setattr(self, each.name, getattr(client.view, each.name))
+
+    @property
+    def num_outstanding(self) -> int:  # type: ignore[override]
+        return self._client.view.num_outstanding
+
+    @property
+    def pending_prefill_tokens(self) -> int:  # type: ignore[override]
+        client = self._client
+        return client.residents.pending_tokens + client.front_end.incoming_tokens
 
 
 class _Outlook:

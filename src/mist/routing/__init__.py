@@ -20,8 +20,8 @@ class RoutingPolicy(Protocol):
 
     It may have `needs`, a frozenset of fields of a view that are brought up to date only for policies that read them;
     and `sizes`, the names that it reads of a request's. With `reads_load` False it reads no more of a view than whose
-    it is and `num_outstanding`, so that nothing else is brought up to date. A parameter `seed` that is None is drawn
-    from the run's seed.
+    it is and `num_outstanding`, so that nothing else is brought up to date; with `reads_pending` True beside that
+    `pending_prefill_tokens`, of some views. A parameter `seed` that is None is drawn from the run's seed.
     """
 
     def choose(self, task: Task, views: Sequence[ClientView], now: int) -> ClientView:

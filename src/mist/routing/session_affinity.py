@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from mist.registry import register
 from mist.request import ClientView, Task
@@ -22,6 +23,9 @@ class SessionAffinity:
     what the session's prompt has grown by since the last turn, any other all of it. Then it moves, and stays where it
     went. Requests of no session, and sessions that leave a full client, go where a session would begin.
     """
+
+    reads_load: ClassVar[bool] = False
+    reads_pending: ClassVar[bool] = True
 
     max_num_outstanding: int | None = None
     load_weight: float = 0.0
