@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mist import run
 from mist.errors import ScenarioError
 from mist.search.baseline import baseline_points
 from mist.search.choices import Choice, count, every
@@ -214,6 +215,18 @@ def test_constraints_say_by_what_share_they_are_missed() -> None:
     lost = {**SUMMARY["slo"]["targets"][1], "met": False, "num_lost": 9}
     assert excesses({**SUMMARY, "slo": {"targets": [lost]}}, ()) == {"slo.e2e_s.p50": HOPELESS}
     assert excesses({**SUMMARY, "slo": None, "saturated": True}, ()) == {"saturated": 1.0}
+
+
+def test_a_target_may_be_a_slowdown(tmp_path: Path) -> None:
+    path = tmp_path / "slow.yaml"
+    path.write_text(
+        "workload: {arrivals: {poisson: {rate_per_s: 4}}, num_requests: 40, input_tokens: 512, output_tokens: 32}\n"
+        "clients: {gpu: {device: h100-sxm, model: llama-3.1-8b}}\n"
+        "perf: roofline\n"
+        "slo: {ttft_slowdown: {p99: 50}, e2e_slowdown: {p50: 1.0001}}\n"
+    )
+    found = excesses(run(path).summary, ())
+    assert found["slo.ttft_slowdown.p99"] < 0 < found["slo.e2e_slowdown.p50"]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -114,9 +114,10 @@ def excesses(summary: Summary, constraints: tuple[Constraint, ...]) -> dict[str,
     found = {each.name: each.excess(summary) for each in constraints}
     for target in (summary.get("slo") or {}).get("targets", ()):
         name = ".".join(filter(None, (target.get("tenant"), target["metric"], target["statistic"])))
-        actual = target["actual_s"]
-        lost = actual is None or (target["met"] is not True and actual <= target["target_s"])
-        found[f"slo.{name}"] = HOPELESS if lost else actual / target["target_s"] - 1.0
+        unit = "slowdown" if "target_slowdown" in target else "s"
+        actual, bound = target[f"actual_{unit}"], target[f"target_{unit}"]
+        lost = actual is None or (target["met"] is not True and actual <= bound)
+        found[f"slo.{name}"] = HOPELESS if lost else actual / bound - 1.0
     if summary.get("saturated"):
         found["saturated"] = 1.0
     return found
