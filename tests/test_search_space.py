@@ -225,7 +225,7 @@ def test_a_target_may_be_a_slowdown(tmp_path: Path) -> None:
         "perf: roofline\n"
         "slo: {ttft_slowdown: {p99: 50}, e2e_slowdown: {p50: 1.0001}}\n"
     )
-    found = excesses(run(path).summary, ())
+    found = excesses(run(path).summary(), ())
     assert found["slo.ttft_slowdown.p99"] < 0 < found["slo.e2e_slowdown.p50"]
 
 
