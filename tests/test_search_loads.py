@@ -79,12 +79,15 @@ def front(document: dict[str, Any]) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_rising_loads_give_what_every_load_gives(tmp_path: Path, seed: int) -> None:
-    every, bisected, halved = MadeUp(seed), MadeUp(seed), MadeUp(seed)
+    every, bisected, halved, pruned = (MadeUp(seed) for _ in range(4))
     brute = search(written(tmp_path, LOADS), every, strategy="exhaustive", num_seeds=1).document
     path = written(tmp_path, {"load": LOADS})
     whole = search(path, bisected, strategy="exhaustive", num_seeds=1).document
     half = search(path, halved, num_seeds=1).document
-    assert front(whole) == front(brute)
+    branch = search(path, pruned, strategy="bounded", num_seeds=1).document
+    assert front(whole) == front(branch) == front(brute)
+    assert branch["best"] == whole["best"]
+    assert pruned.asked < bisected.asked
     for title, best in brute["best"].items():
         if best is None:
             assert whole["best"][title] is half["best"][title] is None

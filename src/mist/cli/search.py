@@ -19,7 +19,7 @@ from mist.cli.scenario import load_plugins, load_scenario, scenario_options
 if TYPE_CHECKING:
     from mist.search.outcome import Found
 
-_STRATEGIES = ("halving", "exhaustive", "nsga2", "nsga3", "tpe")
+_STRATEGIES = ("halving", "bounded", "exhaustive", "nsga2", "nsga3", "tpe")
 
 
 @click.command()

@@ -22,9 +22,9 @@ from mist.search.objectives import objective
 from mist.search.outcome import Found, outcome
 from mist.search.space import Space, read_space
 from mist.search.store import excerpt_of, open_store
-from mist.search.strategies import SAMPLERS, Halving, Sampled, exhaustive
+from mist.search.strategies import SAMPLERS, Halving, Sampled, bounded, exhaustive
 
-STRATEGIES = ("halving", "exhaustive", *SAMPLERS)
+STRATEGIES = ("halving", "bounded", "exhaustive", *SAMPLERS)
 #: configurations, legal or not, beyond which a space is not enumerated
 MAX_CONFIGURATIONS = 100_000
 
@@ -71,6 +71,8 @@ def _apply(
 ) -> None:  # fmt: skip
     if strategy == "exhaustive":
         exhaustive(lab, ladders, seeds)
+    elif strategy == "bounded":
+        bounded(lab, ladders, seeds)
     elif strategy == "halving":
         table = build_tables(next(iter(legal.points.values())).scenario)
         Halving().run(lab, ladders, seeds[0], sum(map(len, table.values())))

@@ -1,4 +1,4 @@
-"""How to find the front: every point, those that a halving leaves, or those that an Optuna sampler asks for.
+"""How to find the front: all points, those that could matter, those that a halving leaves, or those a sampler asks for.
 
 Between the legal points and the finalists. Each strategy is a deterministic function of what its runs give, whoever
 runs them in whatever order; it leaves points measured on the whole workload with the first seed. It never looks into a
@@ -30,6 +30,17 @@ def exhaustive(lab: Laboratory, ladders: Sequence[Ladder], seeds: Sequence[int])
     """
     lab.planned = planned_runs(ladders) * len(seeds)
     climb(lab, ladders, WHOLE, seeds)
+    fill(lab, ladders, WHOLE, seeds)
+
+
+def bounded(lab: Laboratory, ladders: Sequence[Ladder], seeds: Sequence[int]) -> None:
+    """Branch and bound: what `exhaustive` finds, without the runs that couldn't change it.
+
+    Every deployment runs on the whole workload at its lowest load. Then the most promising climb first, and the others
+    only as far as their best case isn't covered by what is known.
+    """
+    lab.planned = len(ladders) * len(seeds)
+    climb_best_first(lab, ladders, WHOLE, seeds, 0.0)
     fill(lab, ladders, WHOLE, seeds)
 
 
