@@ -253,7 +253,8 @@ def _exact_ns(value: Any, ns_per_unit: int) -> int:
 def _stamps(values: Column) -> tuple[IntArray, BoolArray]:
     """Time stamps as ns since 1970, and which of them are none."""
     if set(map(type, values)) == {str} and all(map(_STAMP.fullmatch, values)):
-        texts, ahead_ns = values, np.int64(0)
+        texts: Column = values
+        ahead_ns: IntArray = np.zeros(1, dtype=np.int64)
     else:
         parts = [_parts_of_stamp(value) for value in values]
         texts = [text for text, _ in parts]
