@@ -423,3 +423,11 @@ def test_a_hundred_thousand_rows_are_read(put: Put) -> None:
     )
     path = put("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
     assert len(read_trace(path)) == 10**5
+
+
+def test_a_trace_that_is_not_there_is_told_with_the_file_of_nearly_its_name(tmp_path: Path) -> None:
+    (tmp_path / "gateway.csv").write_text("t_s,i,o\n0,1,1\n")
+    for name, hint in (("gatway.csv", "did you mean 'gateway.csv'?"), ("conversations.csv", "public traces:")):
+        with pytest.raises(ScenarioError) as error:
+            find_trace(name, tmp_path, {})
+        assert error.value.problems[0].hint.startswith(hint)
