@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,19 @@ def test_a_what_if_that_does_not_help_is_said_to() -> None:
     assert not replica.helps
     assert replica.change.overrides == {"clients.gpu.count": 2}
     assert any("doesn't help" in line for line in lines(advise(scenario)))
+
+
+def test_a_change_that_turns_the_verdict_of_the_slo_says_so() -> None:
+    advice = advise(load(one_by_one({"step_overhead_ns": "20 ms"})))
+    what_if = advice.latency[0].what_ifs[0]
+    for met, told in (((True, False), "SLO is missed"), ((False, True), "SLO is met"), ((True, True), "requests")):
+        before, after = (
+            figures | {"slo_met": each, "slo_attainment": share}
+            for figures, each, share in zip((advice.figures, what_if.figures), met, (0.99, 0.92), strict=True)
+        )
+        first = replace(advice.latency[0], what_ifs=(replace(what_if, figures=after),))
+        printed = lines(replace(advice, figures=before, latency=(first,)))
+        assert any(line.endswith(told) and "SLOs met by 99.0% -> 92% of requests" in line for line in printed)
 
 
 # --- cost ---

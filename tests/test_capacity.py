@@ -370,8 +370,13 @@ def test_the_command_prints_a_table_or_a_document(tmp_path: Path, service_s: flo
     printed = CliRunner().invoke(main, ["capacity", *options])
     assert printed.exit_code == 0, printed.output
     assert "holds up to 4 x the rate, 42.9" in printed.output
-    assert "2 of 2 seeds hold there: with 95% confidence at least 22% of all would." in printed.output
     assert "nothing is drawn" in printed.output
+    assert "confidence" not in printed.output
+    options += ["--set", f"workload.arrivals={{poisson: {{rate_per_s: {0.25 / service_s}}}}}"]
+    options += ["--set", f"slo.ttft_s.p99={service_s * 4}"]
+    drawn = CliRunner().invoke(main, ["capacity", *options])
+    assert "2 of 2 seeds hold there: with 95% confidence at least 22% of all would." in drawn.output
+    options = options[:-4]
     document = json.loads(CliRunner().invoke(main, ["capacity", *options, "--json"]).stdout)
     assert document["found"]["value"] == pytest.approx(4, rel=0.02)
     assert document["slo"] == [{"metric": "ttft_s", "statistic": "p99", "target_s": service_s * 1.0001}]

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from mist.cli import main
 from mist.errors import ScenarioError
+from mist.metrics.words import load_verdict, slo_verdict
 from mist.scenario import load
 from mist.search.compare import Deployment, compare, deployments_of
 from mist.search.intervals import interval_of, paired_blocks
@@ -160,6 +161,32 @@ def test_several_seeds_have_an_interval_over_them(tmp_path: Path) -> None:
     assert (document["num_seeds"], document["interval"]["by"]) == (3, "seeds")
 
 
+def test_seeds_that_draw_nothing_dont_make_an_interval_of_no_width(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("t_s,i,o\n" + "".join(f"{n},{300 + 7 * n},{20 + n % 9}\n" for n in range(60)))
+    workload = {
+        "trace": str(tmp_path / "t.csv"),
+        "columns": {"arrival": "t_s", "input_tokens": "i", "output_tokens": "o"},
+    }
+    paths = [write(tmp_path, "one", workload=workload), larger(tmp_path, workload=workload)]
+    one, three = (compare(deployments_of(paths, seeds=seeds)) for seeds in (1, 3))
+    (note,) = three.pop("notes")
+    assert note.startswith("All 3 seeds gave the same, as nothing is drawn at random here")
+    assert three == {key: one[key] for key in three}
+    each = three["against"][0]["requests"]["ttft_s"]["mean"]
+    assert each["low_s"] < each["difference_s"] < each["high_s"]
+
+
+def test_verdicts_are_of_all_runs(tmp_path: Path) -> None:
+    each = {"num_runs": 3, "num_saturated": 1, "num_near_capacity": 0}
+    assert load_verdict(each) == "saturated in 1 of 3 runs"
+    told = [slo_verdict(each | {"num_slo_met": number}) for number in (None, 0, 2, 3)]
+    assert told == ["none", "missed", "met in 2 of 3 runs", "met"]
+    strict, lax = (write(tmp_path, f"{p99}", slo={"ttft_s": {"p99": p99}}) for p99 in (1e-6, 10))
+    printed = CliRunner().invoke(main, ["compare", str(strict), str(lax), "--executor", "serial"])
+    rows = [line.split() for line in printed.output.splitlines()[:3]]
+    assert [row[-1] for row in rows] == ["SLO", "missed", "met"]
+
+
 def test_folders_of_earlier_runs_are_as_good(tmp_path: Path) -> None:
     paths = [write(tmp_path, "one"), larger(tmp_path)]
     load(paths[0]).run().write(tmp_path / "out")
@@ -243,3 +270,4 @@ def test_options_change_every_file_and_what_became_of_requests_is_told(tmp_path:
     served = document["deployments"]
     assert [(each["arrived"], each["finished"], each["lost"]) for each in served] == [(12, 12, 0)] * 2
     assert served[0]["num_saturated"] == 0
+    assert [each["num_slo_met"] for each in served] == [1, None]

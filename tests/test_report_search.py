@@ -232,6 +232,7 @@ def test_a_comparison_shows_its_differences_and_the_pairs():
     text = compare_html(document, pairs)
     page = check(text)
     assert "<script>alert" not in text
+    assert [page.texts.count(each) for each in ("not saturated", "none")] == [3, 3]
     for against in document["against"]:
         for statistic in ("mean", "p50", "p99"):
             each = against["requests"]["ttft_s"][statistic]

@@ -338,3 +338,11 @@ def test_a_plugin_is_validated_by_its_fields(folder: Path, monkeypatch: pytest.M
     assert places(problems(folder, SMALL + "routing: {mine_for_test: {spill: 1, turn: 2}}\n")) == [(9, 37)]
     assert places(problems(folder, SMALL + "routing: mine_for_test\n")) == [(9, 10)]
     assert "mine_for_test" in json.dumps(json_schema())
+
+
+def test_a_search_space_is_told_to_be_one() -> None:
+    with pytest.raises(ScenarioError) as error:
+        load({"scenario": "chat.yaml", "space": {"clients.gpu.tp": [1, 2]}, "objectives": ["ttft_s.p99"]})
+    (found,) = error.value.problems
+    assert found.message == "this is a search space, not a scenario"
+    assert "mist search" in found.hint

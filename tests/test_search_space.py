@@ -45,6 +45,13 @@ def problems(folder: Path, text: str) -> str:
     return str(error.value)
 
 
+def test_a_scenario_is_told_to_be_none(tmp_path: Path) -> None:
+    told = problems(tmp_path, yaml.safe_dump(SCENARIO))
+    assert "this is a scenario, not a search space" in told
+    assert "scenario: FILE, space: {" in told
+    assert "there is no key" not in told
+
+
 def test_choices_inside_an_alternative_are_made_only_there() -> None:
     inner = Choice("b", {"1": 1, "2": 2})
     tree = {"a": Choice("a", {"plain": 0, "more": {"b": inner}}), "c": Choice("c", {"x": "x", "y": "y"})}

@@ -143,6 +143,9 @@ def test_rows_out_of_order_are_sorted_stably_and_said(put: Put) -> None:
         ("us", ["1e3", "2e3"], [0, 1_000_000]),
         ("ns", ["1700000000000000001", "1700000000000000003"], [0, 2]),
         ("timestamp", ["2024-02-28 23:59:59.999999999", "2024-02-29 00:00:00"], [0, 1]),
+        ("timestamp", ["2024-03-31T00:59:59.5Z", "2024-03-31T03:00:00.5+02:00"], [0, 1_000_000_000]),  # clocks move
+        ("timestamp", ["2024-02-28 23:59:59 UTC", "2024-02-28 18:30:00-0530"], [0, 1_000_000_000]),
+        ("timestamp", ["1970-01-01 00:30:00+01", "1970-01-01 00:00:00"], [0, 1_800 * 10**9]),
     ],
 )
 def test_times_are_exact_to_the_nanosecond(put: Put, unit: str, texts: list[str], expected: list[int]) -> None:
@@ -245,10 +248,22 @@ def test_all_problems_at_once_with_line_and_column(put: Put) -> None:
 
 
 def test_many_problems_are_capped_and_counted(put: Put) -> None:
-    found = problems_of(put("arrival_ns,input_tokens,output_tokens\n" + "0,0,x\n" * 1000 + "0,1\n" * 500))
+    rows = "0,1,1\n" + "0,0,x\n" * 1000 + "0,1\n" * 500
+    found = problems_of(put("arrival_ns,input_tokens,output_tokens\n" + rows))
     assert len(found) == MAX_PROBLEMS + 1
-    assert found[0].startswith("FILE:2:3: input_tokens is '0'")
+    assert found[0].startswith("FILE:3:3: input_tokens is '0'")
     assert found[-1] == f"FILE: and {2500 - MAX_PROBLEMS} more problems like these"
+
+
+def test_a_column_without_a_right_value_is_told_once_and_hides_nothing(put: Put) -> None:
+    rows = [f"04/05/2026 08:{i // 60:02}:{i % 60:02},5,1" for i in range(1500)]
+    rows[1202] = rows[1202].replace(",5,", ",n/a,")
+    found = problems_of(put("\n".join(["when,i,o", *rows])), Columns("when", "i", "o", time_unit="timestamp"))
+    assert [problem.split("\n")[0] for problem in found] == [
+        "FILE:2:1: when is '04/05/2026 08:00:00', and not one of 1,500 rows is right",
+        "FILE:1204:21: i is 'n/a'",
+    ]
+    assert "2023-11-16T20:17:03.98+02:00" in found[0]
 
 
 @pytest.mark.parametrize(
@@ -408,3 +423,11 @@ def test_a_hundred_thousand_rows_are_read(put: Put) -> None:
     )
     path = put("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
     assert len(read_trace(path)) == 10**5
+
+
+def test_a_trace_that_is_not_there_is_told_with_the_file_of_nearly_its_name(tmp_path: Path) -> None:
+    (tmp_path / "gateway.csv").write_text("t_s,i,o\n0,1,1\n")
+    for name, hint in (("gatway.csv", "did you mean 'gateway.csv'?"), ("conversations.csv", "public traces:")):
+        with pytest.raises(ScenarioError) as error:
+            find_trace(name, tmp_path, {})
+        assert error.value.problems[0].hint.startswith(hint)

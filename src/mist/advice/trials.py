@@ -30,6 +30,7 @@ def figures_of(summary: Mapping[str, Any]) -> Figures:
         **{figure: cost[figure] for figure in COST_FIGURES},
         "output_tokens_per_s": summary["throughput"]["output_tokens_per_s"],
         "slo_attainment": summary["slo"]["attainment"] if summary["slo"] else None,
+        "slo_met": summary["slo"]["met"] if summary["slo"] else None,  # True is 1
     }
 
 

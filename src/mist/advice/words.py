@@ -135,7 +135,7 @@ def _what_if(what_if: WhatIf, reason: Reason, advice: Advice) -> Iterator[str]:
     figures = [reason.figure, *(key for key in (*LATENCIES, *COSTS) if key != reason.figure and _matters(key, reason))]
     deltas = [_delta(key, advice.figures[key], what_if.figures[key]) for key in figures]
     deltas.append(_attainment(advice, what_if))
-    help_or_not = "" if what_if.helps else "it doesn't help: "
+    help_or_not = "" if what_if.helps else "it doesn't pay: " if reason.figure in COSTS else "it doesn't help: "
     yield f"What if {what_if.change.words}? {help_or_not}{'; '.join(filter(None, deltas))}"
     text = " ".join(f"--set {path}={_yaml(value)}" for path, value in what_if.change.overrides.items())
     if len(text) <= LONGEST_SET:
@@ -150,11 +150,11 @@ def _matters(key: str, reason: Reason) -> bool:
 def _attainment(advice: Advice, what_if: WhatIf) -> str:
     """What becomes of the service levels, where that changes."""
     before, after = (figures["slo_attainment"] for figures in (advice.figures, what_if.figures))
-    return (
-        ""
-        if before == after or before is None or after is None
-        else f"SLOs met by {share(before)} -> {share(after)} of requests"
-    )
+    if before == after or before is None or after is None:
+        return ""
+    met = [figures["slo_met"] for figures in (advice.figures, what_if.figures)]
+    turned = "" if met[0] == met[1] else ", so that the SLO is met" if met[1] else ", so that the SLO is missed"
+    return f"SLOs met by {share(before)} -> {share(after)} of requests{turned}"
 
 
 def _delta(key: str, before: float | None, after: float | None) -> str:

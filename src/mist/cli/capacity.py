@@ -126,10 +126,10 @@ def _served(answer: Mapping[str, Any] | None) -> str | None:
 
 def _confidence(found: Capacity) -> str | None:
     told = found.as_json()["confidence"]
-    if told["share_at_least"] is None:
+    if told["share_at_least"] is None or found.is_same_for_all_seeds:  # which a note says
         return None
     if told["num_seeds"] == 1:
-        return "One seed says nothing of the spread: --seeds 5 does."
+        return "One seed says nothing of the spread: --seeds 5 does, where load is drawn and not replayed."
     text = f"{told['num_hold']} of {told['num_seeds']} seeds hold there"
     text += f": with {told['level']:.0%} confidence at least {told['share_at_least']:.0%} of all would."
     if told["low"] is not None:

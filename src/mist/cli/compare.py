@@ -91,15 +91,14 @@ def _has_interval(against: Mapping[str, Any]) -> bool:
 
 
 def _served(deployments: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A row for each deployment: what became of its requests, and whether they were too many."""
+    """A row for each deployment: what became of its requests, whether they were too many, and its SLO."""
+    from mist.metrics.words import load_verdict, slo_verdict
+
+    has_slo = any(each["num_slo_met"] is not None for each in deployments)
     for each in deployments:
-        verdicts = [
-            f"{word} in {each[key]} of {each['num_runs']} runs" if each["num_runs"] > 1 else word
-            for key, word in (("num_saturated", "saturated"), ("num_near_capacity", "near capacity"))
-            if each[key]
-        ]
         counts = {key: each[key] for key in ("arrived", "finished", "rejected", "lost")}
-        yield {"deployment": each["label"], **counts, "load": ", ".join(verdicts) or "not saturated"}
+        row = {"deployment": each["label"], **counts, "load": load_verdict(each)}
+        yield {**row, "SLO": slo_verdict(each)} if has_slo else row
 
 
 def _requests(requests: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

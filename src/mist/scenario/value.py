@@ -207,6 +207,9 @@ class Scenario:
         if not isinstance(data, dict):
             hint = "the keys are " + ", ".join(ScenarioFile.model_fields)
             raise ScenarioError(source.problem((), "a scenario is a mapping of sections", hint))
+        if {"scenario", "space"} <= set(data):
+            message = "this is a search space, not a scenario"
+            raise ScenarioError(source.problem((), message, "give it to `mist search`, or name the scenario in it"))
         try:
             file = ScenarioFile.model_validate(data, context={"folder": source.folder})
         except ValidationError as error:

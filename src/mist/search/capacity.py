@@ -153,8 +153,13 @@ class Capacity:
                 "Events and schedules stay at their times while the rate varies: at another rate they meet another "
                 "part of the load, so that runs differ in that too."
             )
-        if len(self.bisections) > 1 and len({_sameness(each) for each in self.bisections}) == 1:
+        if self.is_same_for_all_seeds:
             yield "All seeds gave the same: nothing is drawn at random here, so they say nothing of the spread."
+
+    @property
+    def is_same_for_all_seeds(self) -> bool:
+        """Whether several seeds gave one and the same: nothing is drawn at random."""
+        return len(self.bisections) > 1 and len({_sameness(each) for each in self.bisections}) == 1
 
     def _too_short(self) -> Iterator[str]:
         for each in self.bisections:

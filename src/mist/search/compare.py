@@ -40,10 +40,11 @@ _MIN_PAIRS = 30
 
 @dataclass(frozen=True, eq=False)
 class Deployment:
-    """One side of a comparison: runs of one deployment, one per seed."""
+    """One side of a comparison: runs of one deployment, one per seed; of `num_alike` seeds that gave the same, one."""
 
     label: str
     runs: Sequence[Run]
+    num_alike: int = 1
 
 
 def deployments_of(
@@ -80,7 +81,17 @@ def deployments_of(
         own = [found[job.key].summary or {} for job in jobs if job.key.startswith(f"{i} ")]
         runs = [folders[path]] if path in folders else [Run(str(path), **each) for each in own]
         made.append(Deployment(str(path), runs))
+    if seeds > 1 and all(_alike(each.runs) for each in made):  # as many intervals of no width would say nothing
+        return [Deployment(each.label, each.runs[:1], seeds) for each in made]
     return made
+
+
+def _alike(runs: Sequence[Run]) -> bool:
+    """Whether every request of each run took what it took in the first: nothing was drawn at random."""
+    first, *others = (run.requests for run in runs)
+    return all(
+        np.array_equal(first[name], other[name], equal_nan=name != "status") for other in others for name in first
+    )
 
 
 def compare(deployments: Sequence[Deployment]) -> dict[str, Any]:
@@ -120,11 +131,23 @@ def _served(deployment: Deployment) -> dict[str, Any]:
         "lost": sum(each.get(key, 0) for each in counts for key in lost),
         "num_saturated": sum(bool(run.summary.get("saturated")) for run in deployment.runs),
         "num_near_capacity": sum(bool(run.summary.get("near_capacity")) for run in deployment.runs),
+        "num_slo_met": _num_slo_met(deployment),
     }
+
+
+def _num_slo_met(deployment: Deployment) -> int | None:
+    """In how many runs every target of the SLO was met; None where there is no SLO."""
+    levels = [run.summary.get("slo") for run in deployment.runs]
+    return sum(level["met"] is True for level in levels if level) if any(levels) else None
 
 
 def _notes(deployments: Sequence[Deployment]) -> Iterator[str]:
     """What isn't compared, and why."""
+    if (num_alike := deployments[0].num_alike) > 1:
+        yield (
+            f"All {num_alike} seeds gave the same, as nothing is drawn at random here: they say nothing of the spread, "
+            "and one of them is compared."
+        )
     with_slo = [each.label for each in deployments if all(run.summary.get("slo") for run in each.runs)]
     without = [each.label for each in deployments if each.label not in with_slo]
     if with_slo and without:

@@ -12,6 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mist.metrics.words import counted, share
+
 Document = Mapping[str, Any]
 
 _NOTHING = "-"
@@ -41,7 +43,9 @@ def render(document: Document) -> RenderableType:
 
 def _counts(document: Document) -> str:
     counts = document["configurations"]
-    runs = ", ".join(f"{each['runs']:,} on {each['share']:.4g} of the workload" for each in document["runs"])
+    runs = ", ".join(
+        f"{counted(each['runs'], 'run')} on {share(each['share'])} of the workload" for each in document["runs"]
+    )
     legal = f"{counts['legal']:,} of {counts['tried']:,} configurations are legal"
     if counts.get("deployments", counts["legal"]) != counts["legal"]:
         legal += f", {counts['deployments']:,} deployments under several loads"

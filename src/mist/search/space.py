@@ -78,6 +78,10 @@ class _Reader:
         if not isinstance(data, dict):
             self._add((), "a search space is a mapping", f"the keys are {', '.join(_KEYS)}")
             return None
+        if "scenario" not in data and {"clients", "tenants"} & set(data):
+            hint = f"write one of it: scenario: FILE, {_SPACE_HINT.removeprefix('such as ')}, objectives: [ttft_s.p99]"
+            self._add((), "this is a scenario, not a search space", hint)
+            return None
         for key in data:
             if key not in _KEYS:
                 self._add((key,), f"there is no key {key!r}", nearest(key, _KEYS), key=True)

@@ -31,7 +31,10 @@ _MAX_NS = 2**62
 #: below this many ns a product of two float64 is right to the nanosecond
 _EXACT_FLOAT_NS = 2**50
 _STAMP = re.compile(r"(19[7-9]\d|20\d\d|21\d\d)-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d{1,9})?", re.ASCII)
-_STAMP_HINT = "write it as 2023-11-16 18:17:03.9799600 (UTC)"
+_ZONED = re.compile(
+    rf"(?P<stamp>{_STAMP.pattern}) ?(Z|UTC|(?P<sign>[+-])(?P<hours>[01]\d|2[0-3])(:?(?P<minutes>[0-5]\d))?)?", re.ASCII
+)
+_STAMP_HINT = "write it as 2023-11-16 18:17:03.9799600, which is UTC, or 2023-11-16T20:17:03.98+02:00"
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
@@ -187,11 +190,13 @@ def whole_tokens(rows: Rows, name: str, minimum: int) -> IntArray:
 
 
 def _complain(rows: Rows, name: str, bad: BoolArray, hint: str) -> None:
-    places = np.flatnonzero(bad).tolist()
+    places, also = np.flatnonzero(bad).tolist(), ""
+    if len(places) == len(bad) > MAX_PROBLEMS:  # a wrong column or unit: told once, so that it hides nothing else
+        places, also = places[:1], f", and not one of {len(bad):,} rows is right"
     for row in places[:MAX_PROBLEMS]:
         value = rows.columns[name][row]
         given = "missing" if value is None or value == "" else _short(value)
-        rows.complain(row, name, f"{name} is {given}", hint)
+        rows.complain(row, name, f"{name} is {given}{also}", hint)
     rows.problems.num_more += len(places[MAX_PROBLEMS:])
 
 
@@ -246,12 +251,17 @@ def _exact_ns(value: Any, ns_per_unit: int) -> int:
 
 
 def _stamps(values: Column) -> tuple[IntArray, BoolArray]:
-    """Time stamps in UTC as ns since 1970, and which of them are none."""
-    plain = set(map(type, values)) == {str} and all(map(_STAMP.fullmatch, values))
-    texts = values if plain else [_bare_stamp(value) for value in values]
+    """Time stamps as ns since 1970, and which of them are none."""
+    if set(map(type, values)) == {str} and all(map(_STAMP.fullmatch, values)):
+        texts: Column = values
+        ahead_ns: IntArray = np.zeros(1, dtype=np.int64)
+    else:
+        parts = [_parts_of_stamp(value) for value in values]
+        texts = [text for text, _ in parts]
+        ahead_ns = np.array([ahead for _, ahead in parts], dtype=np.int64)
     bad = np.fromiter(map("".__eq__, texts), dtype=np.bool_, count=len(texts))
     try:
-        return _parse_stamps(texts), bad
+        times = _parse_stamps(texts)
     except ValueError:  # a 30th of February: find each of them
         times = np.zeros(len(texts), dtype=np.int64)
         for row, text in enumerate(texts):
@@ -259,15 +269,16 @@ def _stamps(values: Column) -> tuple[IntArray, BoolArray]:
                 times[row] = _parse_stamps([text])[0]
             except ValueError:
                 bad[row] = True
-        return times, bad
+    return times - ahead_ns, bad
 
 
-def _bare_stamp(value: Any) -> str:
-    """A stamp without its mark of UTC, "" where the value is none."""
-    if not isinstance(value, str):
-        return ""
-    value = value.strip().removesuffix("Z").removesuffix("+00:00")
-    return value if _STAMP.fullmatch(value) else ""
+def _parts_of_stamp(value: Any) -> tuple[str, int]:
+    """A stamp without its mark of UTC or its offset, "" where the value is none; and ns that it is ahead of UTC."""
+    found = _ZONED.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found is None:
+        return "", 0
+    minutes = 60 * int(found["hours"] or 0) + int(found["minutes"] or 0)
+    return found["stamp"], (-1 if found["sign"] == "-" else 1) * minutes * 60 * NS_PER_S
 
 
 def _parse_stamps(texts: Column) -> IntArray:

@@ -28,8 +28,8 @@ _CACHED = "cached_tokens"
 class Columns:
     """A file's columns by name; `arrival: null` where it has no times, for a workload with `arrivals` of its own.
 
-    `time_unit` is s, ms, us, ns or timestamp (UTC); left out, it is the ending of the arrival column's name, or the
-    column's type in a Parquet file.
+    `time_unit` is s, ms, us, ns or timestamp (UTC, or with an offset); left out, it is the ending of the arrival
+    column's name, or the column's type in a Parquet file.
     `hash_ids` is the column of the prompt's block ids (lists; in CSV separated by spaces), one id per
     `hash_block_size` tokens. Left out, they are read from the columns `hash_ids` and `hash_block_size` if there.
     `cached_tokens` is the column of the prompt's tokens in the prefix cache; left out, that of this name if there.

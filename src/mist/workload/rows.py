@@ -207,7 +207,7 @@ def _whole_rows(num_fields: Sequence[int], lines: Sequence[int], num_columns: in
         return range(len(num_fields))
     for given, line in zip(num_fields, lines, strict=True):
         if given not in (0, num_columns):
-            hint = "give every row one value per column, separated by commas"
+            hint = "give every row one value per column, and quote those that have commas in them"
             problems.add(f"{given} fields where the header has {num_columns}", line=line, hint=hint)
     return [i for i, given in enumerate(num_fields) if given == num_columns]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mist.errors import Problem, ScenarioError
+from mist.errors import Problem, ScenarioError, nearest
 from mist.registry import lookup, names
 from mist.workload import RequestTable, TraceFormat
 from mist.workload.rows import first_line
@@ -28,7 +28,7 @@ def find_trace(path: str | Path, beside: Path, environ: Mapping[str, str]) -> Pa
     """The file that a scenario's trace path means.
 
     A relative path is looked up in the folder `beside`, then in each folder of MIST_DATA and in its `traces`.
-    ScenarioError says where it was looked for and where public copies come from.
+    ScenarioError says where it was looked for, and which file has nearly that name or where public copies come from.
     """
     path = Path(path).expanduser()
     folders = [beside]
@@ -43,7 +43,10 @@ def find_trace(path: str | Path, beside: Path, environ: Mapping[str, str]) -> Pa
             inside = ", ".join(sorted(p.name for p in place.iterdir() if p.is_file())[:5]) or "no file"
             raise ScenarioError(Problem(f"trace {str(path)!r} is a folder", hint=f"name a file: it holds {inside}"))
     looked = ", ".join(map(str, places))
-    raise ScenarioError(Problem(f"trace {str(path)!r} is not there; looked for {looked}", hint=_PUBLIC_COPIES))
+    there = (beside / path).parent
+    alike = nearest(path.name, [each.name for each in there.iterdir()] if there.is_dir() else ())
+    hint = alike if alike.startswith("did you mean") else _PUBLIC_COPIES
+    raise ScenarioError(Problem(f"trace {str(path)!r} is not there; looked for {looked}", hint=hint))
 
 
 def detect(path: Path) -> TraceFormat:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mist.metrics.distribution import FloatColumn
+from mist.metrics.words import load_verdict, slo_verdict
 from mist.report.html.charts import ALL, Mark, Series, line_chart
 from mist.report.html.figures import FRACTION, NOTHING, SECONDS, percent, seconds, shown
 from mist.report.html.markup import Markup, el, note, section, table, tabs
@@ -42,12 +43,21 @@ def compare_html(document: Document, pairs: Sequence[Pairs]) -> str:
     said = note("Requests are paired by number, so that what both have in common cancels. Intervals hold the "
                 f"difference with {percent(document['interval']['level'])} confidence, by {by}; "
                 f"seeds: {document['num_seeds']}.{pooled}")  # fmt: skip
-    sections = [
+    heads = ["deployment", "arrived", "finished", "rejected", "lost", "load", "SLO"]
+    served = table(heads, _served(document["deployments"]), label="What became of the requests")
+    sections = [section("deployments", "Deployments", None, served, *map(note, document["notes"]))]
+    sections += [
         _against(i, document["baseline"], against, its)
         for i, (against, its) in enumerate(zip(document["against"], pairs, strict=True))
     ]
     sections[-1] = Markup(sections[-1].removesuffix("</section>") + said + "</section>")
     return page(f"Against {document['baseline']}", "Comparison", sections, footer="Simulated by MIST.")
+
+
+def _served(deployments: Sequence[Document]) -> Iterator[list[Any]]:
+    for each in deployments:
+        counts = [f"{each[key]:,}" for key in ("arrived", "finished", "rejected", "lost")]
+        yield [str(each["label"]), *counts, load_verdict(each), slo_verdict(each)]
 
 
 def _against(i: int, baseline: str, against: Document, pairs: Pairs) -> Markup:
