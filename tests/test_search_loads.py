@@ -134,6 +134,24 @@ def test_a_baseline_has_the_highest_load_that_all_seeds_hold(tmp_path: Path, fir
         assert document["gain"]["factor"]["mean"] == 1
 
 
+class HardAtFirst(MadeUp):
+    """Nobody keeps up with the first requests of the workload alone."""
+
+    def summary(self, job: Job) -> dict[str, Any]:
+        return super().summary(job) | {"saturated": "workload.limit" in job.overrides}
+
+
+def test_a_halving_that_never_saw_the_whole_workload_tells_so(tmp_path: Path) -> None:
+    path = written(tmp_path, {"load": LOADS})
+    halved, whole = (search(path, HardAtFirst(1), strategy=each, num_seeds=1).document
+                     for each in ("halving", "exhaustive"))  # fmt: skip
+    assert whole["front"]
+    assert not halved["front"]
+    told = "Nothing ran on the whole workload"
+    assert any(told in remark and "exhaustive" in remark for remark in halved["remarks"])
+    assert not any(told in remark for remark in whole["remarks"])
+
+
 def test_a_real_space_by_bisection_and_by_every_load(tmp_path: Path) -> None:
     scenario = SCENARIO | {"workload": SCENARIO["workload"] | {"num_requests": 120}}
     points = {"clients.gpu": {"device": ["h100-sxm", "l40s"], "tp": [1, 2]}}
