@@ -46,11 +46,16 @@ def written(folder: Path, loads: Any, **changed: Any) -> Path:
     return path
 
 
+def rng_of_seed(seed: int) -> float:
+    """How a seed's requests differ from others', from -1 to 1."""
+    return random.Random(f"requests {seed}").uniform(-1, 1)
+
+
 class MadeUp:
     """Deployments with drawn capacities and prices: their TTFT rises with the load, on short prefixes less."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed, self.asked = seed, 0
+    def __init__(self, seed: int, scatter: float = 0.0) -> None:
+        self.seed, self.scatter, self.asked = seed, scatter, 0
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
         for job in jobs:
@@ -62,6 +67,7 @@ class MadeUp:
         gpu, number = job.source["clients"]["gpu"], job.overrides.get("workload.limit", 1600)
         rng = random.Random(f"{self.seed} {gpu['device']} {gpu['tp']} {gpu['batching']}")
         capacity, alone, usd = rng.uniform(0.5, 40), rng.uniform(0.05, 0.3), rng.uniform(2, 12) * gpu["tp"]
+        capacity *= 1 + self.scatter * rng_of_seed(job.overrides["seed"])
         rate = job.source["workload"]["arrivals"]["poisson"]["rate_per_s"]
         shown = rate * (0.8 + 0.2 * number / 1600)
         ttft = alone * (1 + shown / (capacity - shown)) if shown < capacity else 100.0
@@ -103,6 +109,50 @@ def test_rising_loads_give_what_every_load_gives(tmp_path: Path, seed: int) -> N
     assert runs[1] < 0.5 * bisected.asked
     assert whole["configurations"]["deployments"] == 12
     assert whole["configurations"]["legal"] == brute["configurations"]["legal"] == 12 * len(LOADS)
+
+
+@pytest.mark.parametrize("first_seed", range(6))
+def test_the_highest_load_is_that_of_all_seeds_not_of_the_first(tmp_path: Path, first_seed: int) -> None:
+    loads = [round(1.08**k, 3) for k in range(45)]
+    changed = {"scenario": SCENARIO | {"seed": first_seed}, "objectives": ["output_tokens_per_usd"]}
+    points = {"clients.gpu.device": ["h100-sxm", "l40s"]}
+    brute, half = (
+        search(written(tmp_path, given, space={RATE: given, **points}, **changed), MadeUp(3, 0.1),
+               strategy=strategy, num_seeds=4).document
+        for given, strategy in ((loads, "exhaustive"), ({"load": loads}, "halving"))
+    )  # fmt: skip
+    assert brute["front"], "nothing to compare"
+    assert front(half) == front(brute)
+    assert half["best"] == brute["best"]
+    assert half["baseline"] == brute["baseline"]
+
+
+@pytest.mark.parametrize("first_seed", range(6))
+def test_a_baseline_has_the_highest_load_that_all_seeds_hold(tmp_path: Path, first_seed: int) -> None:
+    loads = [round(1.08**k, 3) for k in range(45)]
+    changed = {"scenario": SCENARIO | {"seed": first_seed}, "objectives": ["output_tokens_per_usd"]}
+    for given in (loads, {"load": loads}):
+        path = written(tmp_path, given, space={RATE: given}, **changed)  # of the baseline alone
+        document = search(path, MadeUp(3, 0.1), strategy="exhaustive", num_seeds=4).document
+        assert document["gain"]["factor"]["mean"] == 1
+
+
+class HardAtFirst(MadeUp):
+    """Nobody keeps up with the first requests of the workload alone."""
+
+    def summary(self, job: Job) -> dict[str, Any]:
+        return super().summary(job) | {"saturated": "workload.limit" in job.overrides}
+
+
+def test_a_halving_that_never_saw_the_whole_workload_tells_so(tmp_path: Path) -> None:
+    path = written(tmp_path, {"load": LOADS})
+    halved, whole = (search(path, HardAtFirst(1), strategy=each, num_seeds=1).document
+                     for each in ("halving", "exhaustive"))  # fmt: skip
+    assert whole["front"]
+    assert not halved["front"]
+    told = "Nothing ran on the whole workload"
+    assert any(told in remark and "exhaustive" in remark for remark in halved["remarks"])
+    assert not any(told in remark for remark in whole["remarks"])
 
 
 def test_a_real_space_by_bisection_and_by_every_load(tmp_path: Path) -> None:

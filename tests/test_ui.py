@@ -306,7 +306,7 @@ def test_files_beside_the_scenario_are_found(folder: Path, page: TestClient) -> 
     assert any("mine.yaml" in each["file"] and not each["here"] for each in problems)
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"text": 1}', b"\xff", rb'{"text": "\ud800"}'])
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"text": 1}', b"\xff", rb'{"text": "\ud800"}', b"[" * 100_000])
 def test_requests_that_make_no_sense(page: TestClient, body: bytes) -> None:
     assert page.post("api/check", content=body).status_code == 400
 

@@ -12,7 +12,7 @@ from typing import Any
 from mist.errors import Problem, ScenarioError
 from mist.search.choices import every
 from mist.search.laboratory import WHOLE, Laboratory
-from mist.search.ladders import Ladder, climb
+from mist.search.ladders import FAR, Ladder, beside, climb
 from mist.search.legal import REST, Point, Refusal, examine
 from mist.search.space import Space
 
@@ -41,17 +41,23 @@ def baseline_points(space: Space) -> list[Point]:
 
 
 def best_baseline(lab: Laboratory, ladders: Sequence[Ladder], seeds: Sequence[int]) -> Point | None:
-    """Of the baselines, the feasible one that is best in the first objective, run with every seed; None if none is."""
+    """Of the baselines, the feasible one that is best in the first objective, run with every seed; None if none is.
+
+    Its load is the highest that every seed together holds, not the first one alone.
+    """
     climb(lab, ladders, WHOLE, seeds[:1])
-    points = [p for ladder in ladders for p in ladder.points if (p.number, WHOLE, seeds[0]) in lab.runs]
-    scores = {point.number: lab.score(point, WHOLE, seeds[:1]) for point in points}
-    for point in sorted(points, key=lambda point: (scores[point.number].values, -point.number)):
-        if scores[point.number].violation > 0:
-            continue
-        lab.measure([point], WHOLE, seeds)
-        if lab.score(point, WHOLE, seeds).violation <= 0:
-            return point
-    return None
+    points = {point.number: point for ladder in ladders for point in ladder.points}
+    seeded: set[int] = set()
+    while True:
+        ran = [number for number in points if (number, WHOLE, seeds[0]) in lab.runs]
+        scores = {n: lab.score(points[n], WHOLE, seeds if n in seeded else seeds[:1]) for n in ran}
+        hopeful = [number for number in ran if scores[number].violation <= (0 if number in seeded else FAR)]
+        best = min(hopeful, key=lambda number: (scores[number].values, -number), default=None)
+        missing = ({best} if best is not None else set()) - seeded or beside(lab, ladders, scores, seeded)
+        if not missing:
+            return None if best is None else points[best]
+        lab.measure([points[number] for number in sorted(missing, reverse=True)], WHOLE, seeds)
+        seeded |= missing
 
 
 def _completed(space: Space) -> Iterator[dict[str, Any]]:

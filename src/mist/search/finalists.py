@@ -1,7 +1,8 @@
 """The last round: whoever may be in the front, or best at something, runs the whole workload with every seed.
 
 After a strategy, before the result. What was best with one seed by chance falls back, and who is best then runs with
-every seed too, until the best all have. It never widens the search.
+every seed too, until the best all have. Of a deployment whose load rises the highest that every seed together holds is
+found so. It never widens the search to other deployments.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mist.search.laboratory import WHOLE, Laboratory
+from mist.search.ladders import Ladder, beside
 from mist.search.legal import Point
 from mist.search.pareto import Score, front
 
@@ -35,8 +37,10 @@ def titles(objectives: Sequence[str]) -> dict[str, tuple[int, Eligible]]:
     }
 
 
-def last_round(lab: Laboratory, points: Mapping[int, Point], seeds: Sequence[int]) -> Podium:
-    """Measure with every seed until the front and all the best have been."""
+def last_round(
+    lab: Laboratory, points: Mapping[int, Point], seeds: Sequence[int], ladders: Sequence[Ladder] = ()
+) -> Podium:
+    """Measure with every seed until the front and all the best have been, and no load of `ladders` may be better."""
     measured = sorted({number for number, share, _ in lab.runs if share == WHOLE and number in points})
     seeded = {n for n in measured if all((n, WHOLE, seed) in lab.runs for seed in seeds)}
     while True:
@@ -44,10 +48,12 @@ def last_round(lab: Laboratory, points: Mapping[int, Point], seeds: Sequence[int
         best = {title: _best(scores, points, k, may) for title, (k, may) in titles(lab.objectives).items()}
         podium = Podium(front(scores), best, scores)
         missing = {*podium.front, *(number for number in best.values() if number is not None)} - seeded
+        missing = missing or beside(lab, ladders, scores, seeded)
         if not missing:
             return podium
         lab.measure([points[number] for number in sorted(missing)], WHOLE, seeds)
         seeded |= missing
+        measured = sorted({*measured, *missing})
 
 
 def _best(scores: Mapping[int, Score], points: Mapping[int, Point], k: int, may: Eligible) -> int | None:

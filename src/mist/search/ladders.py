@@ -15,6 +15,9 @@ from mist.search.legal import Point
 from mist.search.objectives import at_best, maximised
 from mist.search.pareto import Bar, Score, ranked
 
+#: what misses a bound by more than this share with one seed isn't tried with the others
+FAR = 0.2
+
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
@@ -83,6 +86,39 @@ def fill(lab: Laboratory, ladders: Sequence[Ladder], share: float, seeds: Sequen
         if not wanted:
             return
         lab.measure(wanted, share, seeds)
+
+
+def beside(lab: Laboratory, ladders: Sequence[Ladder], scores: Mapping[int, Score], seeded: set[int]) -> set[int]:
+    """Loads that all seeds together may judge otherwise than the first one did, by number; one of a deployment.
+
+    `scores`: of all that ran on the whole workload; `seeded`: those of them that ran with every seed. Of the latter the
+    highest load that holds may have a next one that does too, and below one that is missed the next lower may hold.
+    """
+    bar = Bar.of([(scores[p.number], p.standing) for each in ladders for p in each.points if p.number in scores])
+    found: set[int] = set()
+    for ladder in ladders:
+        known = {i: scores[p.number] for i, p in enumerate(ladder.points) if p.number in seeded}
+        held = max((i for i, score in known.items() if score.violation <= 0), default=-1)
+        missed = min((i for i in known if i > held), default=len(ladder.points))
+        if not known or missed - held < 2:
+            continue
+        place = missed - 1 if missed in known else held + 1
+        point = ladder.points[place]
+        if held >= 0:
+            best = hope(lab.objectives, known[held], ladder.loads[place] / ladder.loads[held])
+            if bar.covers(best, point.standing):
+                continue
+        if missed in known or _misses_by(lab, point) <= FAR:
+            found.add(point.number)
+    return found
+
+
+def _misses_by(lab: Laboratory, point: Point) -> float:
+    """By what share it missed its worst constraint on the longest prefix that it ran on; 0 where it never ran."""
+    ran = [(share, seed) for number, share, seed in lab.runs if number == point.number]
+    longest = max((share for share, _ in ran), default=0.0)
+    seeds = sorted(seed for share, seed in ran if share == longest)
+    return lab.score(point, longest, seeds).violation if ran else 0.0
 
 
 def bar_of(lab: Laboratory, ladders: Sequence[Ladder], share: float, seeds: Sequence[int]) -> Bar:

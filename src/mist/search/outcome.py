@@ -97,7 +97,7 @@ def outcome(
             ],
             "failed": _failed(lab),
         },
-        "remarks": [*legal.remarks, *_remarks(space, base, first)],
+        "remarks": [*legal.remarks, *_remarks(space, base, first), *_hidden(lab, legal)],
         "runs": _runs(lab),
         "front": [{"name": names[number], **told[number]} for number in podium.front],
         "best": {
@@ -127,6 +127,17 @@ def _remarks(space: Space, base: Point | None, best: Point | None) -> list[str]:
     if best is not None and isinstance(choice, Choice) and best.choices[choice.name] == list(choice.options)[-1]:
         told.append("The best is under the highest load of the space: give higher ones, which it may serve too.")
     return told
+
+
+def _hidden(lab: Laboratory, legal: Legal) -> list[str]:
+    """That nothing was run on the whole workload, so that nothing is known of it."""
+    shares = {share for number, share, _ in lab.runs if number in legal.points}
+    if not shares or WHOLE in shares:
+        return []
+    return [
+        f"Nothing ran on the whole workload, as nothing was near its constraints on the first {max(shares):.3g} of it: "
+        "where these requests are harder to serve than the others, use --strategy exhaustive."
+    ]
 
 
 def _deployment(lab: Laboratory, point: Point, seeds: Sequence[int]) -> dict[str, Any]:

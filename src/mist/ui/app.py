@@ -170,7 +170,7 @@ async def _body(request: Request, *names: str) -> dict[str, str]:
             raise HTTPException(413, f"a request has at most {MAX_BODY:,} bytes")
     try:
         given: Any = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):  # of brackets in brackets in brackets
         raise HTTPException(400, "this is no JSON") from None
     if not isinstance(given, dict) or not all(isinstance(given.get(name, ""), str) for name in names):
         raise HTTPException(400, f"give texts: {', '.join(names)}")
