@@ -191,10 +191,20 @@ def test_what_can_not_keep_up_is_in_no_front(tmp_path: Path) -> None:
 
 def test_nothing_feasible_is_told_and_is_no_error(tmp_path: Path) -> None:
     document = found(written(tmp_path, constraints={"ttft_s.p99": 1e-6}))
-    assert document["remarks"] == ["The baseline meets the constraints under no load of the space."]
+    told = document["remarks"]
+    assert "The baseline meets the constraints under no load of the space." in told
+    assert any(each.startswith("Nothing ran on the whole workload") for each in told)
     assert document["front"] == []
     assert document["gain"] is None
     assert set(document["best"].values()) == {None}
+
+
+def test_seeds_that_draw_nothing_are_told(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n" + "0.5,100,20\n" * 40)
+    drawn = found(written(tmp_path))
+    assert not any("All seeds" in each for each in drawn["remarks"])
+    read = found(written(tmp_path, scenario={**SPACE["scenario"], "workload": {"trace": "mine.csv"}}))
+    assert any(each.startswith("All seeds gave the same") for each in read["remarks"])
 
 
 def test_dollars_without_prices_are_refused(tmp_path: Path) -> None:

@@ -397,15 +397,18 @@ def test_a_bad_scenario_is_not_queued(folder: Path, page: TestClient) -> None:
     assert runs(page) == []
 
 
-def test_what_only_a_run_can_find_is_told(folder: Path, page: TestClient) -> None:
+def test_what_only_a_run_can_find_is_told(folder: Path, page: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "broken.csv").write_text("at_s,prompt,answer\n0,10,5\n1,ten,5\n")
     workload = "workload: {trace: broken.csv, columns: {arrival: at_s, input_tokens: prompt, output_tokens: answer}}\n"
     text = "name: tiny\n" + workload + SCENARIO[SCENARIO.index("clients:") :]
+    monkeypatch.setattr("mist.ui.checking.MAX_TRACE_BYTES", 0)  # as one too long to be read while somebody types
     assert checked(page, text)["problems"] == []
     run = finished(page, start(page, text))
     assert run["state"] == "failed"
     assert run["problems"][0]["file"].endswith("broken.csv")
     assert run["problems"][0]["line"] == 3
+    monkeypatch.undo()
+    assert checked(page, text)["problems"][0]["line"] == 3
     assert list((folder / "out" / "ui").iterdir()) == []
 
 

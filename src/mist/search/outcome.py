@@ -97,7 +97,7 @@ def outcome(
             ],
             "failed": _failed(lab),
         },
-        "remarks": [*legal.remarks, *_remarks(space, base, first), *_hidden(lab, legal)],
+        "remarks": [*legal.remarks, *_remarks(space, base, first), *_alike(lab, first, seeds), *_hidden(lab, legal)],
         "runs": _runs(lab),
         "front": [{"name": names[number], **told[number]} for number in podium.front],
         "best": {
@@ -127,6 +127,16 @@ def _remarks(space: Space, base: Point | None, best: Point | None) -> list[str]:
     if best is not None and isinstance(choice, Choice) and best.choices[choice.name] == list(choice.options)[-1]:
         told.append("The best is under the highest load of the space: give higher ones, which it may serve too.")
     return told
+
+
+def _alike(lab: Laboratory, best: Point | None, seeds: Sequence[int]) -> list[str]:
+    """That several seeds gave one and the same, where requests are read and not drawn."""
+    found = _excerpts(lab, best, seeds) if best is not None else []
+    if len(found) < 2 or any(each != found[0] for each in found):
+        return []
+    return [
+        "All seeds gave the same: nothing is drawn at random here, so they say nothing of the spread; take --seeds 1."
+    ]
 
 
 def _hidden(lab: Laboratory, legal: Legal) -> list[str]:

@@ -75,7 +75,7 @@ def open_store(url: str | Path | None, name: str, objectives: Sequence[str]) -> 
                 continue
             hint = "such as sqlite:///search.db or postgresql://user@host/database"
             if isinstance(error, ImportError):
-                hint = "PostgreSQL's driver is an extra: pip install 'mist-sim[postgresql]'"
+                hint = "PostgreSQL's driver is an extra: pip install 'psycopg[binary]'"
             told = f"the store can't be opened: {type(error).__name__}: {told.splitlines()[0]:.200}"
             raise ScenarioError(Problem(told, hint=hint)) from None
     raise InvariantError("the last try neither opened the store nor told why not")

@@ -68,7 +68,7 @@ def find_tables(folder: str = "") -> TablesFolder | str:
     except (ImportError, ValueError, importlib.metadata.PackageNotFoundError):
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        return f"the measured tables of {DISTRIBUTION} are not installed (pip install 'mist-sim[kernels]')"
+        return f"the measured tables of {DISTRIBUTION} are not installed (pip install -e '.[kernels]' beside MIST)"
     path = Path(spec.submodule_search_locations[0]) / "systems" / "data"
     if not path.is_dir():
         return f"{DISTRIBUTION} {version} has no tables in {path}"

@@ -127,6 +127,6 @@ def _imported() -> Any:
     try:
         import ray
     except ImportError:
-        hint = "pip install 'mist-sim[ray]', or take --executor processes"
+        hint = "pip install 'ray>=2.9', or take --executor processes"
         raise ScenarioError(Problem("Ray isn't installed", hint=hint)) from None
     return ray
