@@ -68,6 +68,7 @@ def test_equal_gaps_are_served_up_to_the_rate_of_the_server(service_s: float) ->
     assert found.value <= service_s / gap
 
 
+@pytest.mark.long
 def test_poisson_arrivals_meet_a_mean_as_an_m_d_1_queue_says(service_s: float) -> None:
     # mean time in an M/D/1 queue: S (1 + rho / 2 (1 - rho)), twice the service at rho = 2/3 (Pollaczek, Khinchine)
     scenario = server({"poisson": {"rate_per_s": 0.5 / service_s}}, 3000, slo={"ttft_s": {"mean": 2 * service_s}})

@@ -248,11 +248,19 @@ def test_unknown_options_and_commands_exit_with_2(scenario: Path) -> None:
         assert invoke(*arguments).exit_code == 2
 
 
+def wrapped(cause: BaseException) -> RuntimeError:
+    """What Python 3.11 makes of an interrupt while a class is being made."""
+    error = RuntimeError("Error calling __set_name__ on 'Field' instance")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [
         (InvariantError("busy 3 + idle 4 != elapsed 8"), 3, "busy 3 + idle 4"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (wrapped(KeyboardInterrupt()), 130, "interrupted"),
         (PermissionError(13, "Permission denied", "/out"), 2, "/out: Permission denied"),
         (OSError(28, "No space left on device"), 2, "No space left"),
     ],

@@ -218,6 +218,7 @@ class TwoStations(StageList):
             yield Stage(kind, input_tokens=max(1, round(draws.exponential(mean))))
 
 
+@pytest.mark.long
 def test_stations_in_series_are_a_jackson_network() -> None:
     """Each station is an M/M/1 of its own, and the numbers at both are independent (product form)."""
     rhos, n = (0.6, 0.7), 30_000

@@ -94,6 +94,7 @@ def test_requests_outside_of_a_window_arent_counted() -> None:
     assert against(a, b)["num_pairs"] == 30
 
 
+@pytest.mark.long
 def test_intervals_of_one_run_hold_the_true_difference_as_often_as_they_say() -> None:
     rng, held = np.random.default_rng(2), 0
     for _ in range(40):

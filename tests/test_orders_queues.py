@@ -69,6 +69,7 @@ def test_one_slot_is_cobhams_queue(order: type[Any]) -> None:
     agrees(waits[second == 1] / STEP, residual / (1 - rhos[0]) / (1 - sum(rhos)), at_most=0.25)
 
 
+@pytest.mark.long
 def test_overload_behind_it_costs_the_first_class_one_residual_service() -> None:
     """At 1.3 times the capacity: E[W] of the first class = R / (1 - ρ) with R = λE[S²] / 2 + (1 - ρ) E[S₂²] / 2E[S₂],
     for whatever the first leaves goes to the second: alone it is λE[S²] / 2(1 - ρ), one residual service less.

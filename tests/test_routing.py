@@ -247,6 +247,7 @@ def mean_wait(router: Any, seed: int, refresh_ns: int = 0) -> float:
     return float((rows["started_ns"] - rows["queued_ns"]).mean() / MEAN_NS)
 
 
+@pytest.mark.long
 def test_informed_choices_beat_turns_and_turns_beat_chance() -> None:
     """JSQ < two choices < round robin < random, by the mean wait of paired runs, each at 99.9 % confidence."""
     makers: list[Any] = [

@@ -55,8 +55,16 @@ class _Commands(click.Group):
             click.secho(f"a law of the simulation broke, which is a bug: {error}", fg="red", err=True)
             raise click.exceptions.Exit(3) from None
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            raise click.exceptions.Exit(130) from None
+            raise _interrupted() from None
+        except RuntimeError as error:  # Python 3.11 wraps whatever comes while a class is made, as when modules load
+            if isinstance(error.__cause__, KeyboardInterrupt):
+                raise _interrupted() from None
+            raise
+
+
+def _interrupted() -> click.exceptions.Exit:
+    click.echo("interrupted", err=True)
+    return click.exceptions.Exit(130)
 
 
 @click.group("mist", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
