@@ -61,6 +61,10 @@ def lines(text: str) -> str:
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
+def test_no_page_takes_the_name_of_one_that_the_site_makes() -> None:
+    assert not {page.stem for page in (ROOT / "docs").glob("*.md")} & {"search", "genindex", "modindex"}
+
+
 def test_links_between_pages_exist() -> None:
     for page in LINKING:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
