@@ -189,10 +189,11 @@ def test_jobs_are_taken_as_there_is_room_for_them() -> None:
 
 
 SLEEPING = """\
-import sys, test_executors
+import signal, sys, test_executors
 from mist.search.executors.processes import Processes
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start jobs in the background without it
     with Processes(2) as executor:
         print("started", flush=True)
         list(executor.run(test_executors.jobs(6, measure=test_executors.sleep)))

@@ -28,7 +28,8 @@ _BETWEEN_S = 0.1
 
 def main() -> None:
     messages = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)  # what a plug-in prints is no message
+    os.dup2(2, 1)  # what a plug-in prints is no message,
+    sys.stdout = sys.stderr  # and doesn't come out behind what it died of
 
     def say(**message: Any) -> None:
         print(json.dumps(message, ensure_ascii=False), file=messages, flush=True)
