@@ -195,7 +195,7 @@ def elasticities() -> dict[str, Any]:
     rows = [("load", of(0.5, 0.1)), ("gpu: FLOP/s", of(-1.5, 0.25)), (EVIL, of(0.25)), ("prices", of(0.0, 0.0)),
             ("gpu: tp", of(None))]  # fmt: skip
     return {
-        "schema_version": 1, "name": EVIL, "step": 0.1, "seeds": [1, 2],
+        "schema_version": 1, "name": EVIL, "step": 0.1, "seeds": [1, 2], "remarks": [EVIL],
         "parameters": [{"parameter": name, "values": [0.9, 1.1], "error": EVIL if each["mean"] is None else None,
                         "elasticities": {"ttft_s.p99": each}} for name, each in rows],
     }  # fmt: skip

@@ -38,6 +38,20 @@ def measured(**overrides: Any) -> dict[str, dict[str, dict[str, float | None]]]:
     return {row["parameter"]: row["elasticities"] for row in document["parameters"]}
 
 
+def test_seeds_that_draw_nothing_give_no_interval():
+    regular = {"arrivals": {"constant": {"rate_per_s": 1}}}
+    with executor_named("serial") as executor:
+        drawn, same = (
+            sensitivity(load({**SCENARIO, "workload": SCENARIO["workload"] | each}), executor, num_seeds=2,
+                        objectives=["ttft_s.p50"])
+            for each in ({"num_requests": 10}, {"num_requests": 10} | regular)
+        )  # fmt: skip
+    assert drawn["remarks"] == []
+    assert any(row["elasticities"]["ttft_s.p50"]["low"] is not None for row in drawn["parameters"])
+    assert [remark[:24] for remark in same["remarks"]] == ["All seeds gave the same:"]
+    assert all(row["elasticities"]["ttft_s.p50"]["low"] is None for row in same["parameters"])
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, dict[str, float | None]]]:
     return measured()

@@ -161,6 +161,8 @@ def sensitivity(
         return
     click.echo(f"{document['name']}: change in % for 1 % more, over {len(document['seeds'])} seeds\n")
     click.echo(table([_elasticities(row, objectives or DEFAULT_OBJECTIVES) for row in document["parameters"]]))
+    for remark in document["remarks"]:
+        click.echo(f"\nNote: {remark}")
 
 
 def _elasticities(row: dict[str, Any], objectives: Sequence[str]) -> dict[str, Any]:

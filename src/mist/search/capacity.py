@@ -17,7 +17,7 @@ from mist.scenario.clients import Pool
 from mist.scenario.value import Scenario
 from mist.search.evaluate import Executor, Job, Outcome
 from mist.search.executors.serial import Serial
-from mist.search.intervals import LEVEL, mean_interval, share_at_least
+from mist.search.intervals import ALIKE, LEVEL, mean_interval, share_at_least
 from mist.search.knobs import RATE, Knob, knob_of
 from mist.search.pace import measured
 from mist.search.verdict import FIGURES, Trial, trial_of
@@ -154,7 +154,7 @@ class Capacity:
                 "part of the load, so that runs differ in that too."
             )
         if self.is_same_for_all_seeds:
-            yield "All seeds gave the same: nothing is drawn at random here, so they say nothing of the spread."
+            yield ALIKE
 
     @property
     def is_same_for_all_seeds(self) -> bool:

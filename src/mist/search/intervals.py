@@ -15,6 +15,8 @@ import numpy.typing as npt
 LEVEL = 0.95
 #: of a bootstrap
 NUM_RESAMPLES = 400
+#: told where several seeds gave one and the same
+ALIKE = "All seeds gave the same: nothing is drawn at random here, so they say nothing of the spread; take --seeds 1."
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:

@@ -17,6 +17,7 @@ from mist.errors import Problem, ScenarioError
 from mist.scenario.value import to_yaml
 from mist.search.choices import Choice
 from mist.search.finalists import Podium
+from mist.search.intervals import ALIKE
 from mist.search.laboratory import WHOLE, Laboratory
 from mist.search.ladders import ladders_of
 from mist.search.legal import Legal, Point
@@ -134,9 +135,7 @@ def _alike(lab: Laboratory, best: Point | None, seeds: Sequence[int]) -> list[st
     found = _excerpts(lab, best, seeds) if best is not None else []
     if len(found) < 2 or any(each != found[0] for each in found):
         return []
-    return [
-        "All seeds gave the same: nothing is drawn at random here, so they say nothing of the spread; take --seeds 1."
-    ]
+    return [ALIKE]
 
 
 def _hidden(lab: Laboratory, legal: Legal) -> list[str]:
@@ -175,15 +174,18 @@ def _deployment(lab: Laboratory, point: Point, seeds: Sequence[int]) -> dict[str
 
 
 def interval(values: Sequence[float | None]) -> dict[str, Any]:
-    """The mean of one value a seed, with the bounds of its 95 % confidence interval by Student's t (None: one seed)."""
+    """The mean of one value a seed, with the bounds of its 95 % confidence interval by Student's t.
+
+    The bounds are None for one seed, and where all values are the same, which says nothing of how far others spread.
+    """
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return {"mean": None, "low": None, "high": None}
-    mean = math.fsum(known) / len(known)
-    if len(known) < 2:
-        return {"mean": mean, "low": None, "high": None}
+    if len(set(known)) < 2:
+        return {"mean": known[0], "low": None, "high": None}
     from scipy.stats import t
 
+    mean = math.fsum(known) / len(known)
     spread = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (len(known) - 1) / len(known))
     half = float(t.ppf((1 + _CONFIDENCE) / 2, len(known) - 1)) * spread
     return {"mean": mean, "low": mean - half, "high": mean + half}

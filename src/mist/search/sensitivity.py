@@ -17,6 +17,7 @@ from mist.scenario.clients import Pool
 from mist.scenario.tenancy import SOLE
 from mist.scenario.value import Scenario
 from mist.search.evaluate import Executor, Job
+from mist.search.intervals import ALIKE
 from mist.search.laboratory import Progress
 from mist.search.legal import accelerators
 from mist.search.objectives import excerpt, objective, unknown
@@ -147,7 +148,20 @@ def sensitivity(
         width = math.log(parameter.values[1] / parameter.values[0])
         row["elasticities"] = {name: interval([_slope(*pair, name, width) for pair in pairs]) for name in objectives}
         rows.append(row)
-    return {"schema_version": 1, "name": scenario.name, "step": step, "seeds": list(seeds), "parameters": rows}
+    return {
+        "schema_version": 1,
+        "name": scenario.name,
+        "step": step,
+        "seeds": list(seeds),
+        "parameters": rows,
+        "remarks": [ALIKE] if num_seeds > 1 and _are_alike(found, seeds) else [],
+    }
+
+
+def _are_alike(found: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> bool:
+    """Whether every run that there is gave what the same one with the first seed gave."""
+    first = {key.rpartition("/")[0]: value for key, value in found.items() if key.endswith(f"/{seeds[0]}")}
+    return all(value == first.get(key.rpartition("/")[0]) for key, value in found.items())
 
 
 def _slope(low: Mapping[str, Any], high: Mapping[str, Any], name: str, width: float) -> float | None:

@@ -27,7 +27,8 @@ def sensitivity_html(document: Document) -> str:
     lead = "By how many percent a result changes for 1 % more of a parameter, each moved alone, up and down."
     said = note(f"Steps of {percent(document['step'])}, or of one replica, over {len(document['seeds'])} seeds under "
                 "the same requests. The lines across bars hold the mean with 95 % confidence.")  # fmt: skip
-    drawn = section("sensitivity", "Sensitivity", lead, tabs("objectives", "Results", panels) if panels else None, said)
+    drawn = section("sensitivity", "Sensitivity", lead, tabs("objectives", "Results", panels) if panels else None, said,
+                    [note(remark) for remark in document["remarks"]])  # fmt: skip
     failed = any(row["error"] for row in rows)
     heads = ["parameter", "from", "to", *map(name_of, objectives), *(["error"] if failed else [])]
     figures = [[row["parameter"], *map(digits, row["values"]), *(_signed(row["elasticities"][n]) for n in objectives),
