@@ -38,7 +38,7 @@ def measured(**overrides: Any) -> dict[str, dict[str, dict[str, float | None]]]:
     return {row["parameter"]: row["elasticities"] for row in document["parameters"]}
 
 
-def test_seeds_that_draw_nothing_give_no_interval():
+def test_seeds_that_draw_nothing_give_no_interval() -> None:
     regular = {"arrivals": {"constant": {"rate_per_s": 1}}}
     with executor_named("serial") as executor:
         drawn, same = (
