@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 from hypothesis import strategies as st
 
 from mist.batching import BatchingPolicy
@@ -27,12 +31,19 @@ __all__ = [
     "play",
     "residents",
     "rows",
+    "sampled",
     "small_scenarios",
     "table",
     "task",
 ]
 
 POLICIES: tuple[type[BatchingPolicy], ...] = (Chunked, Continuous, Static, Mixed, SGLang, TensorRTLLM)
+
+
+def sampled(values: Iterable[Any], few: int) -> list[Any]:
+    """`values` to parametrize by: the first `few` in every run, the others in `make test-long` only."""
+    return [pytest.param(each, marks=() if i < few else pytest.mark.long) for i, each in enumerate(values)]
+
 
 #: columns that hold instants
 TIMES = {"arrival_ns", "first_token_ns", "end_ns", "queued_ns", "started_ns", "joined_ns", "start_ns"}

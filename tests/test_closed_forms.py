@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kit import LinearSteps, Run, play, table
+from kit import LinearSteps, Run, play, sampled, table
 from mist.batching.chunked import Chunked
 from mist.pipeline.stages import StageList
 from mist.request import Pipeline, Request, Stage
@@ -80,7 +80,7 @@ SERVICES: dict[str, Callable[[np.random.Generator, int], Floats]] = {
 SECOND_MOMENT = {"M/D/1": 1.0, "M/M/1": 2.0, "M/H/1": 0.75 * 0.25 + 0.25 * 6.25}
 
 
-@pytest.mark.parametrize("queue", SERVICES)
+@pytest.mark.parametrize("queue", sampled(SERVICES, 2))
 def test_one_slot_is_pollaczek_khinchine(queue: str) -> None:
     """E[W] = λ E[S²] / 2(1 - ρ): at ρ = 0.8 two services for M/D/1, four for M/M/1."""
     rho, n = 0.8, 40_000
@@ -126,7 +126,7 @@ def erlang_c_wait(servers: int, rho: float) -> float:
     return waits / (servers * (1 - rho))
 
 
-@pytest.mark.parametrize("servers", [1, 4])
+@pytest.mark.parametrize("servers", sampled([4, 1], 1))
 def test_slots_of_constant_steps_are_m_m_c(servers: int) -> None:
     """Decode steps of constant duration, geometric outputs: `max_num_seqs` servers that start on step boundaries."""
     rho, mean_steps, n = 0.8, 4, 15_000 * servers
@@ -153,7 +153,7 @@ LENGTHS: dict[str, Callable[[np.random.Generator, int], npt.NDArray[np.int64]]] 
 }
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("lengths", sampled(LENGTHS, 2))
 def test_compute_bound_steps_are_processor_sharing(lengths: str) -> None:
     """A step takes time in proportion to its tokens: E[T] = E[S] / (1 - ρ), whatever the lengths.
 
@@ -178,7 +178,7 @@ def test_compute_bound_steps_are_processor_sharing(lengths: str) -> None:
         agrees(sojourn_ns(run) / STEP, exact, at_most=0.15)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("lengths", sampled(LENGTHS, 2))
 def test_memory_bound_steps_are_an_infinite_server(lengths: str) -> None:
     """Constant steps, no limits: nobody waits but for the step in flight; the number in the system is Poisson."""
     load, n = 12.0, 20_000

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kit import sampled
 from mist.availability.events import Down, Event, Events, LinkChange, Up
 from mist.availability.outages import FAIL, RETRY, Outages, Replica
 from mist.availability.scaling import Pool, Rule, Scaling
@@ -289,7 +290,7 @@ def play_one(seed: int) -> Counter[str]:
     return check(result, len(campaign.small.requests))
 
 
-@pytest.mark.parametrize("first", range(0, 240, 8))
+@pytest.mark.parametrize("first", sampled(range(0, 240, 8), 15))
 def test_a_campaign(first: int) -> None:
     for seed in range(first, first + 8):
         play_one(seed)
@@ -302,7 +303,7 @@ def test_a_long_campaign(first: int) -> None:
         play_one(seed)
 
 
-@pytest.mark.parametrize("first", range(20_000, 20_120, 8))
+@pytest.mark.parametrize("first", sampled(range(20_000, 20_120, 8), 8))
 def test_watched_or_not_step_by_step_or_in_spans_it_is_the_same(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ledger switches spans of decode steps off: with spans wherever they may be, the records are the same rows."""
     monkeypatch.setattr(Client, "_took", property(lambda self: 0, lambda self, took: None), raising=False)
@@ -340,14 +341,14 @@ def name_of_last(campaign: Campaign) -> str:
     return "replica" if campaign.shape == "lanes" else f"gpu-{campaign.num_clients - 1}"
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", sampled(range(60), 30))
 def test_events_after_the_end_change_nothing(seed: int) -> None:
     name = name_of_last(Campaign(seed))
     late = with_events(Campaign(seed), Down(10**12, name), Up(10**12 + 5, name))
     assert record_bytes(late.records) == record_bytes(Campaign(seed).play(None).records)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", sampled(range(60), 30))
 def test_a_client_that_is_down_for_no_time_with_nothing_on_it_changes_nothing(seed: int) -> None:
     """Before the first request, and, where no prefix could be lost, in every gap between requests."""
     plain = Campaign(seed).play(None)
@@ -363,7 +364,7 @@ def test_a_client_that_is_down_for_no_time_with_nothing_on_it_changes_nothing(se
     assert record_bytes(with_events(Campaign(seed), *events).records) == record_bytes(plain.records)
 
 
-@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("seed", sampled(range(120), 40))
 def test_a_client_that_is_down_from_the_start_might_not_be_there(seed: int) -> None:
     campaign, fewer = Campaign(seed), Campaign(seed)
     serves = campaign.options.get("serves")
@@ -374,14 +375,14 @@ def test_a_client_that_is_down_from_the_start_might_not_be_there(seed: int) -> N
     assert record_bytes(down.records) == record_bytes(fewer.play(None).records)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", sampled(range(60), 30))
 def test_patience_that_outlasts_every_request_changes_nothing(seed: int) -> None:
     campaign = Campaign(seed)
     patient = Patience([10**12] * len(campaign.small.requests), [TIMED_OUT] * len(campaign.small.requests))
     assert record_bytes(campaign.play(None, patient).records) == record_bytes(Campaign(seed).play(None).records)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", sampled(range(60), 30))
 def test_what_is_retried_comes_out_whole(seed: int) -> None:
     """Downs with a way back, nobody who gives up: all that would have finished does, with as many tokens."""
     plain = Campaign(seed).play(None)

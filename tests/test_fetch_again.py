@@ -179,7 +179,7 @@ def test_tasks_that_lose_their_prefixes_again_and_again_end(monkeypatch: pytest.
 
     monkeypatch.setattr(FrontEnd, "fetch_again", counting)
     total = most = 0
-    for seed in range(150):
+    for seed in range(75):
         run = conversations(seed)
         if seed % 5:
             assert all(end >= 0 for end in column(run, "requests", "end_ns")), f"conversations({seed})"
@@ -187,8 +187,8 @@ def test_tasks_that_lose_their_prefixes_again_and_again_end(monkeypatch: pytest.
         most = max([most, *asked.values()])
         fetched_again.clear()
         asked.clear()
-    assert total > 200
-    assert num_preempted > 25
+    assert total > 100
+    assert num_preempted > 12
     assert 1 < most < 8, "not above the units of a prompt"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kit import POLICIES
+from kit import POLICIES, sampled
 from mist.pipeline import RequestRandom
 from mist.records import DROPPED, FINISHED
 from mist.request import DECODE, PREFILL, FirstOf, Pipeline, Request, Stage, StageResult
@@ -103,7 +103,7 @@ def test_what_is_on_its_way_arrives_for_nobody() -> None:
     assert result.records.transfers.as_columns()["end_ns"].tolist() == [1200]
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", sampled(range(200), 70))
 def test_random_races_obey_the_laws(seed: int) -> None:
     rng = random.Random(seed)
     num = rng.randint(1, 12)

@@ -254,9 +254,8 @@ def test_prefill_and_decode_are_two_stations_in_series() -> None:
     assert run.records.requests.as_columns()["end_ns"].tolist() == ends
 
 
-@pytest.mark.parametrize(
-    "sizes", ["exponential", *(pytest.param(each, marks=pytest.mark.long) for each in SIZES if each != "exponential")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", SIZES)
 def test_the_link_of_a_prefill_client_is_processor_sharing(sizes: str) -> None:
     """M/G/1-PS: E[T] = E[S] / (1 - ρ), whatever the distribution (Kleinrock, Queueing Systems II, 4.4).
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit import POLICIES, LinearSteps, Run, SmallScenario, engine, play, rows, small_scenarios, table
+from kit import POLICIES, LinearSteps, Run, SmallScenario, engine, play, rows, sampled, small_scenarios, table
 from mist.batching.chunked import Chunked
 from mist.client import Client
 from mist.fabric import Path
@@ -365,7 +365,8 @@ def crowd(seed: int) -> Run:
     return play(workload, policy=lambda: policy(**limits), num_blocks=12, caching=True, connect=connect)
 
 
-def test_who_waits_behind_a_fetch_leaves_a_policy_nothing_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", sampled(range(3), 1))
+def test_who_waits_behind_a_fetch_leaves_a_policy_nothing_to_decide(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     only_decodes, num_waited = Client._only_decodes, 0
 
     def counting(client: Client) -> bool:
@@ -374,12 +375,12 @@ def test_who_waits_behind_a_fetch_leaves_a_policy_nothing_to_decide(monkeypatch:
         num_waited += found and len(client.residents.waiting) > 0
         return found
 
-    for seed in range(90):
+    for seed in range(30 * part, 30 * (part + 1)):
         monkeypatch.setattr(Client, "_only_decodes", counting)
         sometimes = crowd(seed)
         monkeypatch.setattr(Client, "_only_decodes", lambda client: False)
         assert record_bytes(sometimes.records) == record_bytes(crowd(seed).records), f"crowd({seed})"
-    assert num_waited > 1000
+    assert num_waited > 300
 
 
 # --- everything at once ---
@@ -424,13 +425,14 @@ def anything(seed: int) -> Run:
     )
 
 
-def test_random_scenarios_with_everything_on_obey_the_laws() -> None:
+@pytest.mark.parametrize("part", sampled(range(3), 1))
+def test_random_scenarios_with_everything_on_obey_the_laws(part: int) -> None:
     fetched = written = preempted = 0
-    for seed in range(600):
+    for seed in range(200 * part, 200 * (part + 1)):
         run = anything(seed)
         fetched += len(sent(run, PREFIX_FETCH))
         written += len(sent(run, KV_WRITE))
         preempted += sum(column(run, "requests", "num_preemptions"))
-    assert fetched > 100
-    assert written > 200
-    assert preempted > 20
+    assert fetched > 25
+    assert written > 50
+    assert preempted > 3

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kit import LinearSteps, Run, play, table
+from kit import LinearSteps, Run, play, sampled, table
 from mist.batching.chunked import Chunked
 from mist.batching.orders import Order
 from mist.batching.orders.fcfs import FCFS
@@ -54,7 +54,7 @@ def single_slot(order: Order, arrivals: Any, services: Any, priorities: Any) -> 
     return play(workload, policy=lambda: policy, perf=PER_TOKEN)
 
 
-@pytest.mark.parametrize("order", [Priority, ShortestPrompt])
+@pytest.mark.parametrize("order", sampled([Priority, ShortestPrompt], 1))
 def test_one_slot_is_cobhams_queue(order: type[Any]) -> None:
     """E[W_k] = R / (1 - σ_{k-1})(1 - σ_k), R = Σ λE[S²] / 2, σ_k the load of the classes up to k (Cobham 1954).
 

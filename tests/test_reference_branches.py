@@ -12,7 +12,7 @@ from reference import Job
 from side_by_side import campaign, same
 from test_reference import drawn_speculation, scenario
 
-SCENARIOS_PER_CASE = 450
+SCENARIOS_PER_CASE = 150
 MOST_JOBS = 8
 CASES = [
     ("chunked", False),
@@ -60,7 +60,7 @@ def compare(seed: int, policy: str, caching: bool) -> Counter[str]:
 OFTEN = {
     "placeless": 150,
     "placed": 100,
-    "surrendered": 10,
+    "surrendered": 8,
     "preempted branches": 150,
     "cancelled in flight": 25,
     "cancelled at once": 8,

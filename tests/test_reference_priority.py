@@ -13,7 +13,7 @@ from side_by_side import campaign, same
 from test_reference import drawn_speculation, scenario
 from test_reference_branches import CASES, branching
 
-SCENARIOS_PER_CASE = 250
+SCENARIOS_PER_CASE = 125
 #: what has to happen so often, at least, in 100 scenarios of a policy
 OFTEN = {"preempted before the last": 25, "grown and preempted": 12, "preempted branches": 100, "placed": 80}
 
