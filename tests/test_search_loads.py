@@ -19,7 +19,7 @@ from mist.search.evaluate import Job, Outcome
 from mist.search.executors import executor_named
 from mist.search.ladders import hope, hopes_of, ladders_of
 from mist.search.legal import legal_points
-from mist.search.objectives import at_best, improves_with_load
+from mist.search.objectives import at_best, improves_with_load, maximised
 from mist.search.pareto import Score
 from mist.search.run import search
 from mist.search.space import read_space
@@ -84,6 +84,15 @@ def front(document: dict[str, Any]) -> list[dict[str, str]]:
     return [each["choices"] for each in document["front"]]
 
 
+def behind(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """By what share one deployment is worse than the other in what it is worst at beside it."""
+    shares = []
+    for name, found in theirs["objectives"].items():
+        share = ours["objectives"][name]["mean"] / found["mean"] - 1
+        shares.append(-share if maximised(name) else share)
+    return max(shares)
+
+
 @pytest.mark.parametrize("seed", sampled(range(8), 4))
 def test_rising_loads_give_what_every_load_gives(tmp_path: Path, seed: int) -> None:
     every, bisected, halved, pruned = (MadeUp(seed) for _ in range(4))
@@ -104,6 +113,8 @@ def test_rising_loads_give_what_every_load_gives(tmp_path: Path, seed: int) -> N
         first = next(iter(best["objectives"]))
         ours, theirs = (each["best"][title]["objectives"][first]["mean"] for each in (half, brute))
         assert ours == pytest.approx(theirs, rel=0.01)
+    far = [min(behind(ours, theirs) for ours in half["front"]) for theirs in brute["front"]]
+    assert sum(share > 0.02 for share in far) <= 1, "the front has holes"
     assert whole["baseline"] == brute["baseline"]
     assert bisected.asked < 0.7 * every.asked
     runs = {each["share"]: each["runs"] for each in half["runs"]}

@@ -272,5 +272,8 @@ def test_prefixes_and_their_correction() -> None:
     assert Halving().shares(150) == [1]
     assert Halving(eta=2, min_requests=500).shares(2000) == [1 / 4, 1 / 2, 1]
     both = [(Score((1.0, -10.0)), Score((2.0, -9.0)))] * 3
-    assert corrected(Score((3.0, -20.0)), both, 3) == Score((6.0, -18.0))
-    assert corrected(Score((3.0, -20.0)), both, 4) == Score((3.0, -20.0)), "too few to tell"
+    assert corrected(Score((3.0, -20.0)), [both], 3) == Score((6.0, -18.0))
+    assert corrected(Score((3.0, -20.0)), [both], 4) == Score((3.0, -20.0)), "too few to tell"
+    own = [(Score((1.0, -10.0)), Score((5.0, -10.0)))]
+    assert corrected(Score((3.0, -20.0)), [own, both], 2) == Score((6.0, -18.0)), "too few under the same load"
+    assert corrected(Score((3.0, -20.0)), [own, both], 1) == Score((15.0, -20.0))

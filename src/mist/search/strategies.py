@@ -60,7 +60,9 @@ class Halving:
     A point is promising while it misses no constraint by more than `far`, nor a lower load of its deployment does on a
     longer prefix, and no point on the whole workload that takes part in as many contests is as good in every objective
     to within `margin`. What a prefix says is corrected by the median ratio of the whole workload to it, over the points
-    that ran on both.
+    that ran on both: those under the same load, for the higher it is the less of a prefix is steady, or where these are
+    fewer than `min_pairs`, all. At last the deployments that ran on the whole workload run there under all loads that
+    could be in the front.
     """
 
     eta: int = 4
@@ -68,6 +70,7 @@ class Halving:
     far: float = 0.2
     min_requests: int = 100
     min_points: int = 8
+    min_pairs: int = 4
 
     def shares(self, num_requests: int) -> list[float]:
         """The prefixes as shares of the workload, the whole last; none has fewer than `min_requests`."""
@@ -89,6 +92,8 @@ class Halving:
             rung = at[climbing[0]] + 1
             lab.measure([points[i] for i in climbing], shares[rung], [seed])
             at.update(dict.fromkeys(climbing, rung))
+        ran = [each for each in ladders if any(at[point.number] == len(shares) - 1 for point in each.points)]
+        fill(lab, ran, WHOLE, [seed])
 
     def _next(
         self, lab: Laboratory, ladders: Sequence[Ladder], at: Mapping[int, int], shares: list[float], seed: int
@@ -96,6 +101,7 @@ class Halving:
         """The points that go on, all from one prefix to the next; those of the rung -1 have run on none."""
         last = len(shares) - 1
         points = {point.number: point for ladder in ladders for point in ladder.points}
+        loads = {p.number: load for ladder in ladders for p, load in zip(ladder.points, ladder.loads, strict=True)}
         said = [
             {i: lab.score(points[i], share, [seed]) for i, its in at.items() if its >= rung}
             for rung, share in enumerate(shares)
@@ -105,9 +111,14 @@ class Halving:
         lost = self._lost(ladders, at, said)
         for rung in reversed(range(-1, last)):
             there = said[max(rung, 0)]
-            both = [(there[i], score) for i, score in whole.items()]
+            both = {i: (there[i], score) for i, score in whole.items()}
             open_ = {i: there[i] for i in there if at[i] == rung} if rung >= 0 else _unmeasured(lab, ladders, there)
-            here = {i: corrected(score, both, self.min_points) for i, score in open_.items() if i not in lost}
+            pairs = {load: [both[i] for i in both if loads[i] == load] for load in {*loads.values()}}
+            here = {
+                i: corrected(score, (pairs[loads[i]], list(both.values())), self.min_pairs)
+                for i, score in open_.items()
+                if i not in lost
+            }
             promising = {
                 i: score
                 for i, score in here.items()
@@ -142,17 +153,23 @@ def _unmeasured(lab: Laboratory, ladders: Sequence[Ladder], known: Mapping[int, 
     return {ladder.points[i].number: score for ladder, found in hopes for i, score in found.items()}
 
 
-def corrected(score: Score, both: list[tuple[Score, Score]], least: int) -> Score:
-    """What a prefix says as the whole workload would, by the points of which both are known, from `least` on."""
-    known = [(a, b) for a, b in both if a.violation < HOPELESS and b.violation < HOPELESS]
-    if len(known) < least or score.violation >= HOPELESS:
+def corrected(score: Score, samples: Sequence[Sequence[tuple[Score, Score]]], least: int) -> Score:
+    """What a prefix says as the whole workload would: by the points of which both are known, `least` of them at least.
+
+    The first of `samples` that has so many is taken; without one the score stays as it is.
+    """
+    if score.violation >= HOPELESS:
         return score
-    ratios = [
-        np.median([b.values[k] / a.values[k] if a.values[k] else 1.0 for a, b in known])
-        for k in range(len(score.values))
-    ]
-    return Score(tuple(float(value * ratio) for value, ratio in zip(score.values, ratios, strict=True)),
-                 score.violation)  # fmt: skip
+    for sample in samples:
+        known = [(a, b) for a, b in sample if a.violation < HOPELESS and b.violation < HOPELESS]
+        if len(known) >= least:
+            ratios = [
+                np.median([b.values[k] / a.values[k] if a.values[k] else 1.0 for a, b in known])
+                for k in range(len(score.values))
+            ]
+            values = (float(value * ratio) for value, ratio in zip(score.values, ratios, strict=True))
+            return Score(tuple(values), score.violation)
+    return score
 
 
 SAMPLERS = ("nsga2", "nsga3", "tpe")
