@@ -271,12 +271,13 @@ def test_random_agents_obey_the_laws(seed: int) -> None:
 
 class TestAgent(PipelineContract):
     def pipeline(self) -> Agent:
-        return Agent(turns=Uniform(1, 4), tool_ms=1, sub_agents=2, sub_agent_turns=2)
+        own = {"sub_agents": 2, "sub_agent_turns": 2, "sub_agent_prompt_tokens": 70, "sub_agent_output_tokens": 12}
+        return Agent(turns=Uniform(1, 4), call_tokens=9, tool_ms=1, tool_output_tokens=60, **own)
 
 
 class TestAgentWithTools(PipelineContract):
     def pipeline(self) -> Agent:
-        return Agent(turns=3, tool_stage="tool")
+        return Agent(turns=3, tool_stage="tool", call_tokens=9, tool_output_tokens=60)
 
 
 # --- in a scenario ---

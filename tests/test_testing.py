@@ -17,6 +17,7 @@ from mist.errors import InvariantError
 from mist.memory.eviction.lru import LRU
 from mist.memory.eviction.ttl import TTL
 from mist.perf.roofline import Roofline
+from mist.pipeline.agent import Agent
 from mist.pipeline.beam import Beam
 from mist.pipeline.cascade import Cascade
 from mist.pipeline.model_router import ModelRouter
@@ -47,6 +48,7 @@ CONTRACTS = {
 }
 #: implementations whose parameters have no defaults, or such that tiny clients take long
 COMPLETE: dict[str, Any] = {
+    "agent": partial(Agent, call_tokens=9, tool_output_tokens=60),
     "ttl": partial(TTL, 100),
     "beam": partial(Beam, width=2, expansion=2, rounds=1, round_tokens=4),
     "cascade": partial(Cascade, escalate=0.4),
