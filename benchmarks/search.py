@@ -1,4 +1,4 @@
-"""Halving against exhaustive search on the example spaces: the best that each finds, and the processor time it takes.
+"""Halving against exhaustive search on the example spaces: best and front that each finds, and the time it takes.
 
     python benchmarks/search.py [SPACE ...] [--seeds N] [--workers N] [--against NAME] [--stores DIR]
 
@@ -19,6 +19,7 @@ from typing import Any
 
 from mist.cli.output import progress_of, table
 from mist.search.executors import executor_named
+from mist.search.objectives import maximised
 from mist.search.run import search
 
 SPACES = Path(__file__).parent.parent / "examples" / "search"
@@ -49,8 +50,24 @@ def row(path: Path, strategy: str, document: dict[str, Any], against: dict[str, 
         "best": f"{value:.5g}" if value else "-",
         "of the best": f"{value / theirs:.4f}" if theirs and value else None,
         "front": len(document["front"]),
+        "front off": off(document, against) if against else None,
         "gain": f"{document['gain']['factor']['mean']:.3f}" if document["gain"] else None,
     }
+
+
+def off(document: dict[str, Any], against: dict[str, Any]) -> str:
+    """How many points of the other's front beat all of ours by over 2 % in something, and by how much at most."""
+    behind = [
+        min(
+            max(
+                (1 if maximised(name) else -1) * (1 - ours["objectives"][name]["mean"] / found["mean"])
+                for name, found in theirs["objectives"].items()
+            )
+            for ours in document["front"]
+        )
+        for theirs in against["front"]
+    ]
+    return f"{sum(share > 0.02 for share in behind)} ({max(behind):.1%})"
 
 
 def main() -> None:
