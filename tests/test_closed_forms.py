@@ -282,7 +282,7 @@ def erlang_2_wait(rho: float) -> float:
     return sigma / (1 - sigma)
 
 
-@pytest.mark.parametrize("router", [RoundRobin, RandomRouter])
+@pytest.mark.parametrize("router", sampled([RoundRobin, RandomRouter], 1))
 def test_two_replicas_are_two_stations(router: Any) -> None:
     """Round robin leaves each an E2/M/1 (every other arrival), a coin an M/M/1 (split Poisson)."""
     rho, n = 0.6, 40_000

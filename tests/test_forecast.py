@@ -83,7 +83,7 @@ PLACES = [
 def test_the_longest_decode_is_a_recount(place: dict[str, Any]) -> None:
     """With preemptions, queues, hand-overs and predictions that are too short or too long."""
     num_checked = num_preemptions = 0
-    for seed in range(120):
+    for seed in range(60):
         scenario, router = random_scenario(seed), Checked()
         longest = max(prompt + output for _, prompt, output, _ in scenario.requests)
         run = scenario.play(

@@ -309,6 +309,8 @@ def test_h100_steps(name: str, tp: int) -> None:
 class TestContractOnH100(PerfModelContract):
     """The suite on real tables: noisy, ragged and with holes."""
 
+    num_steps = 150
+
     def model(self) -> PerfModel:
         return Kernels(fallback=Roofline())
 

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kit import sampled
 from mist.errors import InvariantError
 from mist.kernel import Kernel
 from mist.sharing import Channel, Flow, Sharing, duration_ns
@@ -195,7 +196,7 @@ SIZES: dict[str, Callable[[np.random.Generator, int], Floats]] = {
 }
 
 
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", sampled(SIZES, 1))
 def test_a_shared_channel_is_processor_sharing(sizes: str) -> None:
     """M/G/1-PS: E[T] = E[S] / (1 - ρ), whatever the distribution (Kleinrock, Queueing Systems II, 4.4)."""
     rho, n, mean = 0.7, 30_000, 1_000_000
