@@ -208,6 +208,27 @@ def test_seeds_that_draw_nothing_are_told(tmp_path: Path) -> None:
     assert any(each.startswith("All seeds gave the same") for each in read["remarks"])
 
 
+@pytest.mark.parametrize("own", [{"warmup_s": 8}, {"window_s": "8:15"}])
+def test_prefixes_are_longer_than_a_warm_up(tmp_path: Path, own: dict[str, Any]) -> None:
+    path = written(tmp_path, scenario={**SPACE["scenario"], **own})
+    document = found(path, num_seeds=1)
+    assert document["configurations"]["failed"] == []
+    assert document["front"] == found(path, num_seeds=1, strategy="exhaustive")["front"] != []
+
+
+def test_a_run_that_failed_is_tried_again(path: Path, halved: dict[str, Any], tmp_path: Path) -> None:
+    class Short(Backwards):
+        """Its first job dies."""
+
+        def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+            for i, outcome in enumerate(super().run(jobs)):
+                yield outcome if i else Outcome(outcome.key, None, "its process died", 0.0)
+
+    store = tmp_path / "search.db"
+    assert found(path, Short(), store=store)["configurations"]["failed"] != []
+    assert json.dumps(found(path, store=store)) == json.dumps(halved)
+
+
 def test_dollars_without_prices_are_refused(tmp_path: Path) -> None:
     scenario = {**SPACE["scenario"], "workload": {**SPACE["scenario"]["workload"], "num_requests": 20}}
     space = written(tmp_path, scenario=scenario, objectives=["devices", "quality"])

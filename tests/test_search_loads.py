@@ -156,6 +156,13 @@ class HardAtFirst(MadeUp):
         return super().summary(job) | {"saturated": "workload.limit" in job.overrides}
 
 
+def test_a_load_may_be_elsewhere_than_in_the_workload(tmp_path: Path) -> None:
+    space = {"clients.gpu.device": ["h100-sxm", "l40s"], "warmup_s": {"load": [1, 2]}}
+    document = search(written(tmp_path, [1], space=space), MadeUp(1), num_seeds=1).document
+    assert document["configurations"]["deployments"] == 2
+    assert document["baseline"]["choices"]["warmup_s"] in ("1", "2")
+
+
 def test_a_halving_that_never_saw_the_whole_workload_tells_so(tmp_path: Path) -> None:
     path = written(tmp_path, {"load": LOADS})
     halved, whole = (search(path, HardAtFirst(1), strategy=each, num_seeds=1).document

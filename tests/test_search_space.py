@@ -152,6 +152,8 @@ def test_nothing_legal_is_an_error_with_the_reasons(tmp_path: Path) -> None:
         ("space: {clients.gpu.tp: []}", "no value to choose"),
         ("space: {clients.gpu.tp: {range: [4, 1]}}", "is no range"),
         ("space: {clients.gpu.tp: {doubling: 4}}", "is no doubling"),
+        ("space: {clients.gpu.tp: {doubling: [1, 8, 2]}}", "is no doubling"),
+        ("space: {clients.gpu.tp: [1, 2], clients.gpu: {tp: [2, 4]}}", "clients.gpu.tp is here twice"),
         ("space: {clients: {any: [1]}}", "any holds alternatives by name"),
         ("baseline: {device: h100-sxm}", "a baseline says which clients it has"),
         ("space: [1]", "the space is a mapping of paths"),
@@ -270,6 +272,7 @@ def test_a_point_covers_what_it_is_as_good_as() -> None:
 def test_prefixes_and_their_correction() -> None:
     assert Halving().shares(2000) == [1 / 16, 1 / 4, 1]
     assert Halving().shares(150) == [1]
+    assert Halving().shares(2000, skipped=0.1) == [1 / 4, 1]
     assert Halving(eta=2, min_requests=500).shares(2000) == [1 / 4, 1 / 2, 1]
     both = [(Score((1.0, -10.0)), Score((2.0, -9.0)))] * 3
     assert corrected(Score((3.0, -20.0)), [both], 3) == Score((6.0, -18.0))

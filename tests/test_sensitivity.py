@@ -52,6 +52,14 @@ def test_seeds_that_draw_nothing_give_no_interval() -> None:
     assert all(row["elasticities"]["ttft_s.p50"]["low"] is None for row in same["parameters"])
 
 
+def test_runs_that_all_failed_are_not_alike() -> None:
+    late = load({**SCENARIO, "warmup_s": 3600})
+    with executor_named("serial") as executor:
+        document = sensitivity(late, executor, num_seeds=2, objectives=["ttft_s.p50"])
+    assert all("no request arrives" in row["error"] for row in document["parameters"])
+    assert document["remarks"] == []
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, dict[str, float | None]]]:
     return measured()

@@ -23,7 +23,7 @@ def baseline_points(space: Space) -> list[Point]:
     """The baseline under every load of the space and, within a budget that needn't be spent, with every count."""
     if space.baseline is None:
         return []
-    loads = {path: tree for path, tree in space.tree.items() if "workload" in path.split(".")}
+    loads = {path: tree for path, tree in space.tree.items() if "workload" in path.split(".") or path == space.load}
     found: list[Point] = []
     refused: Refusal | None = None
     for choices, settings in every(loads):

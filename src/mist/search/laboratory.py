@@ -75,6 +75,14 @@ class Laboratory:
         for at, key in keys.items():
             self.runs[at] = self.store.runs[key]
 
+    def skipped(self, points: Iterable[Point], seed: int) -> float:
+        """The largest share of a workload that comes before a warm-up or window of the scenario's own; 0 without one.
+
+        It is 1 where requests wait for the system, since how many come before is known after the run alone.
+        """
+        timed = (point for point in points if point.scenario.warmup_s or point.scenario.window_s is not None)
+        return max((_before(_seeded(each, seed)) for each in {_requests_of(p): p for p in timed}.values()), default=0.0)
+
     def score(self, point: Point, share: float, seeds: Sequence[int]) -> Score:
         """The means over the runs of `seeds` that there are: of each objective, and of what each constraint misses."""
         ran = tuple(seed for seed in seeds if (point.number, share, seed) in self.runs)
@@ -109,11 +117,9 @@ class Laboratory:
 
     def _prefix(self, point: Point, share: float, seed: int) -> dict[str, Any]:
         """What takes the first `share` of every tenant's requests, and leaves the first of these out of the metrics."""
-        own = {key: point.resolved.get(key) for key in ("workload", "tenants", "pipeline", "warmup_s", "window_s")}
-        key = json.dumps([own, seed, share], sort_keys=True, default=str)
+        key = json.dumps([_requests_of(point), seed, share])
         if key not in self._tables:
-            scenario = point.scenario.source.with_value(("seed",), seed, "seed")
-            self._tables[key] = self._cut(Scenario.from_source(scenario), share)
+            self._tables[key] = self._cut(_seeded(point, seed), share)
         return self._tables[key]
 
     def _cut(self, scenario: Scenario, share: float) -> dict[str, Any]:
@@ -133,3 +139,23 @@ class Laboratory:
     def _tell(self, done: int) -> None:
         if self.progress is not None:
             self.progress(done, self.planned)
+
+
+def _requests_of(point: Point) -> str:
+    """All that a point's requests and measured window depend on, the seed apart."""
+    own = {key: point.resolved.get(key) for key in ("workload", "tenants", "pipeline", "warmup_s", "window_s")}
+    return json.dumps(own, sort_keys=True, default=str)
+
+
+def _seeded(point: Point, seed: int) -> Scenario:
+    return Scenario.from_source(point.scenario.source.with_value(("seed",), seed, "seed"))
+
+
+def _before(scenario: Scenario) -> float:
+    """The share of a scenario's requests that arrive before what is measured."""
+    tables = build_tables(scenario).values()
+    if any(table.concurrency is not None for table in tables):
+        return 1.0
+    start_s = scenario.window_s[0] if scenario.window_s else scenario.warmup_s
+    arrival_ns = np.concatenate([table.arrival_ns for table in tables])
+    return float(np.mean(arrival_ns < arrival_ns.min() + start_s * NS_PER_S))

@@ -159,9 +159,10 @@ def sensitivity(
 
 
 def _are_alike(found: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> bool:
-    """Whether every run that there is gave what the same one with the first seed gave."""
+    """Whether every run with another seed that there is gave what the same one with the first seed gave."""
     first = {key.rpartition("/")[0]: value for key, value in found.items() if key.endswith(f"/{seeds[0]}")}
-    return all(value == first.get(key.rpartition("/")[0]) for key, value in found.items())
+    others = [key for key in found if not key.endswith(f"/{seeds[0]}")]
+    return bool(others) and all(found[key] == first.get(key.rpartition("/")[0]) for key in others)
 
 
 def _slope(low: Mapping[str, Any], high: Mapping[str, Any], name: str, width: float) -> float | None:

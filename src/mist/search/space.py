@@ -131,6 +131,8 @@ class _Reader:
         found: dict[str, Any] = {}
         for path, inner in node.value.items():
             for dotted, tree in _settings(self._read(inner, path), path):
+                if dotted in found:
+                    self._add(("space", path), f"{dotted} is here twice", "keep one", key=True)
                 found[dotted] = tree
         if len(self.loads) > 1 or any(name not in found for name in self.loads):
             message = f"load is said of {', '.join(self.loads)}: there can be one, outside of all alternatives"
@@ -180,7 +182,7 @@ class _Reader:
         given = _plain(node)
         whole = isinstance(given, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in given)
         step = given[2] if whole and len(given) == 3 and kind == _RANGE else 1
-        if not whole or not 2 <= len(given) <= 3 or not 0 < given[0] <= given[1] or step < 1:
+        if not whole or not 2 <= len(given) <= (3 if kind == _RANGE else 2) or not 0 < given[0] <= given[1] or step < 1:
             self._at(node, f"{name}: {given!r:.60} is no {kind}", f"such as {kind}: [1, 8], both ends included")
             return [1]
         if kind == _RANGE:

@@ -33,8 +33,10 @@ class Store:
         self.runs: dict[str, Run] = {}
         if study is not None:
             for trial in study.get_trials(deepcopy=False):
-                if "key" in trial.user_attrs:
-                    self.runs[trial.user_attrs["key"]] = json.loads(trial.user_attrs["run"])
+                run = json.loads(trial.user_attrs.get("run", "{}"))
+                # one that failed may have run out of memory, so it is tried again
+                if run.get("excerpt") is not None:
+                    self.runs[trial.user_attrs["key"]] = run
 
     def add(self, key: str, run: Run, **about: Any) -> None:
         """Keep a run, at once; `about` is told beside it for who reads the study."""

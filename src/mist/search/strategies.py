@@ -72,17 +72,20 @@ class Halving:
     min_points: int = 8
     min_pairs: int = 4
 
-    def shares(self, num_requests: int) -> list[float]:
-        """The prefixes as shares of the workload, the whole last; none has fewer than `min_requests`."""
+    def shares(self, num_requests: int, skipped: float = 0.0) -> list[float]:
+        """The prefixes as shares of the workload, the whole last; none has fewer than `min_requests`.
+
+        The first share of `skipped` isn't measured, so that these don't count.
+        """
         shares = [WHOLE]
-        while num_requests * shares[0] / self.eta >= self.min_requests:
+        while num_requests * (shares[0] / self.eta - skipped) >= self.min_requests:
             shares.insert(0, shares[0] / self.eta)
         return shares
 
     def run(self, lab: Laboratory, ladders: Sequence[Ladder], seed: int, num_requests: int) -> None:
         """Measure until nothing is promising."""
-        shares = self.shares(num_requests)
         points = {point.number: point for ladder in ladders for point in ladder.points}
+        shares = self.shares(num_requests, lab.skipped(points.values(), seed))
         # of a bisection about half is left out
         climbed = len(ladders) + (planned_runs(ladders) - len(ladders)) // 2
         lab.planned = climbed + sum(max(len(ladders) // self.eta**i, 1) for i in range(1, len(shares)))
