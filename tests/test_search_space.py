@@ -224,6 +224,11 @@ def test_constraints_say_by_what_share_they_are_missed() -> None:
     lost = {**SUMMARY["slo"]["targets"][1], "met": False, "num_lost": 9}
     assert excesses({**SUMMARY, "slo": {"targets": [lost]}}, ()) == {"slo.e2e_s.p50": HOPELESS}
     assert excesses({**SUMMARY, "slo": None, "saturated": True}, ()) == {"saturated": 1.0}
+    long = {"saturated": True, "slo": None, "offered": {"span_s": 30.0}, "e2e_s": {"mean": 3.0}}
+    short = long | {"offered": {"span_s": 29.0}}
+    assert excesses({**SUMMARY, **long}, (), is_prefix=True) == {"saturated": 1.0}
+    assert excesses({**SUMMARY, **short}, (), is_prefix=True) == {}, "all of it is ramp"
+    assert excesses({**SUMMARY, **short}, ()) == {"saturated": 1.0}
 
 
 def test_a_target_may_be_a_slowdown(tmp_path: Path) -> None:

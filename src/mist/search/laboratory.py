@@ -88,10 +88,10 @@ class Laboratory:
         ran = tuple(seed for seed in seeds if (point.number, share, seed) in self.runs)
         at = (point.number, share, ran)
         if at not in self._scores:
-            self._scores[at] = self._score([self.runs[point.number, share, seed] for seed in ran])
+            self._scores[at] = self._score([self.runs[point.number, share, seed] for seed in ran], share)
         return self._scores[at]
 
-    def _score(self, runs: Sequence[Run]) -> Score:
+    def _score(self, runs: Sequence[Run], share: float) -> Score:
         found = [excerpt_of(run) for run in runs]
         if not found or any(each is None for each in found):
             return Score((math.inf,) * len(self.objectives), HOPELESS)
@@ -99,7 +99,7 @@ class Laboratory:
         for each in found:
             assert each is not None
             values.append([self._value(each, name) for name in self.objectives])
-            missed.append(excesses(each, self.constraints))
+            missed.append(excesses(each, self.constraints, is_prefix=share < WHOLE))
         means = tuple(math.fsum(column) / len(column) for column in zip(*values, strict=True))
         names = missed[0].keys() | {name for each in missed for name in each}
         worst = max((math.fsum(each.get(name, 0.0) for each in missed) / len(missed) for name in names), default=0.0)

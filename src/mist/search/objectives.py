@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mist.errors import nearest
+from mist.search.pace import ENOUGH
 
 Summary = Mapping[str, Any]
 
@@ -109,8 +110,11 @@ class Constraint:
         return HOPELESS if maximised(self.name) and value <= 0 else over - 1.0
 
 
-def excesses(summary: Summary, constraints: tuple[Constraint, ...]) -> dict[str, float]:
-    """By what share each bound is missed: the scenario's SLOs and `constraints`; and whether it keeps up at all."""
+def excesses(summary: Summary, constraints: tuple[Constraint, ...], *, is_prefix: bool = False) -> dict[str, float]:
+    """By what share each bound is missed: the scenario's SLOs and `constraints`; and whether it keeps up at all.
+
+    A prefix whose requests arrive for less than `ENOUGH` times what they take can't tell the latter: all of it is ramp.
+    """
     found = {each.name: each.excess(summary) for each in constraints}
     for target in (summary.get("slo") or {}).get("targets", ()):
         name = ".".join(filter(None, (target.get("tenant"), target["metric"], target["statistic"])))
@@ -118,9 +122,14 @@ def excesses(summary: Summary, constraints: tuple[Constraint, ...]) -> dict[str,
         actual, bound = target[f"actual_{unit}"], target[f"target_{unit}"]
         lost = actual is None or (target["met"] is not True and actual <= bound)
         found[f"slo.{name}"] = HOPELESS if lost else actual / bound - 1.0
-    if summary.get("saturated"):
+    if summary.get("saturated") and not (is_prefix and _is_short(summary)):
         found["saturated"] = 1.0
     return found
+
+
+def _is_short(summary: Summary) -> bool:
+    span_s, e2e_s = (summary.get("offered") or {}).get("span_s"), (summary.get("e2e_s") or {}).get("mean")
+    return span_s is not None and e2e_s is not None and span_s < ENOUGH * e2e_s
 
 
 def excerpt(summary: Summary, devices: int) -> dict[str, Any]:
