@@ -336,6 +336,10 @@ def test_a_run_of_which_nothing_finishes_is_told(file: Path) -> None:
     result = CliRunner().invoke(main, ["advise", str(file), "--set", "max_time_s=0.001"])
     assert result.exit_code == 0, result.output
     assert "No request finished" in result.stdout
+    assert "Latency: nothing to explain" in result.stdout
+    assert "Cost: nothing to explain" in result.stdout
+    assert "own work" not in result.stdout
+    assert "no reason explains" not in result.stdout
 
 
 def test_an_unknown_latency_is_refused() -> None:

@@ -178,3 +178,11 @@ def test_what_is_no_result_is_said(tmp_path: Path):
     (folder / "tasks.parquet").unlink()
     with pytest.raises(ScenarioError, match=r"no tasks\.parquet"):
         read_result(folder)
+
+
+def test_dark_is_for_screens_alone() -> None:
+    """Paper is light, whatever the button or the browser says; every other colour by role is of the screen."""
+    sheet = (Path(reduce.__file__).parent / "report.css").read_text()
+    before = [sheet[: found.start()] for found in re.finditer("color-scheme: dark;", sheet)]
+    assert len(before) == 2
+    assert all(text.rpartition("@media ")[2].startswith("screen") for text in before)

@@ -102,7 +102,10 @@ def test_reasons_are_counted(tmp_path: Path) -> None:
     assert legal.refused["the model doesn't fit into the devices' memory"] == 2
     assert sum(legal.refused.values()) + len(legal.points) == 24
     assert set(legal.examples) == set(legal.refused)
-    assert any("space.yaml:" in remark and "clients.gpu.tp: 3 is in no legal" in remark for remark in legal.remarks)
+    (remark,) = (remark for remark in legal.remarks if "clients.gpu.tp: 3 is in no legal" in remark)
+    assert "space.yaml:" in remark
+    assert OVER in remark
+    assert dividing in remark, "a larger budget wouldn't help"
 
 
 def test_the_same_in_another_order_runs_once(tmp_path: Path) -> None:

@@ -107,6 +107,16 @@ def test_what_can_not_move_is_told(tmp_path: Any) -> None:
         sensitivity(load(SCENARIO), executor, objectives=["ttft_s.p98"])
 
 
+def test_hardware_that_moves_under_other_step_times_is_told() -> None:
+    """The rows of devices are of the roofline, whatever prices the scenario's own steps."""
+    scenario = load(SCENARIO, **{"workload.num_requests": 3, "clients.gpu.perf": ["kernels", "roofline"]})
+    with executor_named("serial") as executor:
+        document = sensitivity(scenario, executor, objectives=["ttft_s.p50"], num_seeds=1)
+    (remark,) = document["remarks"]
+    assert remark.startswith("FLOP/s, HBM bandwidth, ")
+    assert "under the roofline" in remark
+
+
 def test_prices_move_dollars_in_proportion_and_nothing_else() -> None:
     objectives = ("usd_per_hour", "output_tokens_per_usd", "usd_per_million_output_tokens", "ttft_s.p99", "mean_w")
     with executor_named("serial") as executor:

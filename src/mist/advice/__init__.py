@@ -155,7 +155,7 @@ def _remarks(result: Result) -> list[str]:
     summary, counts = result.metrics, result.metrics["requests"]
     found = [f"Saturated: {summary['saturation_reason']}."] if summary["saturated"] else []
     if not counts["finished"]:
-        found.append("No request finished, so there is no latency to explain.")
+        found.append("No request finished, so there is no latency to explain; `mist run` says why.")
     elif counts["finished"] < counts["arrived"]:
         found.append(f"The reasons are of the {counts['finished']:,} of {counts['arrived']:,} requests that finished.")
     return found + [str(remark) for remark in summary["cost"]["remarks"]]

@@ -45,9 +45,11 @@ def lines(advice: Advice) -> Iterator[str]:
     yield "; ".join([*told, *(_value(key, advice.figures[key]) for key in list(COSTS)[:1])])
     for metric, number in advice.requests.items():
         yield f"Looked at for {LATENCIES[metric]}: the {counted(number, 'request')} around it."
-    for title, reasons in (("Latency", advice.latency), ("Cost", advice.cost)):
+    priced = any(advice.figures[key] is not None for key in COSTS)
+    for title, reasons, known in (("Latency", advice.latency, bool(advice.requests)), ("Cost", advice.cost, priced)):
         yield ""
-        yield f"{title}: the largest reasons" if reasons else f"{title}: nothing but the requests' own work"
+        own = "nothing but the requests' own work" if known else "nothing to explain"
+        yield f"{title}: {'the largest reasons' if reasons else own}"
         for number, reason in enumerate(reasons, 1):
             yield f"{number}. {sentence(reason, advice)}"
             for what_if in reason.what_ifs:
@@ -65,6 +67,8 @@ def sentence(reason: Reason, advice: Advice) -> str:
 
 
 def _verdict(advice: Advice) -> str:
+    if not advice.requests:
+        return "no bottleneck can be told: no request has the latencies that are asked for."
     if advice.bottleneck == NONE:
         return f"no bottleneck: no reason explains more than {share(HEALTHY)} of a latency."
     return f"the bottleneck is {_NAMES[advice.bottleneck]} at {advice.latency[0].at}."

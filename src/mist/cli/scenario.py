@@ -27,7 +27,7 @@ def change_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", type=int, help="Draw everything from this seed."),
         click.option("--warmup", type=float, metavar="S", help="Leave the first seconds out of the metrics."),
         click.option("--window", metavar="A:B", help="Measure only requests that arrive from A to B seconds."),
-        click.option("--limit", type=int, metavar="N", help="Only the first N requests."),
+        click.option("--limit", type=int, metavar="N", help="Only the first N requests, of each tenant."),
         click.option("--rate-scale", type=float, metavar="X", help="Arrivals X times as fast."),
         click.option(
             "--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies."

@@ -139,9 +139,10 @@ def legal_points(space: Space) -> Legal:
 
 
 def _blamed(name: str, reasons: Counter[str]) -> str:
-    """Of the reasons against a choice one that names it, else the most frequent."""
+    """Of the reasons against a choice one that names it, else all, the most frequent first."""
     path = re.sub(r"\[[^\]]*\]", "", name)
-    return next((reason for reason in reasons if path in reason), reasons.most_common(1)[0][0])
+    named = next((reason for reason in reasons if path in reason), None)
+    return named or "; ".join(reason for reason, _ in reasons.most_common())
 
 
 def examine(space: Space, choices: Mapping[str, str], settings: Mapping[str, Any], number: int) -> Point | Refusal:

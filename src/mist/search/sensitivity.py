@@ -154,8 +154,15 @@ def sensitivity(
         "step": step,
         "seeds": list(seeds),
         "parameters": rows,
-        "remarks": [ALIKE] if num_seeds > 1 and _are_alike(found, seeds) else [],
+        "remarks": [*_of_hardware(scenario, moved), *([ALIKE] if num_seeds > 1 and _are_alike(found, seeds) else [])],
     }
+
+
+def _of_hardware(scenario: Scenario, moved: Sequence[Parameter]) -> Iterator[str]:
+    """That its rows have step times of their own, where the scenario's are others."""
+    pools = [name for name, pool in scenario.pools.items() if [spec.name for spec in pool.perf] != ["roofline"]]
+    if any(parameter.name == f"{name}: {what}" for parameter in moved for name in pools for what in _HARDWARE):
+        yield f"{', '.join(_HARDWARE)}: moved under the roofline, all else under the scenario's step times."
 
 
 def _are_alike(found: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> bool:
