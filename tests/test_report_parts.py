@@ -20,6 +20,7 @@ from mist.report.html.charts import Series, heat_chart, line_chart
 from mist.report.html.figures import digits, percent, seconds, shown, size
 from mist.report.html.markup import Markup, el, embedded, table
 from mist.report.html.scales import Scale
+from mist.report.html.sections.cluster import Flow, _way
 from mist.scenario.stored import read_result
 from test_result import make
 
@@ -186,3 +187,28 @@ def test_dark_is_for_screens_alone() -> None:
     before = [sheet[: found.start()] for found in re.finditer("color-scheme: dark;", sheet)]
     assert len(before) == 2
     assert all(text.rpartition("@media ")[2].startswith("screen") for text in before)
+
+
+CELLS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=2, unique=True)
+
+
+@given(CELLS, st.data())
+def test_ways_go_past_boxes_and_end_at_theirs(cells: list[tuple[int, int]], data: st.DataObject) -> None:
+    boxes = {f"{cell}": (8 + 208 * cell[0], 8 + 122 * cell[1]) for cell in cells}
+    sender, receiver = (data.draw(st.sampled_from(sorted(boxes))) for _ in range(2))
+    (x0, _), (x1, _) = boxes[sender], boxes[receiver]
+    path = _way(Flow(sender, receiver, 1), boxes)
+    numbers = [int(each) for each in re.findall(r"-?\d+", path)]
+    assert {numbers[0] - x0, numbers[-2] - x1} <= {0, 152}
+    passed = re.findall(r"(-?\d+)H(-?\d+)", path)
+    assert len(passed) in (0, len({x for x, _ in boxes.values() if min(x0, x1) < x < max(x0, x1)}))
+    for y, leave in passed:
+        column = int(leave) - (152 if x1 > x0 else 0)
+        assert not any(x == column and top < int(y) < top + 96 for x, top in boxes.values()), path
+
+
+def test_a_way_past_a_box_in_its_row() -> None:
+    boxes = {"a": (8, 8), "b": (216, 8), "c": (424, 8)}
+    assert _way(Flow("a", "b"), boxes).count("H") == 0
+    assert "H368" in (path := _way(Flow("a", "c"), boxes))
+    assert re.search(r" (-5|117)H368", path), "above or below"

@@ -23,6 +23,8 @@ from mist.report.html.view import View
 USERS, ANSWERS = "requests", "answers"
 _BOX, _GAP, _TALL, _LOW, _APART = 152, 56, 96, 38, 26
 _MOST_LINKS = 16
+#: of a column that a way goes past: where it enters, where it leaves, at what height
+Passage = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,8 @@ def _drawing(view: View, found: list[Flow]) -> Markup:
     arrows = [_arrow(flow, boxes, most) for flow in found if flow.sender != flow.receiver]
     drawn = [_box(view, name, *place) for name, place in boxes.items()]
     told = "; ".join(f"{f.sender} to {f.receiver}: {_amount(f)}" for f in found)
-    return el("svg", arrows, drawn, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img",
+    return el("svg", arrows, drawn, viewBox=f"0 {-_APART} {width} {height + 2 * _APART}", width=width,
+              height=height + 2 * _APART, role="img",
               style=f"--natural:{width}px", aria_label=f"The cluster. {told}.")  # fmt: skip
 
 
@@ -201,22 +204,48 @@ def _cut(text: str, most: int = 20) -> str:
 
 
 def _arrow(flow: Flow, boxes: Mapping[str, tuple[int, int]], most: int) -> Markup:
+    width = 1.5 + 12.5 * flow.requests / most
+    tip = f"{flow.sender} → {flow.receiver}\n{_amount(flow)}"
+    look = "flow bytes" if flow.bytes else "flow"
+    return el("path", el("title", tip), d=_way(flow, boxes), class_=look,
+              style=f"stroke-width:{width:.1f};{colour(0)}", data_tip=tip)  # fmt: skip
+
+
+def _way(flow: Flow, boxes: Mapping[str, tuple[int, int]]) -> str:
+    """A curve from side to side; where boxes of columns between are in its way, through the gaps beside them."""
     (x0, y0), (x1, y1) = boxes[flow.sender], boxes[flow.receiver]
     forward = x1 > x0
     start, end = (x0 + _BOX, x1) if forward else (x0, x1 + _BOX) if x1 < x0 else (x0 + _BOX, x1 + _BOX)
-    middle, lift = _TALL // 2, 0 if forward else 18
-    y0, y1 = y0 + middle + lift, y1 + middle + lift
-    bend = max(36, abs(end - start) // 2)
-    c0, c1 = (
-        (start + bend, end - bend) if forward else (start - bend, end + bend) if x1 < x0 else (start + 40, end + 40)
-    )
-    width = 1.5 + 12.5 * flow.requests / most
-    tip = f"{flow.sender} → {flow.receiver}\n{_amount(flow)}"
-    path = f"M{start} {y0}C{c0} {y0} {c1} {y1} {end} {y1}"
-    look = "flow bytes" if flow.bytes else "flow"
-    return el(
-        "path", el("title", tip), d=path, class_=look, style=f"stroke-width:{width:.1f};{colour(0)}", data_tip=tip
-    )
+    lift = _TALL // 2 + (0 if forward else 18)
+    y0, y1 = y0 + lift, y1 + lift
+    if x1 == x0:
+        return f"M{start} {y0}C{start + 40} {y0} {end + 40} {y1} {end} {y1}"
+    path, x, y = f"M{start} {y0}", start, y0
+    for enter, leave, past in _past((start, y0), (end, y1), boxes):
+        path += f"{_curve(x, y, enter, past)}H{leave}"
+        x, y = leave, past
+    return path + _curve(x, y, end, y1)
+
+
+def _curve(x: int, y: int, to_x: int, to_y: int) -> str:
+    bend = (to_x - x) // 2
+    return f"C{x + bend} {y} {to_x - bend} {to_y} {to_x} {to_y}"
+
+
+def _past(start: tuple[int, int], end: tuple[int, int], boxes: Mapping[str, tuple[int, int]]) -> list[Passage]:
+    """Where a way enters and leaves each column between, and at what height; none if it meets no box in any."""
+    (x0, y0), (x1, y1) = start, end
+    found, meets = [], False
+    for column in sorted({x for x, _ in boxes.values() if min(x0, x1) < x < max(x0, x1) - _BOX}, reverse=x1 < x0):
+        tops = [y for x, y in boxes.values() if x == column]
+        part = (column + _BOX // 2 - x0) / (x1 - x0)
+        straight = round(y0 + (y1 - y0) * part * part * (3 - 2 * part))
+        free = [straight, *(y - _APART // 2 for y in tops), *(y + _TALL + _APART // 2 for y in tops)]
+        free = [y for y in free if not any(top - _APART // 2 < y < top + _TALL + _APART // 2 for top in tops)]
+        past = min(free, key=lambda y: (abs(y - straight), y))
+        meets = meets or past != straight
+        found.append((column, column + _BOX, past) if x1 > x0 else (column + _BOX, column, past))
+    return found if meets else []
 
 
 def _amount(flow: Flow) -> str:
