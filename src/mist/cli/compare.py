@@ -16,7 +16,6 @@ from mist.cli.executors import chosen_executor, executor_options
 from mist.cli.output import print_json, table
 from mist.cli.report import check_page, report_option, write
 from mist.cli.scenario import change_options, load_plugins, load_scenario
-from mist.metrics.words import share
 
 
 @click.command()
@@ -104,6 +103,8 @@ def _served(deployments: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]
 
 def _requests(requests: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """A row for each metric and statistic, in milliseconds."""
+    from mist.metrics.words import share
+
     for metric, found in requests.items():
         shares = f"{share(found['share_faster'])}, {share(found['share_slower'])}" if found else ""
         for statistic in ("mean", "p50", "p99") if found else ():
