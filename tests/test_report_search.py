@@ -205,6 +205,11 @@ def test_a_tornado_is_to_scale_and_the_longest_is_first():
     text = sensitivity_html(elasticities())
     page = check(text)
     assert "<script>alert" not in text
+    assert "95 % confidence" in text
+    without = elasticities()
+    for row in without["parameters"]:
+        row["elasticities"]["ttft_s.p99"] |= {"low": None, "high": None}
+    assert "95 % confidence" not in sensitivity_html(without)
     bars = re.findall(r'<i(?: class="less")? style="left:([\d.]+)%;width:([\d.]+)%">', text)
     lines = re.findall(r'<u style="left:([\d.]+)%;width:([\d.]+)%">', text)
     # from -1.75 to 0.6

@@ -166,11 +166,11 @@ def test_a_load_may_be_elsewhere_than_in_the_workload(tmp_path: Path) -> None:
 def test_a_halving_that_never_saw_the_whole_workload_tells_so(tmp_path: Path) -> None:
     path = written(tmp_path, {"load": LOADS})
     halved, whole = (search(path, HardAtFirst(1), strategy=each, num_seeds=1).document
-                     for each in ("halving", "exhaustive"))  # fmt: skip
+                     for each in ("halving", "bounded"))  # fmt: skip
     assert whole["front"]
     assert not halved["front"]
     told = "Nothing ran on the whole workload"
-    assert any(told in remark and "exhaustive" in remark for remark in halved["remarks"])
+    assert any(told in remark and "bounded" in remark for remark in halved["remarks"])
     assert not any(told in remark for remark in whole["remarks"])
 
 

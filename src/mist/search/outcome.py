@@ -145,7 +145,7 @@ def _hidden(lab: Laboratory, legal: Legal) -> list[str]:
         return []
     return [
         f"Nothing ran on the whole workload, as nothing was near its constraints on the first {max(shares):.3g} of it: "
-        "where these requests are harder to serve than the others, use --strategy exhaustive."
+        "where these requests are harder to serve than the others, use --strategy bounded."
     ]
 
 

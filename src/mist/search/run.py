@@ -50,6 +50,7 @@ def search(
     ladders = ladders_of(legal.points.values(), space.load)
     _apply(strategy, num_trials, space, legal, ladders, lab, seeds)
     best = best_baseline(lab, ladders_of(base, space.load), seeds)
+    # a sampler has found its points only now
     podium = last_round(lab, legal.points, seeds, ladders_of(legal.points.values(), space.load))
     _check_measured(space, lab)
     timing = _timing(lab, time.perf_counter() - began)

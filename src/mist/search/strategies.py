@@ -16,7 +16,7 @@ import numpy as np
 
 from mist.search.choices import resolve
 from mist.search.laboratory import WHOLE, Laboratory
-from mist.search.ladders import Ladder, climb, climb_best_first, fill, hopes_of
+from mist.search.ladders import FAR, Ladder, climb, climb_best_first, fill, hopes_of
 from mist.search.legal import Legal, Point
 from mist.search.objectives import HOPELESS
 from mist.search.pareto import Bar, Score, ranked
@@ -67,7 +67,7 @@ class Halving:
 
     eta: int = 4
     margin: float = 0.01
-    far: float = 0.2
+    far: float = FAR
     min_requests: int = 100
     min_points: int = 8
     min_pairs: int = 4

@@ -25,8 +25,10 @@ def sensitivity_html(document: Document) -> str:
     objectives = list(dict.fromkeys(name for row in rows for name in row["elasticities"]))
     panels = [(name_of(name), tornado(rows, name)) for name in objectives]
     lead = "By how many percent a result changes for 1 % more of a parameter, each moved alone, up and down."
+    has_lines = any(each["low"] is not None for row in rows for each in row["elasticities"].values())
+    lines = " The lines across bars hold the mean with 95 % confidence." if has_lines else ""
     said = note(f"Steps of {percent(document['step'])}, or of one replica, over {len(document['seeds'])} seeds under "
-                "the same requests. The lines across bars hold the mean with 95 % confidence.")  # fmt: skip
+                f"the same requests.{lines}")  # fmt: skip
     drawn = section("sensitivity", "Sensitivity", lead, tabs("objectives", "Results", panels) if panels else None, said,
                     [note(remark) for remark in document["remarks"]])  # fmt: skip
     failed = any(row["error"] for row in rows)
