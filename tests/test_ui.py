@@ -529,17 +529,35 @@ def test_its_processes_end_even_if_it_is_killed(served: tuple[subprocess.Popen[b
     assert list((folder / "out" / "ui").iterdir()) == []
 
 
-def test_a_worker_ends_when_nobody_listens_any_more(tmp_path: Path) -> None:
-    job = {"kind": "run", "text": LONG, "name": "a.yaml", "folder": str(tmp_path), "out": str(tmp_path / "out")}
+SWALLOWS = """\
+import pathlib, time
+pathlib.Path("loading").touch()
+try:
+    time.sleep(60)
+except BaseException:
+    raise ImportError
+"""
+
+
+@pytest.mark.parametrize("loading", [False, True])
+def test_a_worker_ends_when_nobody_listens_any_more(tmp_path: Path, folder: Path, loading: bool) -> None:
+    """While a library loads, too: native ones make other exceptions of what a signal raises meanwhile, or none."""
+    (library := tmp_path / "library.py").write_text(SWALLOWS)
+    plugins = [str(library)] if loading else []
+    job = {"kind": "run", "text": LONG, "name": "a.yaml", "folder": str(folder), "out": str(folder / "out" / "a")}
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "mist.ui.worker"]
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    assert process.stdin is not None
     try:
-        process.communicate(json.dumps({**job, "plugins": []}).encode() + b"\n", timeout=60)
+        process.stdin.write(json.dumps({**job, "plugins": plugins}).encode() + b"\n")
+        process.stdin.flush()
+        until(lambda: (tmp_path / "loading").exists() or not loading, "a library that loads")
+        process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM
-    assert list(tmp_path.iterdir()) == []
+    assert not (folder / "out").exists()
 
 
 def test_a_folder_or_a_port_that_can_not_be_used(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mist import registry
 from mist.errors import InvariantError, ScenarioError
@@ -34,8 +35,8 @@ def main() -> None:
     def say(**message: Any) -> None:
         print(json.dumps(message, ensure_ascii=False), file=messages, flush=True)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     job = json.loads(sys.stdin.buffer.readline())
+    signal.signal(signal.SIGTERM, lambda *_: _end(job))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         for plugin in job["plugins"]:
@@ -54,6 +55,14 @@ def main() -> None:
 def _end_with_parent() -> None:
     os.read(0, 1)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end(job: Job) -> NoReturn:
+    """End at once, with nothing half-written (`Result.write`), by no exception: what loads may turn it into another."""
+    if "out" in job:
+        out = Path(job["out"])
+        shutil.rmtree(out.with_name(f".{out.name}.{os.getpid()}.partial"), ignore_errors=True)
+    os._exit(128 + signal.SIGTERM)
 
 
 def _run(job: Job, say: Say) -> None:
