@@ -47,18 +47,18 @@ class Results:
         """id -> when it was asked for, or else written: texts that sort by time."""
         try:
             with os.scandir(self.root) as entries:
-                names = [each.name for each in entries if not each.name.startswith(".") and not _HALF.search(each.name)]
+                shown = [each for each in entries if not each.name.startswith(".") and not _HALF.search(each.name)]
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        paths = {name: self.root / name / document for name in names if (document := _document(self.root / name))}
-        return {name: name if _DATED.match(name) else _written(path) for name, path in paths.items()}
+        kept = {each.name: document for each in shown if (document := _document(each.path))}
+        return {name: name if _DATED.match(name) else _written(document) for name, document in kept.items()}
 
     def line(self, run_id: str) -> dict[str, Any] | None:
         """What the page shows of a run; None if it is gone."""
         folder = self.root / run_id
-        document = _document(folder)
+        document = _document(str(folder))
         try:
-            return _read(folder, document, (folder / document).stat().st_mtime_ns) if document else None
+            return _read(folder, os.path.basename(document), os.stat(document).st_mtime_ns) if document else None
         except OSError as error:
             return _unread(folder, error) if folder.exists() else None
 
@@ -92,14 +92,15 @@ class Results:
             folder.rename(Path(place) / "run")
 
 
-def _document(folder: str | Path) -> str:
-    """The file that tells of the run, "" where there is none."""
-    return next((name for name in (SUMMARY, FAILURE) if os.path.isfile(os.path.join(folder, name))), "")
+def _document(folder: str) -> str:
+    """The path of the file that tells of the run, "" where there is none."""
+    paths = (os.path.join(folder, name) for name in (SUMMARY, FAILURE))
+    return next((path for path in paths if os.path.isfile(path)), "")
 
 
-def _written(document: Path) -> str:
+def _written(document: str) -> str:
     try:
-        return time.strftime(TIMES, time.localtime(document.stat().st_mtime))
+        return time.strftime(TIMES, time.localtime(os.path.getmtime(document)))
     except OSError:  # it is gone by now
         return ""
 
