@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def test_lists_scenarios_and_nothing_else(folder: Path, page: TestClient) -> Non
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "no.yaml").write_text(SCENARIO)
     (folder / "link.yaml").symlink_to(folder.parent / "secret.yaml")
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.yaml")).write_text(SCENARIO)
     result = folder / "result"
     result.mkdir()
     for name in ("summary.json", "scenario.yaml"):

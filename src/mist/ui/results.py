@@ -23,6 +23,7 @@ from mist.errors import Problem, ScenarioError
 from mist.scenario.result import RESULT_FILES
 from mist.search.outcome import PAGE
 from mist.ui.figures import headline
+from mist.ui.scenarios import is_text
 
 DONE, FAILED = "done", "failed"
 SUMMARY, FAILURE, SCENARIO = "summary.json", "failure.json", "scenario.yaml"
@@ -31,8 +32,6 @@ _OURS = {*RESULT_FILES, FAILURE, PAGE}
 #: how ids begin, and runs are sorted
 TIMES = "%Y-%m-%d-%H%M%S"
 _DATED = re.compile(r"\d{4}-\d\d-\d\d-\d{6}-")
-#: half a character, which stands for a byte that is none in a name on disk, and can't be sent
-_HALF = re.compile("[\ud800-\udfff]")
 #: lines that are remembered, a kilobyte or so each
 _REMEMBERED = 10_000
 
@@ -47,7 +46,7 @@ class Results:
         """id -> when it was asked for, or else written: texts that sort by time."""
         try:
             with os.scandir(self.root) as entries:
-                shown = [each for each in entries if not each.name.startswith(".") and not _HALF.search(each.name)]
+                shown = [each for each in entries if not each.name.startswith(".") and is_text(each.name)]
         except (FileNotFoundError, NotADirectoryError):
             return {}
         kept = {each.name: document for each in shown if (document := _document(each.path))}
