@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def test_lists_scenarios_and_nothing_else(folder: Path, page: TestClient) -> Non
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "no.yaml").write_text(SCENARIO)
     (folder / "link.yaml").symlink_to(folder.parent / "secret.yaml")
-    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.yaml")).write_text(SCENARIO)
+    with suppress(OSError):  # of a disk that refuses such names itself
+        Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.yaml")).write_text(SCENARIO)
     result = folder / "result"
     result.mkdir()
     for name in ("summary.json", "scenario.yaml"):
