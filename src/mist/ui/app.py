@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from mist.errors import ScenarioError
@@ -35,6 +35,8 @@ from mist.ui.scenarios import ConflictError, Scenarios, example_names
 HOSTS = ["127.0.0.1", "localhost"]
 #: bytes of a request: a scenario whose every character is escaped
 MAX_BODY = 6 * MAX_BYTES
+#: runs that are listed, where nothing else is asked for
+LISTED = 50
 #: name -> package that it ships in, and type
 ASSETS = {
     "": ("mist.ui", "static/index.html", "text/html"),
@@ -68,8 +70,10 @@ def application(scenarios: Scenarios, token: str, *, workers: int = 1, plugins: 
             Route("/api/runs", _runs, methods=["GET"]),
             Route("/api/runs", _start, methods=["POST"]),
             Route("/api/cancel", _cancel, methods=["POST"]),
+            Route("/api/delete", _delete, methods=["POST"]),
             Route("/api/differences", _differences),
             Route("/report", _report),
+            Route("/asked", _asked),
             Route("/compare", _compare),
         ],
         middleware=[
@@ -116,7 +120,13 @@ async def _save(request: Request) -> Response:
 
 
 async def _runs(request: Request) -> Response:
-    return JSONResponse(await run_in_threadpool(request.app.state.runs.listed))
+    """The newest ones and those that `run` names, and how many there are."""
+    limit = request.query_params.get("limit", str(LISTED))
+    if not limit.isdecimal() or len(limit) > 9:
+        raise HTTPException(400, "limit is a count")
+    also = request.query_params.getlist("run")
+    found, count = await run_in_threadpool(request.app.state.runs.listed, int(limit), also)
+    return JSONResponse({"runs": found, "count": count})
 
 
 async def _start(request: Request) -> Response:
@@ -135,6 +145,11 @@ async def _cancel(request: Request) -> Response:
     return JSONResponse({})
 
 
+async def _delete(request: Request) -> Response:
+    await run_in_threadpool(request.app.state.runs.delete, (await _body(request, "id"))["id"])
+    return JSONResponse({})
+
+
 async def _differences(request: Request) -> Response:
     given = request.query_params.getlist("run")
     if len(given) != 2:
@@ -144,6 +159,12 @@ async def _differences(request: Request) -> Response:
 
 async def _report(request: Request) -> Response:
     return await _shown(request.app.state.runs.report(request.query_params.get("run", "")))
+
+
+async def _asked(request: Request) -> Response:
+    """The scenario of a run, as it is kept."""
+    text = await run_in_threadpool(request.app.state.runs.scenario, request.query_params.get("run", ""))
+    return PlainTextResponse(text)
 
 
 async def _compare(request: Request) -> Response:

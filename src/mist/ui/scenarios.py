@@ -24,6 +24,7 @@ from mist.scenario.source import MAX_BYTES, read_text
 MAX_DEPTH, MAX_LISTED = 3, 300
 #: what tells a scenario from other YAML
 _CLIENTS = re.compile(rb"""^["']?clients["']?\s*:""", re.MULTILINE)
+_HALF = re.compile("[\ud800-\udfff]")
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -49,7 +50,7 @@ class Scenarios:
     def names(self) -> list[str]:
         """Paths of the scenarios, relative to the folder."""
         found = [path.relative_to(self.folder).as_posix() for path in _scenarios(self.folder, self.runs)]
-        return sorted(found[:MAX_LISTED])
+        return sorted(name for name in found[:MAX_LISTED] if is_text(name))
 
     def path(self, name: str, *, is_example: bool = False) -> Path:
         """Where a scenario is, or would be; ScenarioError for places that are none of the page's."""
@@ -88,6 +89,11 @@ class Scenarios:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(raw, path, is_new=not there)
         return hashlib.sha256(raw).hexdigest()
+
+
+def is_text(name: str) -> bool:
+    """Whether a name on disk can be sent: halves of characters stand for bytes that are none."""
+    return not _HALF.search(name)
 
 
 def example_names() -> list[str]:

@@ -202,19 +202,25 @@ async function lookAgain() {
 }
 
 // ---- runs
-const rows = new Map(), picked = new Set();
-let waiting = 0, known = null;
+const rows = new Map(), picked = new Set(), STEP = 50;
+let waiting = 0, polled = 0, limit = STEP, known = null, doomed = null;
 async function poll() {
   clearTimeout(waiting);
-  const found = await ask("api/runs").catch(() => null); // the page says so, and asks again
-  const busy = (found || []).some((run) => run.state === "queued" || run.state === "running");
-  clearTimeout(waiting);
+  const mine = ++polled, wanted = [["limit", limit], ...[...picked].map((id) => ["run", id])];
+  const found = await ask(`api/runs?${new URLSearchParams(wanted)}`).catch(() => null); // the page says so, and asks again
+  if (mine !== polled) return; // a later one is on its way
+  const busy = found && found.runs.some(isUnderWay);
   waiting = setTimeout(poll, document.hidden ? 10 * IDLE_MS : busy ? BUSY_MS : IDLE_MS);
-  if (found) draw(found);
+  if (found) draw(found.runs, found.count);
 }
-function draw(found) {
+const isUnderWay = (run) => run.state === "queued" || run.state === "running";
+function draw(found, count) {
   const names = new Set(found.map((run) => run.id));
-  for (const [id, row] of rows) if (!names.has(id)) { row.remove(); rows.delete(id); picked.delete(id); }
+  for (const [id, row] of rows) {
+    if (names.has(id)) continue;
+    if (row.contains(document.activeElement)) at("table").focus();
+    row.remove(); rows.delete(id); picked.delete(id);
+  }
   found.forEach((run, i) => {
     const row = rows.get(run.id) || make("tr"), body = at("runs"), told = JSON.stringify(run);
     rows.set(run.id, row);
@@ -229,6 +235,8 @@ function draw(found) {
   known = found;
   at("table").hidden = found.length === 0;
   at("no-runs").hidden = found.length > 0;
+  at("older").hidden = found.length >= count;
+  at("how-many").textContent = `${found.length.toLocaleString("en")} of ${count.toLocaleString("en")} runs`;
   choose();
 }
 function fill(row, run) {
@@ -239,7 +247,7 @@ function fill(row, run) {
   head.append(make("small", {}, [day && `${day} ${h}:${m}:${s}`, run.requests].filter(Boolean).join(" · ")));
   if (run.load) head.append(make("span", { className: `badge ${run.load === "saturated" ? "bad" : "fair"}` }, run.load));
   if (run.state === "done") row.replaceChildren(...result(run, head));
-  else row.replaceChildren(make("td"), head, make("td", { colSpan: 10, className: "under-way" }, ...underWay(run)), make("td", {}, ...ending(run)));
+  else row.replaceChildren(make("td"), head, make("td", { colSpan: 10, className: "under-way" }, ...underWay(run)), make("td", {}, make("div", { className: "ending" }, ...ending(run))));
   if (run.state === "running") advance(row, run);
   if (had) (row.querySelector("a, button") || at("table")).focus();
 }
@@ -253,7 +261,7 @@ function result(run, head) {
   const box = make("input", { type: "checkbox", checked: picked.has(run.id), ariaLabel: `Compare ${run.id}`, disabled: !run.has_tables,
     onchange: (event) => { event.target.checked ? picked.add(run.id) : picked.delete(run.id); choose(); } });
   const link = make("a", { href: `report?${new URLSearchParams({ run: run.id })}`, target: "_blank", rel: "noopener", ariaLabel: `Report of ${run.id}` }, "Report");
-  return [make("td", {}, box), head, ...figures, slo, make("td", {}, ...(run.has_tables ? [link] : []))];
+  return [make("td", {}, box), head, ...figures, slo, make("td", {}, make("div", { className: "ending" }, ...(run.has_tables ? [link] : []), remover(run)))];
 }
 function underWay(run) {
   if (run.state === "queued") return ["waits for its turn"];
@@ -269,7 +277,10 @@ function advance(row, run) {
   bar.nextElementSibling.textContent = `${run.done.toLocaleString("en")} of ${run.total.toLocaleString("en")} requests`;
 }
 function ending(run) {
-  if (run.state !== "queued" && run.state !== "running") return [];
+  if (!isUnderWay(run)) {
+    const link = make("a", { href: `asked?${new URLSearchParams({ run: run.id })}`, target: "_blank", rel: "noopener", ariaLabel: `Scenario of ${run.id}` }, "Scenario");
+    return [...(run.has_scenario ? [link] : []), remover(run)];
+  }
   const button = make("button", { type: "button", className: "button", ariaLabel: `Cancel ${run.id}` }, "Cancel");
   button.addEventListener("click", async () => {
     button.disabled = true;
@@ -278,6 +289,35 @@ function ending(run) {
   });
   return [button];
 }
+function remover({ id }) {
+  return make("button", { type: "button", className: "button", ariaLabel: `Delete ${id}`, onclick: () => {
+    doomed = id;
+    at("deleting-id").textContent = id;
+    at("deleting-problem").textContent = "";
+    at("deleting").showModal();
+  } }, "Delete");
+}
+at("deleting-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const id = doomed, row = rows.get(id), beside = row && (row.nextElementSibling || row.previousElementSibling);
+  try {
+    await ask("api/delete", { id });
+    at("deleting").close();
+    tell(`${id} deleted`);
+    const next = beside && beside.querySelector("td:last-child button");
+    await poll();
+    (next && next.isConnected ? next : at("table").hidden ? at("run") : at("table")).focus();
+  } catch (error) { at("deleting-problem").textContent = [error.message, ...(error.answer?.problems || []).map((p) => p.hint)].filter(Boolean).join(": "); }
+});
+at("deleting-cancel").addEventListener("click", () => at("deleting").close());
+at("show-older").addEventListener("click", async () => {
+  const last = at("runs").lastElementChild;
+  limit += STEP;
+  await poll();
+  tell(at("how-many").textContent);
+  const next = last.nextElementSibling?.querySelector("input:enabled, a, button");
+  if (next) next.focus();
+});
 at("run-form").addEventListener("submit", (event) => { event.preventDefault(); run(); });
 async function run() {
   const { text, name, origin } = current;
@@ -313,7 +353,7 @@ async function choose() {
 
 // ---- keys, leaving and coming back
 addEventListener("keydown", (event) => {
-  if (!(event.ctrlKey || event.metaKey) || at("naming").open) return;
+  if (!(event.ctrlKey || event.metaKey) || document.querySelector("dialog[open]")) return;
   if (event.key === "s") { event.preventDefault(); saveHere(); }
   if (event.key === "Enter") { event.preventDefault(); run(); }
 });
