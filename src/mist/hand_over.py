@@ -47,7 +47,9 @@ class Terms:
 
 
 class Chooser(Protocol):
-    def __call__(self, task: Task, now: int, among: Sequence[Client] | None = None) -> Client | None: ...
+    def __call__(
+        self, task: Task, now: int, among: Sequence[Client] | None = None, others: Sequence[Task] = ()
+    ) -> Client | None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -196,7 +198,7 @@ class HandOver:
         """
         early = self._end_early(task) if task in self.early else None
         among = self._within_reach(followings[0], here)
-        there = early.there if early else self._choose(followings[0], now, among)
+        there = early.there if early else self._choose(followings[0], now, among, followings[1:])
         if there is None:
             self._again([following.anew(now) for following in followings], now)
             return False

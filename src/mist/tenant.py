@@ -16,7 +16,7 @@ from mist.admission import AdmissionPolicy
 from mist.client import Client
 from mist.kernel import Kernel
 from mist.pipeline import PipelineFactory
-from mist.request import DECODE, NO_DEADLINE, Request
+from mist.request import DECODE, NO_DEADLINE, Request, Task
 from mist.routing import RoutingPolicy
 from mist.views import Views
 from mist.workload import RequestTable
@@ -28,7 +28,8 @@ _NO_SIZES: Mapping[str, int] = {}
 class Route:
     """The clients that tasks of one stage kind may go to, and the policy that picks one of them.
 
-    `candidates`: those of them that take tasks now; all, unless some are down.
+    `candidates`: those of them that take tasks now; all, unless some are down. Of clients that differ in what they can
+    ever hold, tasks are offered those that can hold them, by the same rule as they are rejected by.
     """
 
     clients: Sequence[Client]
@@ -37,11 +38,35 @@ class Route:
     #: whether the router reads more of a view than `num_outstanding`, or else `pending_prefill_tokens` of some
     reads_load: bool = field(init=False)
     reads_pending: bool = field(init=False)
+    #: tokens of prompt and output that each client can hold, where they differ in what they can; else None
+    common_room: int | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.candidates = self.clients
         self.reads_load = getattr(self.router, "reads_load", True)
         self.reads_pending = getattr(self.router, "reads_pending", False)
+        front_ends = [client.front_end for client in self.clients]
+        differ = len({front_end.limits for front_end in front_ends}) > 1
+        self.common_room = min(front_end.sure_room for front_end in front_ends) if differ else None
+
+    def able(self, tasks: Sequence[Task], among: Sequence[Client]) -> Sequence[Client]:
+        """Those `among` its clients that can ever hold each of `tasks`; nobody, where only clients that are down can.
+
+        All where none can: whoever is chosen rejects them with the reason.
+        """
+        outputs = (task.stage.oracle_output_tokens or task.request.oracle_output_tokens for task in tasks)
+        most = max(task.target_tokens + output for task, output in zip(tasks, outputs, strict=True))
+        if self.common_room is None or most <= self.common_room:
+            return among
+        holders = self.holders(tasks)
+        able = [client for client in among if client in holders]
+        if able:
+            return among if len(able) == len(among) else able
+        return () if any(client not in self.candidates for client in holders) else among
+
+    def holders(self, tasks: Sequence[Task]) -> list[Client]:
+        """The clients, up or down, that can ever hold each of `tasks`."""
+        return [c for c in self.clients if not any(c.front_end.never_fits(task) for task in tasks)]
 
 
 @dataclass(frozen=True, slots=True)
