@@ -64,6 +64,8 @@ class Coordinator:
         for tenant in tenants:
             tenant.ask(self.views)
         terms = terms or Terms()
+        for tenant in tenants:
+            tenant.hands_over(terms.reach)
         self.views.count_promises = terms.at_arrival
         self.handing = HandOver(kernel, network, terms, self._decoders, self._choose, self.again)
         self.lending = lending
@@ -331,7 +333,7 @@ class Coordinator:
         route = self._route(task)
         candidates = route.candidates if among is None else among
         if route.common_room is not None:
-            candidates = route.able((task, *others), candidates)
+            candidates = self.tenants[task.request.tenant].able((task, *others), candidates)
         if len(candidates) < 2:
             return candidates[0] if candidates else None
         views = self.views.of(candidates, now, with_load=route.reads_load, as_read=route.reads_pending)
@@ -360,7 +362,7 @@ class Coordinator:
         assert task.branch is not None
         task.branch.client = -1
         route = self._route(task)
-        clients = route.holders((task,)) or route.clients
+        clients = self.tenants[task.request.tenant].holders((task,)) or route.clients
         reason = self.nobody_comes(clients) if self.nobody_comes is not None else ""
         if reason:
             self.rejected(task, clients[0], reason, now)

@@ -15,7 +15,7 @@ from mist.client import Client
 from mist.kernel import Kernel
 from mist.network import Network
 from mist.records import KV_TRANSFER
-from mist.request import DECODE, PREFILL, Stage, Task
+from mist.request import DECODE, PREFILL, Task
 from mist.residents import share_prefix
 from mist.streams import Stream, Streaming
 
@@ -135,8 +135,7 @@ class HandOver:
 
         Where nobody can be chosen now, it is as its prefill ends.
         """
-        tokens, following = task.target_tokens, task.stage_index + 1  # as if its prefill were over, and it came next
-        decode = Task(task.request, Stage(DECODE), following, tokens, now, computed_tokens=tokens)
+        decode = task.following_decode(now)
         there = self._choose(decode, now, self._within_reach(decode, here))
         if there is None:
             then(task, now)
