@@ -176,10 +176,11 @@ def play(
 ) -> Run:
     """Run `workload` to the end (or `until_ns`) on equal clients and check every law on the way.
 
-    `num_blocks`: of each, or per client. `serves`: stage kinds per client. `nic`, `host`: each one's links, unless `paths` are given; with `host` stated hits
-    are in the host's memory; `swap_blocks` of it are for preempted decodes. `terms`: of hand-overs, layer by layer of
-    `num_layers`. `lending`: by client, from how many pending tokens on it is lent to prompts. `connect` may give
-    clients memories; `prepare` is called before the first event, and so is `disturb`, which may post some of its own.
+    `num_blocks`: of each, or per client. `serves`: stage kinds per client. `nic`, `host`: each one's links, unless
+    `paths` are given; with `host` stated hits are in the host's memory; `swap_blocks` of it are for preempted decodes.
+    `terms`: of hand-overs, layer by layer of `num_layers`. `lending`: by client, from how many pending tokens on it is
+    lent to prompts. `connect` may give clients memories; `prepare` is called before the first event, and so is
+    `disturb`, which may post some of its own.
     Raises InvariantError where a law breaks.
     """
     pipeline = pipeline or StageList()
