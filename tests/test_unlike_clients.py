@@ -167,13 +167,13 @@ class Cluster:
 
 @st.composite
 def clusters(draw: st.DrawFn) -> Cluster:
-    serves = draw(st.lists(st.sampled_from([BOTH, PROMPTS, DECODES]), min_size=0, max_size=3))
-    serves = [*serves, *draw(st.sampled_from([(BOTH,), (PROMPTS, DECODES)]))]
+    some = st.lists(st.sampled_from([BOTH, PROMPTS, DECODES]), max_size=2)
+    serves = [*draw(some), *draw(st.sampled_from([[BOTH], [PROMPTS, DECODES], [PROMPTS, DECODES] * 2]))]
     blocks = draw(st.lists(st.integers(1, 30), min_size=len(serves), max_size=len(serves)))
     decoders = [i for i, kinds in enumerate(serves) if DECODE in kinds]
     senders = [i for i, kinds in enumerate(serves) if DECODE not in kinds]
-    some = st.sets(st.sampled_from(decoders), min_size=1).map(frozenset)
-    reach = {i: draw(some) for i in senders} if draw(st.booleans()) else {}
+    receivers = st.sets(st.sampled_from(decoders), min_size=1, max_size=2).map(frozenset)
+    reach = {i: draw(receivers) for i in senders} if draw(st.booleans()) else {}
     return Cluster(tuple(serves), tuple(blocks), reach)
 
 
