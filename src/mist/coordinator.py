@@ -34,6 +34,7 @@ from mist.request import (
     StageResult,
     Task,
 )
+from mist.swap import SwappingResidents
 from mist.tenant import Route, Tenant
 from mist.views import Views
 
@@ -87,8 +88,9 @@ class Coordinator:
         self._reasons: dict[str, int] = {}
         for client in clients:
             client.coordinator = self
-            # what a client fetches or writes shares channels with others
-            client.emits = client.offload is not None or any(tenant.passes_on(client) for tenant in tenants)
+            # what a client fetches, writes or swaps shares channels with others
+            moves = client.offload is not None or isinstance(client.residents, SwappingResidents)
+            client.emits = moves or any(tenant.passes_on(client) for tenant in tenants)
 
     def start(self, tenants: Sequence[Tenant] | None = None) -> None:
         """Let the first requests arrive, of all tenants or of some."""

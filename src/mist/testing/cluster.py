@@ -217,7 +217,7 @@ def play(
     for client in clients if host is not None else ():
         client.offload = _on_host(client, network)
     for client in clients if swap_blocks else ():
-        give_swap_space(client, network, records, swap_blocks)
+        give_swap_space(client, network, swap_blocks)
     if connect is not None:
         connect(network, clients)
     router = router or RoundRobin()
