@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pathlib
 import random
 from collections import Counter
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,26 @@ from hypothesis import strategies as st
 import test_first_of
 import test_forks
 import test_hand_over
-from kit import POLICIES, LinearSteps, Run, SmallScenario, play, sampled, small_scenarios, table
+from kit import POLICIES, LinearSteps, Run, SmallScenario, play, rows, sampled, small_scenarios, table
 from mist.batching.chunked import Chunked
 from mist.batching.orders.fcfs import FCFS
 from mist.batching.orders.priority import Priority
+from mist.client import Client
 from mist.errors import InvariantError
+from mist.fabric import Path
+from mist.kernel import Kernel
+from mist.lanes import share_stages
 from mist.network import HOST
 from mist.records import FINISHED, KV_SWAP
 from mist.scenario.build import run
+from mist.sharing import Channel
 from mist.speculation import Speculation
 from mist.swap import SwappingResidents, SwapSpace
 from mist.testing import record_bytes, with_hints
 from mist.testing.cluster import KVLink
 from ordered import pressed
 from scenarios import problems, read
+from test_outages import First
 
 #: 10 bytes a token at one byte per ns
 LINK = KVLink(10, 1e9, 500)
@@ -161,6 +168,129 @@ def test_the_ledger_sees_what_a_swap_space_loses(monkeypatch: pytest.MonkeyPatch
         play(table([0, 0], [4, 4], [9, 9]), num_blocks=5, block_size=4, host=LINK, swap_blocks=9)
 
 
+# --- who else is on the link ---
+
+
+@dataclass
+class OneLink:
+    """All clients reach their hosts' memory over one and the same link, which has a channel each way."""
+
+    carries_all: bool = field(default=False, init=False)
+    out: Path = field(default_factory=lambda: Path((Channel("to_host", 1e9),), 500), init=False)
+    back: Path = field(default_factory=lambda: Path((Channel("from_host", 1e9),), 500), init=False)
+
+    def path(self, sender: int, receiver: int) -> Path:
+        return self.back if sender < 0 else self.out
+
+
+def crowded(scenario: SmallScenario, *, hits: bool = False, **more: Any) -> Run:
+    """Three clients play the same at once: they swap, and with `hits` fetch most of each prompt, over one link."""
+    scenario = replace(scenario, requests=tuple(each for each in scenario.requests for _ in range(3)))
+    workload = scenario.workload()
+    if hits:
+        workload.cached_tokens = np.maximum(workload.input_tokens - 1, 0)
+    return scenario.play(workload=workload, num_clients=3, paths=OneLink(), host=LINK, swap_blocks=1000, **more)
+
+
+def test_two_clients_that_swap_at_once_share_the_link() -> None:
+    """The swap by hand above on two clients: each copy takes twice as long on the wire."""
+    result = play(table([0] * 4, [4] * 4, [9] * 4), num_clients=2, num_blocks=5, block_size=4, paths=OneLink(),
+                  host=LINK, swap_blocks=9)  # fmt: skip
+    alone = play(table([0, 0], [4, 4], [9, 9]), num_blocks=5, block_size=4, host=LINK, swap_blocks=9)
+    took = [end - start for *_, start, end in swaps(result)]
+    assert took == [500 + 160] * 4
+    ends = sorted(result.records.requests.as_columns()["end_ns"].tolist())
+    assert ends == [each + 80 * (1 + k // 2) for k, each in enumerate(
+        sorted(alone.records.requests.as_columns()["end_ns"].tolist() * 2))]  # fmt: skip
+
+
+def beaten(result: Run, *, comes_back: bool) -> list[tuple[int, int]]:
+    """Spans of time in which more bytes passed the link one way than it carries: starts and ends of transfers."""
+    names = ("start_ns", "end_ns", "bytes", "sender")
+    rows = zip(*(result.records.transfers.as_columns()[name].tolist() for name in names), strict=True)
+    mine = [(start, end - 500, size) for start, end, size, sender in rows if (sender < 0) == comes_back]
+    return [
+        (first, last)
+        for first, _, _ in mine
+        for _, last, _ in mine
+        if sum(size for start, end, size in mine if start >= first and end <= last) > max(0, last - first) + len(mine)
+    ]
+
+
+@pytest.mark.parametrize("hits", [False, True])
+def test_copies_and_fetches_never_take_more_of_the_link_than_there_is(hits: bool) -> None:
+    num_swaps = num_shared = 0
+    for seed in range(80):
+        scenario = pressed(seed)
+        if hits and not scenario.caching:
+            continue
+        result = crowded(scenario, hits=hits)
+        assert not beaten(result, comes_back=True), seed
+        assert not beaten(result, comes_back=False), seed
+        num_swaps += check(result)
+        num_shared += sum(end - start > 500 + size for _, _, _, size, start, end in swaps(result))
+    assert min(num_swaps, num_shared) > 5
+
+
+def test_a_step_computes_once_its_copies_are_there() -> None:
+    """And these wait for the step alone: the first leaves as it begins, the next ones as the one before is there."""
+    num_swaps = 0
+    for seed in range(40):
+        result = crowded(pressed(seed))
+        steps, rows = result.records.steps.as_columns(), result.records.transfers.as_columns()
+        ends = dict(zip(zip(steps["client"].tolist(), steps["start_ns"].tolist(), strict=True),
+                        steps["end_ns"].tolist(), strict=True))  # fmt: skip
+        free: dict[tuple[int, int], int] = {}
+        for sender, receiver, queued, start, end in zip(
+            *(rows[name].tolist() for name in ("sender", "receiver", "queued_ns", "start_ns", "end_ns")), strict=True
+        ):
+            step = max(sender, receiver), queued
+            assert start == free.get(step, queued)
+            free[step] = end
+            num_swaps += 1
+        assert all(end + LinearSteps().base < ends[step] for step, end in free.items())
+    assert num_swaps > 30
+
+
+@pytest.mark.parametrize("hits", [False, True])
+def test_running_ahead_changes_nothing(hits: bool) -> None:
+    for seed in range(40):
+        scenario = pressed(seed)
+        ahead = crowded(scenario, hits=hits and scenario.caching)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Kernel, "horizon", lambda kernel: kernel.now)
+            stepwise = crowded(scenario, hits=hits and scenario.caching)
+        assert rows(ahead.records) == rows(stepwise.records), seed
+
+
+def in_lanes(num_stages: int) -> Callable[[Kernel, list[Client]], None]:
+    return lambda kernel, clients: share_stages(clients, num_stages, kernel)
+
+
+def test_a_lane_that_is_alone_swaps_as_a_client_does() -> None:
+    num_swaps = 0
+    for seed in range(40):
+        options: dict[str, Any] = {"num_clients": 2, "router": First(), "host": LINK, "swap_blocks": 1000}
+        plain, lane = (pressed(seed).play(**options, **each) for each in ({}, {"prepare": in_lanes(2)}))
+        assert rows(plain.records) == rows(lane.records), seed
+        num_swaps += check(lane)
+    assert num_swaps > 5
+
+
+def test_attention_groups_wait_for_the_copies_of_each_other() -> None:
+    num_swaps = 0
+    for seed in range(40):
+        result = crowded(pressed(seed), prepare=in_lanes(1))
+        steps = result.records.steps.as_columns()
+        spans = set(zip(steps["start_ns"].tolist(), steps["end_ns"].tolist(), strict=True))
+        assert len(spans) == len({start for start, _ in spans})
+        latest = dict(spans)
+        for *_, start, end in swaps(result):
+            assert end < latest[max(begin for begin in latest if begin <= start)]
+        num_swaps += check(result)
+    assert num_swaps > 10
+
+
 # --- scenarios ---
 
 TIGHT = """\
@@ -170,7 +300,7 @@ clients:
 """
 
 
-def test_a_pool_that_swaps(tmp_path: Path) -> None:
+def test_a_pool_that_swaps(tmp_path: pathlib.Path) -> None:
     """Blocks of 16 tokens of 128 KiB go over both links at once, and no prompt is computed twice but for chunks."""
     scenario = read(tmp_path, TIGHT)
     assert scenario.pools["gpu"].swap_blocks() == 4 * 2**30 // (16 * 64 * 1024)
@@ -190,7 +320,7 @@ def test_a_pool_that_swaps(tmp_path: Path) -> None:
     assert 120 * 300 <= tokens[0] < tokens[1]
 
 
-def test_swap_space_is_for_devices(tmp_path: Path) -> None:
+def test_swap_space_is_for_devices(tmp_path: pathlib.Path) -> None:
     assert not read(tmp_path, TIGHT, "clients.gpu.kv_cache.preemption=recompute").pools["gpu"].swap_blocks()
     half = read(tmp_path, TIGHT, "clients.gpu.kv_cache.swap_space=2 GiB")
     assert half.pools["gpu"].swap_blocks() == 2 * 2**30 // (16 * 64 * 1024)

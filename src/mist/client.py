@@ -15,10 +15,9 @@ from mist.batching.orders.fcfs import FCFS
 from mist.engine import EngineProfile
 from mist.errors import InvariantError
 from mist.front_end import FrontEnd
-from mist.host import Host, Work
 from mist.kernel import Kernel
 from mist.memory.kv_cache import KVCache
-from mist.neighbours import Next, Waker, Watcher
+from mist.neighbours import Next, Shares, Waker, Watcher
 from mist.offload import KVStore, Offload
 from mist.perf import Demand, HostModel, PerfModel
 from mist.progress import Progress
@@ -115,9 +114,10 @@ class Client:
         self._write_step, self._pack_step, self.append_span = steps.write, steps.pack, steps.append_span
         self._write_task, self._pack_task = records.tasks.write, records.tasks.pack
         self.runs_model = not hasattr(perf, "demand")
-        #: the host whose cores and memory its steps share with others, and what they ask of it
-        self.shares: Host | None = None
-        self._work: Work | None = None
+        #: the host whose cores and memory its steps share with others, and what they ask of it; or the link to its
+        #: host's memory, where its next step begins with copies over it
+        self.shares: Shares | None = None
+        self._work: object = None
         self.demand_of: Callable[[Step], Demand] = getattr(perf, "demand", no_demand)
         self.stage_kinds = {kind: i for i, kind in enumerate(records.stage_kinds)}
         self._overlapped = engine.overlapped

@@ -34,6 +34,7 @@ from mist.request import (
     StageResult,
     Task,
 )
+from mist.swap import SwappingResidents
 from mist.tenant import Route, Tenant
 from mist.views import Views
 
@@ -64,6 +65,8 @@ class Coordinator:
         for tenant in tenants:
             tenant.ask(self.views)
         terms = terms or Terms()
+        for tenant in tenants:
+            tenant.hands_over(terms.reach)
         self.views.count_promises = terms.at_arrival
         self.handing = HandOver(kernel, network, terms, self._decoders, self._choose, self.again)
         self.lending = lending
@@ -80,13 +83,14 @@ class Coordinator:
         self.parked: dict[Task, None] = {}
         #: requests with tasks that began anew
         self.begun_anew: set[int] = set()
-        #: why nobody will come up for a route's tasks, if so; None where clients don't go down
-        self.nobody_comes: Callable[[Route], str] | None = None
+        #: why none of some clients will come up, if so; None where clients don't go down
+        self.nobody_comes: Callable[[Sequence[Client]], str] | None = None
         self._reasons: dict[str, int] = {}
         for client in clients:
             client.coordinator = self
-            # what a client fetches or writes shares channels with others
-            client.emits = client.offload is not None or any(tenant.passes_on(client) for tenant in tenants)
+            # what a client fetches, writes or swaps shares channels with others
+            moves = client.offload is not None or isinstance(client.residents, SwappingResidents)
+            client.emits = moves or any(tenant.passes_on(client) for tenant in tenants)
 
     def start(self, tenants: Sequence[Tenant] | None = None) -> None:
         """Let the first requests arrive, of all tenants or of some."""
@@ -321,18 +325,26 @@ class Coordinator:
             raise InvariantError(f"the pipeline yielded a stage {task.stage.kind!r} that it did not announce")
         return route
 
-    def _choose(self, task: Task, now: int, among: Sequence[Client] | None = None) -> Client | None:
-        """One of the clients that take such tasks now, or `among` some of them; None where there is none."""
+    def _choose(
+        self, task: Task, now: int, among: Sequence[Client] | None = None, others: Sequence[Task] = ()
+    ) -> Client | None:
+        """One of the clients that take such tasks now, or `among` some of them; None where there is none.
+
+        It is to hold the `others` too, which go with `task`.
+        """
         route = self._route(task)
         candidates = route.candidates if among is None else among
+        if route.common_room is not None:
+            candidates = self.tenants[task.request.tenant].able((task, *others), candidates)
         if len(candidates) < 2:
             return candidates[0] if candidates else None
         views = self.views.of(candidates, now, with_load=route.reads_load, as_read=route.reads_pending)
         chosen = route.router.choose(task, views, now)
-        if not isinstance(chosen, ClientView) or self.clients[chosen.index] not in candidates:
+        client = self.clients[chosen.index] if isinstance(chosen, ClientView) else None
+        if client not in candidates:
             name = type(route.router).__name__
             raise InvariantError(f"{name} chose {chosen!r} for request {task.request.index}: none of its choices")
-        return self.clients[chosen.index]
+        return client
 
     # --- clients that are lost, and those that come ---
 
@@ -352,9 +364,10 @@ class Coordinator:
         assert task.branch is not None
         task.branch.client = -1
         route = self._route(task)
-        reason = self.nobody_comes(route) if self.nobody_comes is not None else ""
+        clients = self.tenants[task.request.tenant].holders((task,)) or route.clients
+        reason = self.nobody_comes(clients) if self.nobody_comes is not None else ""
         if reason:
-            self.rejected(task, route.clients[0], reason, now)
+            self.rejected(task, clients[0], reason, now)
         else:
             self.parked[task] = None
 

@@ -36,6 +36,20 @@ class FrontEnd:
         #: arrived since the step in flight was decided, where the engine decides on the next one at its start
         self.unseen: list[Task] = []
 
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """All that `never_fits` goes by: clients with the same ones reject the same tasks."""
+        client, kv = self._client, self._client.residents.kv
+        decodes = DECODE in client.serves
+        blocks = (kv.num_blocks, kv.watermark_blocks, kv.block_size)
+        return (client.max_model_len, client.num_drafts, client.runs_model, decodes, *blocks)
+
+    @property
+    def sure_room(self) -> int:
+        """Prompt and output tokens up to which no task is rejected here."""
+        client = self._client
+        return min(client.max_model_len, self._tokens_that_fit - client.num_drafts) if client.runs_model else 0
+
     def expect(self, task: Task, now: int) -> bool:
         """Whether `task` may come, and counts as the client's from now on; it is rejected with the reason if not."""
         client = self._client

@@ -15,7 +15,7 @@ from mist.client import Client
 from mist.kernel import Kernel
 from mist.network import Network
 from mist.records import KV_TRANSFER
-from mist.request import DECODE, PREFILL, Stage, Task
+from mist.request import DECODE, PREFILL, Task
 from mist.residents import share_prefix
 from mist.streams import Stream, Streaming
 
@@ -47,7 +47,9 @@ class Terms:
 
 
 class Chooser(Protocol):
-    def __call__(self, task: Task, now: int, among: Sequence[Client] | None = None) -> Client | None: ...
+    def __call__(
+        self, task: Task, now: int, among: Sequence[Client] | None = None, others: Sequence[Task] = ()
+    ) -> Client | None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -133,8 +135,7 @@ class HandOver:
 
         Where nobody can be chosen now, it is as its prefill ends.
         """
-        tokens, following = task.target_tokens, task.stage_index + 1  # as if its prefill were over, and it came next
-        decode = Task(task.request, Stage(DECODE), following, tokens, now, computed_tokens=tokens)
+        decode = task.following_decode(now)
         there = self._choose(decode, now, self._within_reach(decode, here))
         if there is None:
             then(task, now)
@@ -196,7 +197,7 @@ class HandOver:
         """
         early = self._end_early(task) if task in self.early else None
         among = self._within_reach(followings[0], here)
-        there = early.there if early else self._choose(followings[0], now, among)
+        there = early.there if early else self._choose(followings[0], now, among, followings[1:])
         if there is None:
             self._again([following.anew(now) for following in followings], now)
             return False

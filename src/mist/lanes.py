@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from mist.client import Client
 from mist.kernel import Kernel
+from mist.perf import Demand
 
 
 class Stages:
@@ -57,6 +58,9 @@ class Lane:
         self.kernel = kernel
         #: the groups with work in the common step in flight
         self.stepping: list[Client] = []
+        #: of these, how many still copy KV caches before it enters the stages, and what it takes there
+        self._num_copying = 0
+        self._duration = 0
         for client in clients:
             client.waker = self
 
@@ -95,8 +99,21 @@ class Lane:
             mean = -(-sum(client.step.num_tokens for client in stepping) // num_groups)
             for client in stepping:
                 client.step.shared_tokens = mean
-        duration = max(client.price_step() for client in stepping)
-        self.kernel.step_ends(self, self.stages.leave(now, duration))
+        self._duration = max(client.price_step() for client in stepping)
+        copying = [client.shares for client in stepping if client.shares is not None]
+        self._num_copying = len(copying)
+        for each in copying:
+            each.work(Demand(), 0, self._copied, None, now)
+        if not copying:
+            self._enter(now)
+
+    def _copied(self, _: None, now: int) -> None:
+        self._num_copying -= 1
+        if not self._num_copying:
+            self._enter(now)
+
+    def _enter(self, now: int) -> None:
+        self.kernel.step_ends(self, self.stages.leave(now, self._duration))
 
     def finish_step(self, now: int) -> None:
         """The common step ends at `now`, in order of the groups; the kernel wakes the lane."""

@@ -1,16 +1,17 @@
-"""Whom a client talks to: the coordinator behind it, who watches it, and who lets it start its steps.
+"""Whom a client talks to: the coordinator behind it, who watches it, who lets it start its steps and who delays them.
 
-Contracts that `client` relies on and that the coordinator, the ledger, the kernel and lanes keep. Nothing here does
-anything.
+Contracts that `client` relies on and that the coordinator, the ledger, the kernel, lanes, hosts and swap spaces keep.
+Nothing here does anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mist.memory.hierarchy import Found
 from mist.network import Network
+from mist.perf import Demand
 from mist.request import StageResult, Step, Task, Wait
 
 if TYPE_CHECKING:
@@ -62,3 +63,15 @@ class Waker(Protocol):
     def wake(self, client: Client) -> None: ...
 
     def void(self, client: Client, now: int) -> bool: ...
+
+
+class Shares(Protocol):
+    """What a client's steps share with others: they take as long as these let them."""
+
+    def work(self, demand: Demand, alone_ns: int, done: Callable[[Any, int], None], argument: Any, now: int) -> Any:
+        """Begin a step that takes `alone_ns` where nobody else is; `done(argument, time_ns)` comes at its end."""
+        ...
+
+    def stop(self, work: Any, now: int) -> None:
+        """That step ends for nobody."""
+        ...

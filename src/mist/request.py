@@ -323,6 +323,11 @@ class Task:
             context_keys=self.context_keys,
         )
 
+    def following_decode(self, now: int) -> Task:
+        """The decode that would come next, if this prefill were over."""
+        tokens = self.target_tokens
+        return Task(self.request, Stage(DECODE), self.stage_index + 1, tokens, now, computed_tokens=tokens)
+
     @property
     def remaining_tokens(self) -> int:
         """Tokens still to be computed before the task generates or ends."""

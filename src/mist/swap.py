@@ -1,29 +1,45 @@
 """Preemption by swapping: the KV cache of a preempted decode waits in host memory and is not computed again.
 
-A client's residents that do so, and the space in its host's memory; vLLM v0's preemption_mode swap. Copies take their
-time before the step that they belong to computes; they share their link with nobody.
+A client's residents that do so, and the space in its host's memory; vLLM v0's preemption_mode swap. Copies are
+transfers, and the step that they belong to computes once they are over; nobody else waits for them.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mist.network import HOST, Network
-from mist.records import KV_SWAP, Records
-from mist.request import Step, Task
+from mist.perf import Demand
+from mist.records import KV_SWAP
+from mist.request import Task
 from mist.residents import Residents
-from mist.sharing import duration_ns
 
 if TYPE_CHECKING:
     from mist.client import Client
 
 
+@dataclass(slots=True, eq=False)
+class _Step:
+    """A step that began at `begin_ns` and computes for `alone_ns` after its copies; whom to tell at its end."""
+
+    begin_ns: int
+    alone_ns: int
+    done: Callable[[Any, int], None]
+    argument: Any
+
+
 class SwapSpace:
-    """Room for `num_blocks` KV blocks of `client` in its host's memory; whole blocks are copied, one task at a time."""
+    """Room for `num_blocks` KV blocks of `client` in its host's memory; whole blocks are copied, one task at a time.
 
-    __slots__ = ("_client", "_due_ns", "_network", "_records", "block_bytes", "num_blocks", "tasks", "used")
+    A step with copies takes as long as these, over channels that they share, and then what it takes without them.
+    """
 
-    def __init__(self, client: Client, network: Network, records: Records, num_blocks: int) -> None:
+    __slots__ = ("_client", "_due", "_network", "_step", "block_bytes", "num_blocks", "tasks", "used")
+
+    def __init__(self, client: Client, network: Network, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.block_bytes = client.kv_bytes_per_token * client.residents.kv.block_size
         #: blocks of each task that is swapped out, and of all
@@ -31,8 +47,9 @@ class SwapSpace:
         self.used = 0
         self._client = client
         self._network = network
-        self._records = records
-        self._due_ns = 0
+        #: copies that the next step begins with, or the one in flight still waits for: request, from, to, blocks
+        self._due: deque[tuple[int, int, int, int]] = deque()
+        self._step: _Step | None = None
 
     def swap_out(self, task: Task, num_blocks: int) -> bool:
         """Copy the blocks of `task` to the host; False, and nothing has changed, if they have no room there."""
@@ -53,22 +70,43 @@ class SwapSpace:
         self.used -= self.tasks.pop(task, 0)
 
     def clear(self) -> None:
-        """Nobody comes back for what is here."""
+        """Nobody comes back for what is here, and nobody waits for copies."""
         self.tasks.clear()
-        self.used = self._due_ns = 0
+        self.used = 0
+        self._due.clear()
+        self._step = self._client.shares = None
 
-    def due_ns(self) -> int:
-        """What the copies since the last call take, one after another, in ns."""
-        due, self._due_ns = self._due_ns, 0
-        return due
+    # --- what its client's next step shares with others ---
+
+    def work(self, demand: Demand, alone_ns: int, done: Callable[[Any, int], None], argument: Any, now: int) -> _Step:
+        """A step that begins now: its copies, one after another, then `alone_ns`; `done(argument, time_ns)` ends it."""
+        self._step = step = _Step(now, alone_ns, done, argument)
+        self._next(step, now)
+        return step
+
+    def stop(self, step: _Step, now: int) -> None:
+        """The step ends for nobody, and so does what it copies."""
+        self._step = self._client.shares = None
 
     def _copy(self, task: Task, num_blocks: int, sender: int, receiver: int) -> None:
-        path = self._network.path(sender, receiver)
-        num_bytes, now = num_blocks * self.block_bytes, self._client.now
-        wire = max((duration_ns(num_bytes, channel.capacity_per_s) for channel in path.channels), default=0)
-        start, self._due_ns = now + self._due_ns, self._due_ns + path.latency_ns + wire
-        row = (task.request.index, KV_SWAP, sender, receiver, num_bytes, now, start, now + self._due_ns)
-        self._records.transfers.append(row)
+        self._due.append((task.request.index, sender, receiver, num_blocks))
+        self._client.shares = self
+
+    def _next(self, step: _Step, now: int) -> None:
+        if step is not self._step:
+            return  # what has left before its client was lost arrives for nobody
+        if self._due:
+            request, sender, receiver, num_blocks = self._due.popleft()
+            num_bytes = num_blocks * self.block_bytes
+            self._network.send(request, KV_SWAP, sender, receiver, num_bytes, self._next, step, now,
+                               queued_ns=step.begin_ns)  # fmt: skip
+        else:
+            self._client.kernel.at(now + step.alone_ns, self._over, step)
+
+    def _over(self, step: _Step, now: int) -> None:
+        if step is self._step:
+            self._step = self._client.shares = None
+            step.done(step.argument, now)
 
 
 class SwappingResidents(Residents):
@@ -122,27 +160,8 @@ class SwappingResidents(Residents):
         return super().comes_before(waiting, handed_over)
 
 
-class _WithCopies:
-    """A performance model whose steps begin with the copies of a swap space: those of its client, not estimates."""
-
-    def __init__(self, perf: Any, client: Client, space: SwapSpace) -> None:
-        self._perf = perf
-        self._client = client
-        self._space = space
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._perf, name)
-
-    def step_time(self, step: Step) -> int:
-        copies = self._space.due_ns() if step is self._client.step else 0
-        num_ns: int = self._perf.step_time(step)
-        return copies + num_ns
-
-
-def give_swap_space(client: Client, network: Network, records: Records, num_blocks: int) -> SwapSpace:
+def give_swap_space(client: Client, network: Network, num_blocks: int) -> SwapSpace:
     """Let `client`, which has `SwappingResidents`, swap to `num_blocks` of its host's memory."""
     assert isinstance(client.residents, SwappingResidents)
-    space = client.residents.swap = SwapSpace(client, network, records, num_blocks)
-    client.perf = _WithCopies(client.perf, client, space)
-    client.decode_times = client.decoded = None  # each step is asked for
+    space = client.residents.swap = SwapSpace(client, network, num_blocks)
     return space

@@ -16,7 +16,7 @@ from mist.admission import AdmissionPolicy
 from mist.client import Client
 from mist.kernel import Kernel
 from mist.pipeline import PipelineFactory
-from mist.request import DECODE, NO_DEADLINE, Request
+from mist.request import DECODE, NO_DEADLINE, PREFILL, Request, Task
 from mist.routing import RoutingPolicy
 from mist.views import Views
 from mist.workload import RequestTable
@@ -28,7 +28,8 @@ _NO_SIZES: Mapping[str, int] = {}
 class Route:
     """The clients that tasks of one stage kind may go to, and the policy that picks one of them.
 
-    `candidates`: those of them that take tasks now; all, unless some are down.
+    `candidates`: those of them that take tasks now; all, unless some are down. Of clients that differ in what they can
+    ever hold, tasks are offered those that can hold them, by the same rule as they are rejected by.
     """
 
     clients: Sequence[Client]
@@ -37,11 +38,16 @@ class Route:
     #: whether the router reads more of a view than `num_outstanding`, or else `pending_prefill_tokens` of some
     reads_load: bool = field(init=False)
     reads_pending: bool = field(init=False)
+    #: tokens of prompt and output that each client can hold, where they differ in what they can; else None
+    common_room: int | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.candidates = self.clients
         self.reads_load = getattr(self.router, "reads_load", True)
         self.reads_pending = getattr(self.router, "reads_pending", False)
+        front_ends = [client.front_end for client in self.clients]
+        differ = len({front_end.limits for front_end in front_ends}) > 1
+        self.common_room = min(front_end.sure_room for front_end in front_ends) if differ else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,7 @@ class Tenant:
         self.patience = patience
         self.index = index
         self.first_request = first_request
+        self._reach: Mapping[int, frozenset[int]] = {}
         self._first_session = first_session
         self._num_posted = 0
         # views give whole numbers as lists do, and take no memory
@@ -147,6 +154,47 @@ class Tenant:
         routes = {kind: self.routes[kind] for kind in kinds}
         seen = {kind: views.of(route.candidates or route.clients, now) for kind, route in routes.items()}
         return next((reason for each in asked if (reason := each.refuses(request, seen, now))), "")
+
+    # --- who can ever hold a task ---
+
+    def hands_over(self, reach: Mapping[int, frozenset[int]]) -> None:
+        """Clients hand over to those of `reach` alone: a prompt goes to one from where its decode finds room."""
+        prefill, decode = self.routes.get(PREFILL), self.routes.get(DECODE)
+        if reach and prefill is not None and decode is not None and decode.common_room is not None:
+            self._reach = reach
+            rooms = (prefill.common_room, decode.common_room)
+            prefill.common_room = min(room for room in rooms if room is not None)
+
+    def able(self, tasks: Sequence[Task], among: Sequence[Client]) -> Sequence[Client]:
+        """Those `among` the clients of a route that can ever hold each of `tasks`; nobody, where only some down can.
+
+        All where none can: whoever is chosen rejects them with the reason.
+        """
+        route = self.routes[tasks[0].stage.kind]
+        outputs = (task.stage.oracle_output_tokens or task.request.oracle_output_tokens for task in tasks)
+        needed = max(task.target_tokens + output for task, output in zip(tasks, outputs, strict=True))
+        if route.common_room is None or needed <= route.common_room:
+            return among
+        holders = self.holders(tasks)
+        able = [client for client in among if client in holders]
+        if able:
+            return among if len(able) == len(among) else able
+        return () if any(client not in route.candidates for client in holders) else among
+
+    def holders(self, tasks: Sequence[Task]) -> list[Client]:
+        """The clients, up or down, that can ever hold each of `tasks`, and hand it over to one that can."""
+        clients = self.routes[tasks[0].stage.kind].clients
+        return [client for client in clients if all(self._holds(client, task) for task in tasks)]
+
+    def _holds(self, client: Client, task: Task) -> bool:
+        if client.front_end.never_fits(task):
+            return False
+        reach = self._reach.get(client.index) if task.stage.kind == PREFILL else None
+        if reach is None or DECODE in client.serves or task.generates or task.request.oracle_output_tokens < 2:
+            return True  # nothing of it goes on elsewhere
+        decode = task.following_decode(task.queued_ns)
+        receivers = (each for each in self.routes[DECODE].clients if each.index in reach)
+        return any(not each.front_end.never_fits(decode) for each in receivers)
 
     # --- arrivals ---
 

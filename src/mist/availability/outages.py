@@ -160,11 +160,11 @@ class Outages:
             self.records.causes.append(cause)
         return number
 
-    def _nobody_comes(self, route: Route) -> str:
-        """Why tasks of `route`, all of whose clients are down, need not wait for one to come up."""
-        if any(self._of[client].will_return for client in route.clients):
+    def _nobody_comes(self, clients: Sequence[Client]) -> str:
+        """Why tasks that only these `clients` can serve, all of them down, need not wait for one to come up."""
+        if any(self._of[client].will_return for client in clients):
             return ""
-        replicas = dict.fromkeys(self._of[client] for client in route.clients)
+        replicas = dict.fromkeys(self._of[client] for client in clients)
         broken = ", ".join(replica.name for replica in replicas if replica.is_broken)
         unwanted = ", ".join(replica.name for replica in replicas if not replica.is_broken)
         told = [f"{broken} went down for good"] if broken else []

@@ -74,7 +74,7 @@ def run(
     hash_block_size = max(table.hash_block_size for table in tables.values())
     fleet = build_fleet(scenario, hash_block_size, kernel, written)
     network = network_of(scenario, fleet, kernel, written)
-    give_swap_spaces(scenario, fleet, network, written)
+    give_swap_spaces(scenario, fleet, network)
     add_memories(scenario, fleet, hash_block_size, network, written)
     tenants = build_tenants(scenario, tables, fleet, written)
     playing = tenants if only is None else {only: tenants[only]}

@@ -61,7 +61,7 @@ def check_links(scenario: Scenario) -> None:
     kernel, records = Kernel(), Records(stage_kinds=list(scenario.stages))
     fleet = build_fleet(scenario, 0, kernel, records)
     network = network_of(scenario, fleet, kernel, records)
-    give_swap_spaces(scenario, fleet, network, records)
+    give_swap_spaces(scenario, fleet, network)
     add_memories(scenario, fleet, 0, network, records)
     list(_events(scenario, fleet, network, _replicas(fleet)))
 

@@ -225,12 +225,12 @@ def fabric_of(scenario: Scenario) -> Fabric | None:
     return Fabric(scenario.placement.topology, places)
 
 
-def give_swap_spaces(scenario: Scenario, fleet: Fleet, network: Network, records: Records) -> None:
+def give_swap_spaces(scenario: Scenario, fleet: Fleet, network: Network) -> None:
     """Host memory for preempted decodes, to the clients of the pools that swap."""
     for client, info in zip(fleet.clients, fleet.infos, strict=True):
         pool = scenario.clients[info.pool]
         if isinstance(pool, Pool) and (num_blocks := pool.swap_blocks()):
-            give_swap_space(client, network, records, num_blocks)
+            give_swap_space(client, network, num_blocks)
 
 
 def _share_cores(scenario: Scenario, fleet: Fleet, sharing: Sharing) -> None:

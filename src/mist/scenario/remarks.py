@@ -143,7 +143,8 @@ def _memory(name: str, pool: Pool) -> Iterator[str]:
     if tokens < pool.max_model_len:
         yield (
             f"{name}: the KV cache holds {tokens:,} tokens, fewer than max_model_len {pool.max_model_len:,}: "
-            "vLLM would refuse to start until that is lowered; here longer requests are rejected one by one."
+            "vLLM would refuse to start until that is lowered; here longer requests that no other client holds "
+            "are rejected one by one."
         )
 
 

@@ -146,7 +146,7 @@ def play(
     policy: Callable[[], BatchingPolicy] = Chunked,
     perf: PerfModel | None = None,
     num_clients: int = 1,
-    num_blocks: int = 1 << 40,
+    num_blocks: int | Sequence[int] = 1 << 40,
     block_size: int = 16,
     caching: bool = False,
     unit_tokens: int = 0,
@@ -176,10 +176,11 @@ def play(
 ) -> Run:
     """Run `workload` to the end (or `until_ns`) on equal clients and check every law on the way.
 
-    `serves`: stage kinds per client. `nic`, `host`: each one's links, unless `paths` are given; with `host` stated hits
-    are in the host's memory; `swap_blocks` of it are for preempted decodes. `terms`: of hand-overs, layer by layer of
-    `num_layers`. `lending`: by client, from how many pending tokens on it is lent to prompts. `connect` may give
-    clients memories; `prepare` is called before the first event, and so is `disturb`, which may post some of its own.
+    `num_blocks`: of each, or per client. `serves`: stage kinds per client. `nic`, `host`: each one's links, unless
+    `paths` are given; with `host` stated hits are in the host's memory; `swap_blocks` of it are for preempted decodes.
+    `terms`: of hand-overs, layer by layer of `num_layers`. `lending`: by client, from how many pending tokens on it is
+    lent to prompts. `connect` may give clients memories; `prepare` is called before the first event, and so is
+    `disturb`, which may post some of its own.
     Raises InvariantError where a law breaks.
     """
     pipeline = pipeline or StageList()
@@ -193,7 +194,7 @@ def play(
             batching=policy(),
             perf=perf or LinearSteps(),
             kv=KVCache(
-                num_blocks,
+                num_blocks if isinstance(num_blocks, int) else num_blocks[i],
                 block_size,
                 enable_prefix_caching=caching,
                 hash_block_size=unit_tokens,
@@ -216,7 +217,7 @@ def play(
     for client in clients if host is not None else ():
         client.offload = _on_host(client, network)
     for client in clients if swap_blocks else ():
-        give_swap_space(client, network, records, swap_blocks)
+        give_swap_space(client, network, swap_blocks)
     if connect is not None:
         connect(network, clients)
     router = router or RoundRobin()
