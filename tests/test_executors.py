@@ -27,6 +27,7 @@ from mist.search.evaluate import Executor, Job, Outcome, evaluate, summary_of
 from mist.search.executors import executor_named
 from mist.search.executors.processes import Processes
 from mist.search.executors.serial import Serial
+from processes import below, is_alive
 
 SMALL: dict[str, Any] = {
     "workload": {
@@ -215,35 +216,19 @@ def test_an_interrupt_ends_the_processes_too(tmp_path: Path) -> None:
     _, told = running.communicate(timeout=60)
     assert "KeyboardInterrupt" in told
     for _ in range(600):
-        if not any(map(_is_there, children)):
+        if not any(map(is_alive, children)):
             break
         time.sleep(0.1)
-    assert not any(map(_is_there, children))
+    assert not any(map(is_alive, children))
 
 
 def _children(parent: int, at_least: int) -> list[int]:
     """Processes below `parent`: there are three at least, the server and the workers that it forks."""
-    found: list[int] = []
     for _ in range(600):
-        rows = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
-        pairs = [tuple(map(int, line.split())) for line in rows.splitlines()[1:]]
-        found, above = [], {parent}
-        while below := [pid for pid, of in pairs if of in above]:
-            found += below
-            above = set(below)
-        if len(found) > at_least:
-            return found
+        if len(found := below(parent)) > at_least:
+            break
         time.sleep(0.1)
     return found
-
-
-def _is_there(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")
-    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 # by name

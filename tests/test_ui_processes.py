@@ -19,7 +19,8 @@ import ui_page
 from mist.cli import main
 from mist.scenario.result import RESULT_FILES
 from mist.ui.guard import HEADER
-from ui_page import LONG, ROOT, SCENARIO, is_alive, until, workers_of
+from processes import is_alive
+from ui_page import LONG, ROOT, SCENARIO, until, workers_of
 
 folder = ui_page.folder
 

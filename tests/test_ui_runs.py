@@ -15,7 +15,8 @@ from mist.cli import main
 from mist.scenario import load
 from mist.scenario.build import run as run_scenario
 from mist.scenario.result import RESULT_FILES
-from ui_page import LONG, SCENARIO, checked, finished, is_alive, page_of, runs, start, state, until, workers_of
+from processes import is_alive
+from ui_page import LONG, SCENARIO, checked, finished, page_of, runs, start, state, until, workers_of
 
 folder, page = ui_page.folder, ui_page.page
 

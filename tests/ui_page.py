@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from mist.ui.app import application
 from mist.ui.guard import HEADER
 from mist.ui.scenarios import Scenarios
+from processes import PROC, parents
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "a-token-for-tests"
@@ -97,21 +98,11 @@ def checked(page: TestClient, text: str) -> dict[str, Any]:
 
 def workers_of(pid: int) -> list[int]:
     """Processes below `pid` that run a job."""
-    if not Path("/proc/self/stat").exists():
-        pytest.skip("no /proc here: children can't be counted")
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == pid and b"mist.ui.worker" in (place / "cmdline").read_bytes():
-                found.append(int(place.name))
-        except (OSError, ValueError):  # it ended meanwhile
-            continue
-    return found
+    return [each for each, parent in parents().items() if parent == pid and _is_worker(each)]
 
 
-def is_alive(pid: int) -> bool:
+def _is_worker(pid: int) -> bool:
     try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+        return b"mist.ui.worker" in (PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:  # it ended meanwhile
         return False
