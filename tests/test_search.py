@@ -143,7 +143,7 @@ def test_a_search_that_is_cut_goes_on(path: Path, halved: dict[str, Any], tmp_pa
     class Killed(Exception):
         pass
 
-    def kill(done: int, _: int) -> None:
+    def kill(done: int, *_: float) -> None:
         if done >= share * total:
             raise Killed
 

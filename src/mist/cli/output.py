@@ -6,16 +6,24 @@ Under the commands. Results go to stdout, progress to stderr. It computes no fig
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import click
 
-#: called with what is done and what there is in all
-Progress = Callable[[int, int], None]
+
+class Progress(Protocol):
+    """Called with what is done and what there is, or may be, in all.
+
+    `left_s`: seconds left, inf where they can't be told yet; None: in proportion to what was done since the first call.
+    """
+
+    def __call__(self, done: int, total: int, left_s: float | None = None, /) -> None: ...
+
 
 #: seconds between two lines of progress where stderr is no terminal
 _BETWEEN_LINES_S = 10.0
@@ -86,28 +94,51 @@ def progress_of(what: str) -> Iterator[Progress]:
         yield _Lines(what)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     # drawn when something is done, by no thread of its own: processes are forked meanwhile
     with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total, refresh=True)
+        task, pace = bar.add_task(what, total=None, left=""), _Pace()
+
+        def tell(done: int, total: int, left_s: float | None = None, /) -> None:
+            left = _left(pace.left_s(done, total) if left_s is None else left_s)
+            bar.update(task, completed=done, total=total, left=left, refresh=True)
+
+        yield tell
+
+
+class _Pace:
+    """The time that is left, in proportion; what was done before the first call took no time."""
+
+    def __init__(self) -> None:
+        self._began, self._before = time.monotonic(), -1
+
+    def left_s(self, done: int, total: int) -> float:
+        if self._before < 0:
+            self._before = done
+        new = done - self._before
+        return (time.monotonic() - self._began) * (total - done) / new if new else math.inf
 
 
 class _Lines:
-    """Progress as lines of text; what was done before the first call took no time."""
+    """Progress as lines of text."""
 
     def __init__(self, what: str) -> None:
-        self._what, self._began, self._before = what, time.monotonic(), -1
-        self._told = self._began
+        self._what, self._pace = what, _Pace()
+        self._told, self._done = time.monotonic(), -1
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, left_s: float | None = None, /) -> None:
+        in_proportion_s = self._pace.left_s(done, total)
         now = time.monotonic()
-        if self._before < 0:
-            self._before = done
-        if now - self._told < _BETWEEN_LINES_S or done == self._before:
+        if self._done < 0:
+            self._done = done
+        if now - self._told < _BETWEEN_LINES_S or done == self._done:
             return
-        self._told = now
-        left_s = (now - self._began) * (total - done) / (done - self._before)
-        click.echo(f"{done:,} of {total:,} {self._what}, about {left_s:,.0f} s left", err=True)
+        self._told, self._done = now, done
+        left = _left(in_proportion_s if left_s is None else left_s)
+        click.echo(f"{done:,} of {total:,} {self._what}{left and f', {left}'}", err=True)
+
+
+def _left(left_s: float) -> str:
+    return f"about {left_s:,.0f} s left" if left_s < math.inf else ""

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from mist.errors import Problem, ScenarioError
 from mist.scenario.tables import build_tables
-from mist.search.baseline import baseline_points, best_baseline
+from mist.search.baseline import baseline_points, best_baseline, planned_baseline
 from mist.search.choices import count
 from mist.search.evaluate import Executor
-from mist.search.finalists import last_round
-from mist.search.laboratory import Laboratory, Progress
+from mist.search.finalists import last_round, planned_round
+from mist.search.laboratory import WHOLE, Laboratory, Progress
 from mist.search.ladders import Ladder, ladders_of
 from mist.search.legal import Legal, legal_points
 from mist.search.objectives import objective
@@ -48,8 +49,12 @@ def search(
     seeds = range(first, first + num_seeds)
     lab = Laboratory(executor, kept, space.objectives, space.constraints, progress=progress)
     ladders = ladders_of(legal.points.values(), space.load)
+    based = ladders_of(base, space.load)
+    lab.forecast.expect("baseline", WHOLE, planned_baseline(based, seeds))
+    if strategy not in ("exhaustive", "bounded"):  # which run every seed at once
+        lab.forecast.expect("last round", WHOLE, partial(planned_round, lab, legal.points, seeds, ladders))
     _apply(strategy, num_trials, space, legal, ladders, lab, seeds)
-    best = best_baseline(lab, ladders_of(base, space.load), seeds)
+    best = best_baseline(lab, based, seeds)
     # a sampler has found its points only now
     podium = last_round(lab, legal.points, seeds, ladders_of(legal.points.values(), space.load))
     _check_measured(space, lab)

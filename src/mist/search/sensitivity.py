@@ -7,7 +7,7 @@ seed. It says what a small step would do, and nothing of a large one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,13 @@ from mist.scenario.tenancy import SOLE
 from mist.scenario.value import Scenario
 from mist.search.evaluate import Executor, Job
 from mist.search.intervals import ALIKE
-from mist.search.laboratory import Progress
 from mist.search.legal import accelerators
 from mist.search.objectives import excerpt, objective, unknown
 from mist.search.outcome import interval
 
 Overrides = dict[str, Any]
+#: called with the runs that are done and all that there are
+Progress = Callable[[int, int], None]
 
 DEFAULT_OBJECTIVES = ("output_tokens_per_s", "output_tokens_per_usd", "ttft_s.p99", "tpot_s.p99")
 #: figures of a device that are moved, by the keys of its catalogue file
