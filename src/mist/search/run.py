@@ -6,15 +6,17 @@ What `mist search` calls. Which strategy, executor and store there are is told b
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from mist.errors import Problem, ScenarioError
+from mist.errors import InvariantError, Problem, ScenarioError
+from mist.metrics.words import counted
 from mist.scenario.tables import build_tables
 from mist.search.baseline import baseline_points, best_baseline, planned_baseline
 from mist.search.choices import count
-from mist.search.evaluate import Executor
+from mist.search.evaluate import Executor, Outcome
 from mist.search.finalists import last_round, planned_round
 from mist.search.laboratory import WHOLE, Laboratory, Progress
 from mist.search.ladders import Ladder, ladders_of
@@ -28,6 +30,8 @@ from mist.search.strategies import SAMPLERS, Halving, Sampled, bounded, exhausti
 STRATEGIES = ("halving", "bounded", "exhaustive", *SAMPLERS)
 #: configurations, legal or not, beyond which a space is not enumerated
 MAX_CONFIGURATIONS = 100_000
+#: errors that are told where all runs failed, the most frequent first
+_MOST_ERRORS = 3
 
 
 def search(
@@ -37,7 +41,7 @@ def search(
     """Search a space; the seeds are those of the scenario and the ones after it.
 
     `num_trials`: for samplers. `store`: a SQLite file or a database's URL, from which a search that was cut goes on.
-    Raises ScenarioError for what is wrong with the space, or where nothing in it can be run.
+    Raises ScenarioError for what is wrong with the space, or where nothing in it can be run or every run failed.
     """
     began = time.perf_counter()
     space = space if isinstance(space, Space) else read_space(space)
@@ -54,6 +58,7 @@ def search(
     if strategy not in ("exhaustive", "bounded"):  # which run every seed at once
         lab.forecast.expect("last round", WHOLE, partial(planned_round, lab, legal.points, seeds, ladders))
     _apply(strategy, num_trials, space, legal, ladders, lab, seeds)
+    _check_ran(space, lab)
     best = best_baseline(lab, based, seeds)
     # a sampler has found its points only now
     podium = last_round(lab, legal.points, seeds, ladders_of(legal.points.values(), space.load))
@@ -84,6 +89,20 @@ def _apply(
         Halving().run(lab, ladders, seeds[0], sum(map(len, table.values())))
     else:
         Sampled(strategy, num_trials).run(lab, space, legal, seeds[0])
+
+
+def _check_ran(space: Space, lab: Laboratory) -> None:
+    """ScenarioError where every run failed, InvariantError where a law of the simulation broke in one of these."""
+    errors = Counter(run["error"] for run in lab.runs.values() if "error" in run)
+    if not errors or errors.total() < len(lab.runs):
+        return
+    told = [f"{number:,} with {error.splitlines()[0]}" for error, number in errors.most_common(_MOST_ERRORS)]
+    if len(errors) > _MOST_ERRORS:
+        told.append(f"and {len(errors) - _MOST_ERRORS:,} other errors")
+    problem = space.own.problem(("space",), f"all {counted(len(lab.runs), 'run')} failed", "\n    ".join(told))
+    if any(Outcome("", None, error, 0.0).is_bug for error in errors):
+        raise InvariantError(str(problem))
+    raise ScenarioError(problem)
 
 
 def _check_measured(space: Space, lab: Laboratory) -> None:
