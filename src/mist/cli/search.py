@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mist.cli.output import print_json, progress_of, table
+from mist.cli.output import print_json, progress_of, progresses_of, table
 from mist.cli.report import check_page, report_option, write
 from mist.cli.scenario import load_plugins, load_scenario, scenario_options
 
@@ -79,10 +79,12 @@ def search(
         _check(out)
     where: Path | str | None = store or (out / STORE if out is not None else None)
     options = {"num_workers": workers, "address": ray_address}
-    with executor_named(executor or DEFAULT, **options) as runs_here, progress_of("runs") as progress:
+    whats = ("configurations", "runs")
+    with executor_named(executor or DEFAULT, **options) as runs_here, progresses_of(*whats) as (examined, progress):
         found = run_search(
-            space, runs_here, strategy=strategy, num_seeds=seeds, num_trials=trials, store=where, progress=progress
-        )
+            space, runs_here, strategy=strategy, num_seeds=seeds, num_trials=trials, store=where, progress=progress,
+            examined=examined,
+        )  # fmt: skip
     if out is not None:
         found.write(out)
         write_page(search_html(*read_found(out)), out / PAGE)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -37,17 +37,19 @@ _MOST_ERRORS = 3
 def search(
     space: Space | str | Path, executor: Executor, *, strategy: str = "halving", num_seeds: int = 5,
     num_trials: int = 256, store: Path | str | None = None, progress: Progress | None = None,
+    examined: Callable[[int, int], None] | None = None,
 ) -> Found:  # fmt: skip
     """Search a space; the seeds are those of the scenario and the ones after it.
 
     `num_trials`: for samplers. `store`: a SQLite file or a database's URL, from which a search that was cut goes on.
+    `progress` is told of runs, and `examined` of configurations before these: those done, and those in all.
     Raises ScenarioError for what is wrong with the space, or where nothing in it can be run or every run failed.
     """
     began = time.perf_counter()
     space = space if isinstance(space, Space) else read_space(space)
     kept = open_store(store, space.name, space.objectives)
     base = baseline_points(space)
-    legal = Legal() if strategy in SAMPLERS else _enumerated(space)
+    legal = Legal() if strategy in SAMPLERS else _enumerated(space, examined)
     sample = base[0] if base else next(iter(legal.points.values()), None)
     first = sample.scenario.seed if sample else 0
     seeds = range(first, first + num_seeds)
@@ -67,13 +69,13 @@ def search(
     return outcome(space, strategy, legal, lab, podium, list(seeds), best, timing)
 
 
-def _enumerated(space: Space) -> Legal:
+def _enumerated(space: Space, examined: Callable[[int, int], None] | None) -> Legal:
     if (total := count(space.tree)) > MAX_CONFIGURATIONS:
         hint = f"--strategy {SAMPLERS[0]} samples it; {', '.join(SAMPLERS)} all do"
         place = space.own.problem(("space",), "")
         message = f"{total:,} configurations are more than the {MAX_CONFIGURATIONS:,} that are enumerated"
         raise ScenarioError(Problem(message, place.file, place.line, place.column, hint))
-    return legal_points(space)
+    return legal_points(space, examined)
 
 
 def _apply(
