@@ -238,6 +238,16 @@ def test_a_change_that_turns_the_verdict_of_the_slo_says_so() -> None:
         assert any(line.endswith(told) and "SLOs met by 99.0% -> 92% of requests" in line for line in printed)
 
 
+def test_a_saturated_run_is_told_as_that_before_all_else() -> None:
+    slow = {"workload.num_requests": 400, "clients.gpu.batching.chunked.max_num_seqs": 4}
+    scenarios = [load(one_by_one(), **slow, **{"workload.rate_scale": scale}) for scale in (1, 1e4)]
+    told = [[*lines(advise(each, what_ifs=0))] for each in scenarios]
+    assert "aturated" not in "".join(told[0])
+    assert ": saturated; " in told[1][0]
+    assert told[1][1].startswith("Saturated: the queue of gpu grew from ")
+    assert sum("Saturated" in line for line in told[1]) == 1
+
+
 # --- cost ---
 
 

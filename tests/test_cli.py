@@ -442,6 +442,17 @@ def test_version_and_help() -> None:
     assert re.search(r"mist run scenario\.yaml --set", invoke("run", "--help").stdout)
 
 
+def test_help_of_list_says_each_choice_in_one_piece() -> None:
+    text = invoke("list", "--help").stdout
+    assert text.splitlines()[0] == "Usage: mist list [OPTIONS] WHAT [NAME]"
+    known = next(param for param in main.commands["list"].params if param.name == "what").type.choices
+    assert set(known) <= set(re.findall(r"[a-z]+", text.partition("Examples:")[0]))
+    wrong = invoke("list", "things")
+    assert wrong.exit_code == 2
+    assert "WHAT" in wrong.stderr
+    assert "policies" in re.findall(r"[a-z]+", wrong.stderr)
+
+
 def test_the_scenario_in_the_help_is_valid(tmp_path: Path) -> None:
     text = invoke("--help").stdout
     block = text[text.index("A scenario is") : text.index("Then")].split("\n", 1)[1]

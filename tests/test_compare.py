@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -215,15 +216,29 @@ def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"seed": 4}, "seed is 3 in .*one.yaml and 4 in"),
-        ({"workload": {**SMALL["workload"], "num_requests": 99}}, "workload.num_requests is 120 in .* and 99 in"),
-        ({"workload": {**SMALL["workload"], "rate_scale": 2}}, "workload.rate_scale is 1.0 in .* and 2.0 in"),
-        ({"workload": {**SMALL["workload"], "timeout_s": 9}}, "workload.timeout_s is left out in .* and 9.0 in"),
+        ({"seed": 4}, "seed  A: 3  B: 4"),
+        ({"workload": {**SMALL["workload"], "num_requests": 99}}, "workload.num_requests  A: 120  B: 99"),
+        ({"workload": {**SMALL["workload"], "rate_scale": 2}}, "workload.rate_scale  A: 1.0  B: 2.0"),
+        ({"workload": {**SMALL["workload"], "timeout_s": 9}}, "workload.timeout_s  A: left out  B: 9.0"),
     ],
 )
 def test_other_workloads_are_refused_with_what_differs(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ScenarioError, match=f"serve different workloads: {told}"):
+    with pytest.raises(
+        ScenarioError, match=rf"one.yaml \(A\) and .*larger.yaml \(B\) serve different workloads:\n    {told}\n"
+    ):
         compare(deployments_of([write(tmp_path, "one"), larger(tmp_path, **changes)]))
+
+
+def test_workloads_that_differ_in_much_are_told_in_short_lines(tmp_path: Path) -> None:
+    others = {name: {"workload": {**SMALL["workload"], "rate_scale": 2}} for name in ("chat", "code")}
+    many = [write(tmp_path, "one"), larger(tmp_path, workload=None, tenants=others)]
+    result = CliRunner().invoke(main, ["compare", *map(str, many)])
+    assert result.exit_code == 2
+    first, *lines = result.stderr.splitlines()
+    assert first.endswith("serve different workloads:")
+    assert max(map(len, lines)) <= 120
+    assert re.fullmatch(r"    and \d+ others", lines[-2])
+    assert len(lines) == 10
 
 
 def test_a_trace_that_has_changed_is_noticed_and_one_that_has_moved_is_not() -> None:

@@ -196,7 +196,8 @@ def elasticities() -> dict[str, Any]:
             ("gpu: tp", of(None))]  # fmt: skip
     return {
         "schema_version": 1, "name": EVIL, "step": 0.1, "seeds": [1, 2], "remarks": [EVIL],
-        "parameters": [{"parameter": name, "values": [0.9, 1.1], "error": EVIL if each["mean"] is None else None,
+        "parameters": [{"parameter": name, "values": [0.9, 1.1], "is_factor": name != "gpu: tp",
+                        "error": EVIL if each["mean"] is None else None,
                         "elasticities": {"ttft_s.p99": each}} for name, each in rows],
     }  # fmt: skip
 
@@ -218,6 +219,7 @@ def test_a_tornado_is_to_scale_and_the_longest_is_first():
     assert np.allclose(np.array(lines, float) / 100 * 2.35, [(0, 0.5), (2.15, 0.2)], atol=1e-3)
     assert "−1.50 % ± 0.25" in page.texts
     assert "Changes nothing: prices." in page.texts
+    assert [page.texts.count(each) for each in ("×0.9", "×1.1", "0.9", "1.1")] == [4, 4, 1, 1]
 
 
 def deployment(label: str, times: np.ndarray) -> Deployment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 
 from kit import sampled
 from mist.cli import main
-from mist.errors import ScenarioError
+from mist.errors import InvariantError, ScenarioError
 from mist.scenario import catalogue, load
 from mist.scenario.tables import build_tables
 from mist.search.evaluate import Job, Outcome
@@ -143,7 +144,7 @@ def test_a_search_that_is_cut_goes_on(path: Path, halved: dict[str, Any], tmp_pa
     class Killed(Exception):
         pass
 
-    def kill(done: int, _: int) -> None:
+    def kill(done: int, *_: float) -> None:
         if done >= share * total:
             raise Killed
 
@@ -227,6 +228,33 @@ def test_a_run_that_failed_is_tried_again(path: Path, halved: dict[str, Any], tm
     store = tmp_path / "search.db"
     assert found(path, Short(), store=store)["configurations"]["failed"] != []
     assert json.dumps(found(path, store=store)) == json.dumps(halved)
+
+
+@pytest.mark.parametrize("strategy", ["halving", "exhaustive", "nsga2"])
+def test_that_all_runs_failed_is_an_error_with_what_they_failed_with(tmp_path: Path, strategy: str) -> None:
+    late = {"warmup_s": 1e5, "workload": {**SPACE["scenario"]["workload"], "num_requests": 20}}
+    path = written(tmp_path, scenario={**SPACE["scenario"], **late})
+    result = CliRunner().invoke(main, ["search", str(path), "--executor", "serial", "--seeds", "1", "--trials", "4",
+                                       "--strategy", strategy, "--out", str(tmp_path / "out")])  # fmt: skip
+    assert result.exit_code == 2
+    assert re.search(r"space.yaml:\d+:\d+: all \d+ runs failed\n    \d+ with .*no request arrives after", result.stderr)
+    assert "Nothing meets" not in result.output
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+@pytest.mark.parametrize(("bug", "kind"), [(True, InvariantError), (False, ScenarioError)])
+def test_errors_are_counted_where_all_runs_failed(path: Path, bug: bool, kind: type[Exception]) -> None:
+    class Broken(Backwards):
+        def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+            for i, job in enumerate(jobs):
+                error = ["out of memory\n  at once", "it died", f"rare {i}"][(0, 1, 0, 1, 2)[i % 5]]
+                broken = "a law of the simulation broke, which is a bug: " if bug else ""
+                yield Outcome(job.key, None, broken + error, 0.0)
+
+    first = r"all \d+ runs failed\n    \d+ with .*(out of memory|it died)\n    \d+ with .*(out of memory|it died)\n"
+    with pytest.raises(kind, match=first) as told:
+        found(path, Broken())
+    assert re.search(r"1 with .*rare \d+\n    and \d+ other errors", str(told.value))
 
 
 def test_dollars_without_prices_are_refused(tmp_path: Path) -> None:

@@ -62,6 +62,12 @@ def test_choices_inside_an_alternative_are_made_only_there() -> None:
     assert ({"a": "more", "b": "2", "c": "x"}, {"a": {"b": 2}, "c": "x"}) in found
 
 
+def test_how_many_configurations_were_examined_is_told(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    legal_points(read(tmp_path, {"clients.gpu.tp": [1, 3], "seed": {"range": [1, 4]}}), lambda *each: told.append(each))
+    assert told == [(number, 8) for number in range(1, 9)]
+
+
 def test_lists_ranges_doublings_and_named_alternatives(tmp_path: Path) -> None:
     layouts = {
         "together": {"gpu": {"device": "h100-sxm", "model": "llama-3.1-8b", "perf": "roofline", "tp": [1, 2]}},
@@ -154,6 +160,12 @@ def test_nothing_legal_is_an_error_with_the_reasons(tmp_path: Path) -> None:
         ("constraints: {ttft: 1}", "there is no objective 'ttft'"),
         ("space: {clients.gpu.tp: []}", "no value to choose"),
         ("space: {clients.gpu.tp: {range: [4, 1]}}", "is no range"),
+        (
+            "space: {seed: {range: [1, 10000000]}}",
+            "seed: 10,000,000 numbers are more than the 10,000 of one choice\n"
+            "    by steps, such as range: [1, 10000000, 1000]",
+        ),
+        ("space: {seed: {range: [1, 100000000000000000000, 2]}}", "50,000,000,000,000,000,000 numbers are more"),
         ("space: {clients.gpu.tp: {doubling: 4}}", "is no doubling"),
         ("space: {clients.gpu.tp: {doubling: [1, 8, 2]}}", "is no doubling"),
         ("space: {clients.gpu.tp: [1, 2], clients.gpu: {tp: [2, 4]}}", "clients.gpu.tp is here twice"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -99,8 +100,17 @@ def test_what_can_not_move_is_told(tmp_path: Any) -> None:
     arguments = ["sensitivity", str(path), "--seeds", "1", "--executor", "serial", "--objective", "ttft_s.p99"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    line = next(line for line in result.stdout.splitlines() if line.startswith("gpu: max_num_batched_tokens"))
-    assert "max_num_seqs" in line.split("  ", 1)[1], line
+    lines = result.stdout.splitlines()
+    assert "max_num_seqs" in next(
+        line for line in lines if line.startswith("No figures of gpu: max_num_batched_tokens")
+    )
+    cells = {row[0]: row[1:3] for line in lines if len(row := re.split("  +", line)) > 3}
+    assert cells["parameter"] == ["from", "to"]
+    assert cells["gpu: max_num_seqs"] == ["58", "70"]
+    # devices, prices and the load move by factors of what they are
+    factors = {name for name, moved in cells.items() if moved == ["x0.909", "x1.1"]}
+    assert factors == {"workload: load", "prices", "gpu: FLOP/s", "gpu: HBM bandwidth", "gpu: link bandwidth",
+                       "gpu: host link bandwidth"}  # fmt: skip
     document = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
     assert document["seeds"] == [5]
     with pytest.raises(ScenarioError, match=r"did you mean 'ttft_s\.p99'"), executor_named("serial") as executor:

@@ -425,6 +425,11 @@ def test_a_hundred_thousand_rows_are_read(put: Put) -> None:
     assert len(read_trace(path)) == 10**5
 
 
+def test_a_trace_of_a_result_that_has_moved_is_told_as_that(tmp_path: Path) -> None:
+    with pytest.raises(ScenarioError, match=r"old.csv' is not there\n.*has it moved\? .*--set workload.trace=PATH$"):
+        find_trace(tmp_path / "gone" / "old.csv", tmp_path, {"MIST_DATA": str(tmp_path)})
+
+
 def test_a_trace_that_is_not_there_is_told_with_the_file_of_nearly_its_name(tmp_path: Path) -> None:
     (tmp_path / "gateway.csv").write_text("t_s,i,o\n0,1,1\n")
     for name, hint in (("gatway.csv", "did you mean 'gateway.csv'?"), ("conversations.csv", "public traces:")):

@@ -35,7 +35,7 @@ class Advice:
     """The reasons, largest first, and the figures that they are of.
 
     `figures`: those of the scenario as it is, P99s in seconds and USD per million tokens; `requests`: how many were
-    looked at for each latency.
+    looked at for each latency; `saturation`: why more arrives than is served, None where it doesn't.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Advice:
     cost: Sequence[Reason]
     requests: dict[str, int]
     remarks: Sequence[str]
+    saturation: str | None = None
 
     @property
     def bottleneck(self) -> str:
@@ -56,6 +57,7 @@ class Advice:
         return {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
+            "saturation_reason": self.saturation,
             "bottleneck": self.bottleneck,
             "healthy_share": HEALTHY,
             "figures": self.figures,
@@ -97,6 +99,7 @@ def advise(
         [trials.with_what_ifs(reason, changes(evidence, reason), what_ifs) for reason in cost],
         {each.metric: each.num_requests for each in accounts},
         _remarks(result),
+        result.metrics["saturation_reason"],
     )
 
 
@@ -151,11 +154,10 @@ def _of_cost(evidence: Evidence, figures: Figures) -> list[Reason]:
 
 
 def _remarks(result: Result) -> list[str]:
-    """What one must know to read the reasons: load beyond capacity, requests that aren't in them, no price."""
-    summary, counts = result.metrics, result.metrics["requests"]
-    found = [f"Saturated: {summary['saturation_reason']}."] if summary["saturated"] else []
+    """What one must know to read the reasons: requests that aren't in them, no price."""
+    counts, found = result.metrics["requests"], []
     if not counts["finished"]:
         found.append("No request finished, so there is no latency to explain; `mist run` says why.")
     elif counts["finished"] < counts["arrived"]:
         found.append(f"The reasons are of the {counts['finished']:,} of {counts['arrived']:,} requests that finished.")
-    return found + [str(remark) for remark in summary["cost"]["remarks"]]
+    return found + [str(remark) for remark in result.metrics["cost"]["remarks"]]

@@ -40,7 +40,12 @@ Facts = Mapping[str, Any]
 
 def lines(advice: Advice) -> Iterator[str]:
     """The whole, line by line."""
-    yield f"{advice.name}: {_verdict(advice)}"
+    yield f"{advice.name}: {'saturated; ' if advice.saturation else ''}{_verdict(advice)}"
+    if advice.saturation:
+        yield (
+            f"Saturated: {advice.saturation}. Waits grow for as long as requests arrive, so latencies and their "
+            "reasons say how long this run is too: first look for what lets it keep up."
+        )
     told = [f"{name} {_value(key, advice.figures[key])}" for key, name in LATENCIES.items()]
     yield "; ".join([*told, *(_value(key, advice.figures[key]) for key in list(COSTS)[:1])])
     for metric, number in advice.requests.items():

@@ -264,12 +264,22 @@ _LISTED = (
 
 
 @main.command("list")
-@click.argument("what", type=click.Choice(_LISTED))
+@click.argument("what", type=click.Choice(_LISTED), metavar="WHAT")
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.option("--plugin", "plugins", multiple=True, metavar="FILE", help="A Python file that registers policies.")
 def list_names(what: str, name: str | None, as_json: bool, plugins: tuple[str, ...]) -> None:
     """List the names that a scenario can use, or what the list of prices NAME asks for each device.
+
+    \b
+    WHAT is one of:
+        devices, models, engines    what clients are made of
+        steps, perf                 learned step times, performance models
+        policies, pipelines         with their parameters and what they do
+        acceptance                  measured acceptance of speculation
+        workloads                   lengths of requests, traces
+        memories, networks          stores of KV caches, topologies
+        prices                      lists of prices
 
     \b
     Examples:

@@ -6,19 +6,29 @@ Under the commands. Results go to stdout, progress to stderr. It computes no fig
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import click
 
-#: called with what is done and what there is in all
-Progress = Callable[[int, int], None]
+
+class Progress(Protocol):
+    """Called with what is done and what there is, or may be, in all.
+
+    `left_s`: seconds left, inf where they can't be told yet; None: in proportion to what was done since the first call.
+    """
+
+    def __call__(self, done: int, total: int, left_s: float | None = None, /) -> None: ...
+
 
 #: seconds between two lines of progress where stderr is no terminal
 _BETWEEN_LINES_S = 10.0
+#: seconds between two drawings of a bar
+_BETWEEN_DRAWINGS_S = 0.1
 
 
 def clean_up_when_terminated() -> None:
@@ -82,32 +92,78 @@ def perf_models(text: str) -> list[str] | None:
 @contextmanager
 def progress_of(what: str) -> Iterator[Progress]:
     """How many of `what` are done, and how long the rest may take: a bar on a terminal, else a line now and then."""
+    with progresses_of(what) as (progress,):
+        yield progress
+
+
+@contextmanager
+def progresses_of(*whats: str) -> Iterator[list[Progress]]:
+    """As `progress_of` for pieces of work one behind the other."""
     if not sys.stderr.isatty():
-        yield _Lines(what)
+        yield [_Lines(what) for what in whats]
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    description = TextColumn("{task.description}")
+    columns = (description, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     # drawn when something is done, by no thread of its own: processes are forked meanwhile
     with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total, refresh=True)
+        yield [_Bar(bar, what) for what in whats]
+
+
+class _Bar:
+    """Progress as a bar, from the first call on."""
+
+    def __init__(self, bar: Any, what: str) -> None:
+        self._bar, self._pace = bar, _Pace()
+        self._task = bar.add_task(what, total=None, left="", visible=False)
+
+    def __call__(self, done: int, total: int, left_s: float | None = None, /) -> None:
+        now = time.monotonic()
+        left = _left(self._pace.left_s(now, done, total) if left_s is None else left_s)
+        self._bar.update(self._task, completed=done, total=total, left=left, visible=True)
+        if done == total or self._pace.is_due(now, _BETWEEN_DRAWINGS_S):
+            self._bar.refresh()
+
+
+class _Pace:
+    """The time that is left, in proportion; what was done before the first call took no time. And when to tell it."""
+
+    def __init__(self) -> None:
+        self._began = self._told = time.monotonic()
+        self._before = -1
+
+    def left_s(self, now: float, done: int, total: int) -> float:
+        if self._before < 0:
+            self._before = done
+        new = done - self._before
+        return (now - self._began) * (total - done) / new if new else math.inf
+
+    def is_due(self, now: float, after_s: float) -> bool:
+        if now - self._told < after_s:
+            return False
+        self._told = now
+        return True
 
 
 class _Lines:
-    """Progress as lines of text; what was done before the first call took no time."""
+    """Progress as lines of text."""
 
     def __init__(self, what: str) -> None:
-        self._what, self._began, self._before = what, time.monotonic(), -1
-        self._told = self._began
+        self._what, self._pace, self._done = what, _Pace(), -1
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, left_s: float | None = None, /) -> None:
         now = time.monotonic()
-        if self._before < 0:
-            self._before = done
-        if now - self._told < _BETWEEN_LINES_S or done == self._before:
+        in_proportion_s = self._pace.left_s(now, done, total)
+        if self._done < 0:
+            self._done = done
+        if done == self._done or not self._pace.is_due(now, _BETWEEN_LINES_S):
             return
-        self._told = now
-        left_s = (now - self._began) * (total - done) / (done - self._before)
-        click.echo(f"{done:,} of {total:,} {self._what}, about {left_s:,.0f} s left", err=True)
+        self._done = done
+        left = _left(in_proportion_s if left_s is None else left_s)
+        click.echo(f"{done:,} of {total:,} {self._what}{left and f', {left}'}", err=True)
+
+
+def _left(left_s: float) -> str:
+    return f"about {left_s:,.0f} s left" if 0 < left_s < math.inf else ""

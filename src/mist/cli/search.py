@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mist.cli.output import print_json, progress_of, table
+from mist.cli.output import print_json, progress_of, progresses_of, table
 from mist.cli.report import check_page, report_option, write
 from mist.cli.scenario import load_plugins, load_scenario, scenario_options
 
@@ -79,10 +79,12 @@ def search(
         _check(out)
     where: Path | str | None = store or (out / STORE if out is not None else None)
     options = {"num_workers": workers, "address": ray_address}
-    with executor_named(executor or DEFAULT, **options) as runs_here, progress_of("runs") as progress:
+    whats = ("configurations", "runs")
+    with executor_named(executor or DEFAULT, **options) as runs_here, progresses_of(*whats) as (examined, progress):
         found = run_search(
-            space, runs_here, strategy=strategy, num_seeds=seeds, num_trials=trials, store=where, progress=progress
-        )
+            space, runs_here, strategy=strategy, num_seeds=seeds, num_trials=trials, store=where, progress=progress,
+            examined=examined,
+        )  # fmt: skip
     if out is not None:
         found.write(out)
         write_page(search_html(*read_found(out)), out / PAGE)
@@ -161,14 +163,23 @@ def sensitivity(
         return
     click.echo(f"{document['name']}: change in % for 1 % more, over {len(document['seeds'])} seeds\n")
     click.echo(table([_elasticities(row, objectives or DEFAULT_OBJECTIVES) for row in document["parameters"]]))
+    click.echo("\nfrom, to: x is times what the scenario or the device has; KV capacity is in blocks.")
+    for row in document["parameters"]:
+        if row["error"]:
+            click.echo(f"No figures of {row['parameter']}: {row['error']}")
     for remark in document["remarks"]:
         click.echo(f"\nNote: {remark}")
 
 
 def _elasticities(row: dict[str, Any], objectives: Sequence[str]) -> dict[str, Any]:
-    cells: dict[str, Any] = {"parameter": row["parameter"]}
+    low, high = (f"x{value:.3g}" if row["is_factor"] else f"{value:,}" for value in row["values"])
+    cells: dict[str, Any] = {"parameter": row["parameter"], "from": low, "to": high}
     for name in objectives:
         mean, low = row["elasticities"][name]["mean"], row["elasticities"][name]["low"]
         half = "" if low is None else f" ±{mean - low:.2f}"
-        cells[name] = "-" if mean is None else f"{mean:+.2f}{half}"
-    return cells | {"": row["error"] or ""}
+        cells[name] = "-" if mean is None else f"{_signed(mean)}{half}"
+    return cells
+
+
+def _signed(mean: float) -> str:
+    return f"{mean:+.2f}" if abs(mean) >= 0.005 else "0.00"

@@ -12,7 +12,7 @@ from typing import Any
 from mist.errors import Problem, ScenarioError
 from mist.search.choices import every
 from mist.search.laboratory import WHOLE, Laboratory
-from mist.search.ladders import FAR, Ladder, beside, climb
+from mist.search.ladders import FAR, Ladder, beside, climb, steps
 from mist.search.legal import REST, Point, Refusal, examine
 from mist.search.space import Space
 
@@ -45,6 +45,7 @@ def best_baseline(lab: Laboratory, ladders: Sequence[Ladder], seeds: Sequence[in
 
     Its load is the highest that every seed together holds, not the first one alone.
     """
+    lab.forecast.expect("baseline", WHOLE, 2 * (len(seeds) - 1))
     climb(lab, ladders, WHOLE, seeds[:1])
     points = {point.number: point for ladder in ladders for point in ladder.points}
     seeded: set[int] = set()
@@ -54,10 +55,16 @@ def best_baseline(lab: Laboratory, ladders: Sequence[Ladder], seeds: Sequence[in
         hopeful = [number for number in ran if scores[number].violation <= (0 if number in seeded else FAR)]
         best = min(hopeful, key=lambda number: (scores[number].values, -number), default=None)
         missing = ({best} if best is not None else set()) - seeded or beside(lab, ladders, scores, seeded)
+        lab.forecast.expect("baseline", WHOLE, 0 if seeded or not missing else len(seeds) - 1)
         if not missing:
             return None if best is None else points[best]
         lab.measure([points[number] for number in sorted(missing, reverse=True)], WHOLE, seeds)
         seeded |= missing
+
+
+def planned_baseline(ladders: Sequence[Ladder], seeds: Sequence[int]) -> int:
+    """About how many runs `best_baseline` takes."""
+    return sum(1 + steps(len(each.points) - 1) for each in ladders) + 2 * (len(seeds) - 1) if ladders else 0
 
 
 def _completed(space: Space) -> Iterator[dict[str, Any]]:

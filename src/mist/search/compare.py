@@ -36,6 +36,8 @@ FIGURES = (
 )
 #: pairs that an interval within one run needs
 _MIN_PAIRS = 30
+#: values of two workloads that differ and are told one by one
+_MOST_TOLD = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,10 +264,9 @@ def _check_same(a: Run, b: Run) -> None:
     asked = [dict(_flat(_asked(run.scenario))) for run in (a, b)]
     differing = [key for key in {**asked[0], **asked[1]} if asked[0].get(key) != asked[1].get(key)]
     if differing:
-        told = [f"{key} is {_shown(asked[0].get(key))} in {a.label} and {_shown(asked[1].get(key))} in {b.label}"
-                for key in differing]  # fmt: skip
         hint = "give both the same workload and seed, in the files or by --set, --rate-scale, --limit and --seed"
-        raise ScenarioError(Problem(f"{a.label} and {b.label} serve different workloads: {'; '.join(told)}", hint=hint))
+        message = "\n".join([f"{a.label} (A) and {b.label} (B) serve different workloads:", *_told(differing, asked)])
+        raise ScenarioError(Problem(message, hint=hint))
     numbers, mine, theirs = np.intersect1d(a.requests["request"], b.requests["request"], return_indices=True)
     sizes = [run.requests["input_tokens"][rows] for run, rows in ((a, mine), (b, theirs))]
     if len(other := np.flatnonzero(sizes[0] != sizes[1])):
@@ -275,6 +276,17 @@ def _check_same(a: Run, b: Run) -> None:
             f"input tokens in one and {int(sizes[1][i]):,} in the other"
         )
         raise ScenarioError(Problem(message, hint="a trace has changed between the runs: run both again"))
+
+
+def _told(differing: Sequence[str], asked: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each value that differs, in columns, as far as one reads them."""
+    most = _MOST_TOLD if len(differing) > _MOST_TOLD + 1 else len(differing)
+    rows = [(key, *(_shown(side.get(key)) for side in asked)) for key in differing[:most]]
+    keys, ours = (max(len(row[i]) for row in rows) for i in (0, 1))
+    for key, a, b in rows:
+        yield f"    {key:<{keys}}  A: {a:<{ours}}  B: {b}"
+    if most < len(differing):
+        yield f"    and {len(differing) - most} others"
 
 
 def _asked(scenario: Mapping[str, Any]) -> dict[str, Any]:

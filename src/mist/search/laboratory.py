@@ -18,6 +18,7 @@ from mist.scenario import Scenario
 from mist.scenario.tables import build_tables
 from mist.scenario.tenancy import SOLE
 from mist.search.evaluate import Executor, Job
+from mist.search.forecast import Forecast
 from mist.search.keys import run_key
 from mist.search.legal import Point
 from mist.search.objectives import HOPELESS, Constraint, excerpt, excesses, maximised, objective
@@ -25,8 +26,8 @@ from mist.search.pareto import Score
 from mist.search.store import Run, Store, excerpt_of
 from mist.units import NS_PER_S
 
-#: called with the runs that are done and those that are planned
-Progress = Callable[[int, int], None]
+#: called with the runs that are done, those that there may be in all, and the seconds left (inf: can't be told yet)
+Progress = Callable[[int, int, float], None]
 #: the share that is all of the workload
 WHOLE = 1.0
 
@@ -44,7 +45,7 @@ class Laboratory:
     constraints: tuple[Constraint, ...]
     warmup: float = 0.1
     progress: Progress | None = None
-    planned: int = 0
+    forecast: Forecast = field(default_factory=Forecast)
     runs: dict[tuple[int, float, int], Run] = field(default_factory=dict)
     _tables: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     _scores: dict[tuple[int, float, tuple[int, ...]], Score] = field(default_factory=dict, repr=False)
@@ -61,17 +62,20 @@ class Laboratory:
             keys[at] = job.key
             if job.key not in self.store.runs:
                 jobs[job.key] = job, point
-        self.planned = max(self.planned, len(self.runs) + len(wanted))
-        done = len(self.runs) + len(wanted) - len(jobs)
-        self._tell(done)
+            else:
+                self.forecast.add(share, self.store.runs[job.key]["cpu_s"], is_new=False)
+        self.forecast.begin_batch()
+        left = len(jobs)
+        self._tell(share, len(wanted), left)
         for outcome in self.executor.run(job for job, _ in jobs.values()):
             job, point = jobs[outcome.key]
             found = outcome.summary
             kept: Run = {"error": outcome.error} if found is None else {"excerpt": excerpt(found, point.devices)}
             about = {"choices": dict(point.choices), "share": share, **job.overrides}
             self.store.add(outcome.key, {**kept, "cpu_s": outcome.cpu_s}, **about)
-            done += 1
-            self._tell(done)
+            self.forecast.add(share, outcome.cpu_s, is_new=True)
+            left -= 1
+            self._tell(share, len(wanted), left)
         for at, key in keys.items():
             self.runs[at] = self.store.runs[key]
 
@@ -136,9 +140,10 @@ class Laboratory:
             found["warmup_s"] = float(times[int(len(times) * self.warmup)] - times[0]) / NS_PER_S
         return found
 
-    def _tell(self, done: int) -> None:
+    def _tell(self, share: float, wanted: int, left: int) -> None:
         if self.progress is not None:
-            self.progress(done, self.planned)
+            in_all = len(self.runs) + wanted
+            self.progress(in_all - left, in_all + self.forecast.num_coming, self.forecast.left_s(share, left))
 
 
 def _requests_of(point: Point) -> str:

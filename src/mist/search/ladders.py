@@ -51,30 +51,43 @@ def climb(
     """
     held, missed = [-1] * len(ladders), [len(ladder.points) for ladder in ladders]
     probes = dict.fromkeys(range(len(ladders)), 0)
+    steps_left = sum(steps(len(ladder.points) - 1) for ladder in ladders)
     while probes:
+        lab.forecast.expect("climb", share, len(seeds) * steps_left)
         lab.measure([ladders[k].points[i] for k, i in probes.items()], share, seeds)
         for k, i in probes.items():
             fits = lab.score(ladders[k].points[i], share, seeds).violation <= far
             held[k], missed[k] = (i, missed[k]) if fits else (held[k], i)
         bar = bar_of(lab, rivals, share, seeds)
-        probes = {
-            k: (held[k] + missed[k]) // 2
-            for k, ladder in enumerate(ladders)
-            if missed[k] - held[k] > 1
-            and (not rivals or any(held[k] < i < missed[k] for i in _open(lab, ladder, bar, share, seeds, far)))
-        }
+        left = {k: missed[k] - held[k] - 1 for k in range(len(ladders))}
+        if rivals:
+            for k in (k for k, number in left.items() if number):
+                left[k] = sum(held[k] < i < missed[k] for i in _open(lab, ladders[k], bar, share, seeds, far))
+        probes = {k: (held[k] + missed[k]) // 2 for k, number in left.items() if number}
+        steps_left = sum(steps(left[k]) - 1 for k in probes)
+
+
+def steps(number: int) -> int:
+    """Runs that find the highest of so many loads that holds, at most."""
+    return number.bit_length()
 
 
 def climb_best_first(
     lab: Laboratory, ladders: Sequence[Ladder], share: float, seeds: Sequence[int], far: float, num_waves: int = 8
 ) -> None:
     """As `climb`, in waves: the most promising at their lowest loads first, so that the others can be held to them."""
+    # of bisections about a quarter is run, for who is covered by others at best has none
+    lab.forecast.expect("waves", share, len(seeds) * sum(steps(len(each.points) - 1) for each in ladders) / 4)
     lab.measure([ladder.points[0] for ladder in ladders], share, seeds)
     by_lowest = {ladder.points[0].number: ladder for ladder in ladders}
-    order = ranked({number: lab.score(ladder.points[0], share, seeds) for number, ladder in by_lowest.items()})
+    ranking = ranked({number: lab.score(ladder.points[0], share, seeds) for number, ladder in by_lowest.items()})
+    order = [by_lowest[number] for number in ranking]
     size = -(-len(order) // num_waves)
     for start in range(0, len(order), size):
-        climb(lab, [by_lowest[number] for number in order[start : start + size]], share, seeds, far, ladders)
+        bar = bar_of(lab, ladders, share, seeds)
+        later = (len(_open(lab, ladder, bar, share, seeds, far)) for ladder in order[start + size :])
+        lab.forecast.expect("waves", share, len(seeds) * sum(map(steps, later)) / 2)
+        climb(lab, order[start : start + size], share, seeds, far, ladders)
 
 
 def fill(lab: Laboratory, ladders: Sequence[Ladder], share: float, seeds: Sequence[int]) -> None:
@@ -83,9 +96,24 @@ def fill(lab: Laboratory, ladders: Sequence[Ladder], share: float, seeds: Sequen
         bar = bar_of(lab, ladders, share, seeds)
         left = [(ladder, _open(lab, ladder, bar, share, seeds)) for ladder in ladders]
         wanted = [ladder.points[numbers[len(numbers) // 2]] for ladder, numbers in left if numbers]
+        # of a deployment one at least, all at most
+        later = sum(len(numbers) - 1 for _, numbers in left if numbers) / 2
+        lab.forecast.expect("fill", share, len(seeds) * later)
         if not wanted:
             return
         lab.measure(wanted, share, seeds)
+
+
+def planned_fill(lab: Laboratory, ladders: Sequence[Ladder], share: float, seeds: Sequence[int]) -> float:
+    """About how many runs `fill` takes, by what has run so far: of what is open below a load that held about half."""
+    bar, number = bar_of(lab, ladders, share, seeds), 0.0
+    for ladder in ladders:
+        known = known_of(lab, ladder, share, seeds)
+        places = (i for i, p in enumerate(ladder.points) if p.number in known and known[p.number].violation <= 0)
+        if held := max(places, default=0):
+            below = sum(i < held for i in _open(lab, ladder, bar, share, seeds))
+            number += (below + 1) / 2 if below else 0
+    return len(seeds) * number
 
 
 def beside(lab: Laboratory, ladders: Sequence[Ladder], scores: Mapping[int, Score], seeded: set[int]) -> set[int]:

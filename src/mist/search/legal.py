@@ -10,7 +10,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,9 +116,12 @@ class Legal:
         self._known: dict[str, Point] = {}
 
 
-def legal_points(space: Space) -> Legal:
-    """Every configuration of the space, tried; ScenarioError where none is legal."""
-    legal = Legal()
+def legal_points(space: Space, progress: Callable[[int, int], None] | None = None) -> Legal:
+    """Every configuration of the space, tried; ScenarioError where none is legal.
+
+    `progress` is called with those that were tried and all that there are.
+    """
+    legal, total = Legal(), count(space.tree)
     kept: set[tuple[str, str]] = set()
     why: dict[tuple[str, str], Counter[str]] = {}
     for choices, settings in every(space.tree):
@@ -128,6 +131,8 @@ def legal_points(space: Space) -> Legal:
             kept.update(choices.items())
         for chosen in choices.items():
             why.setdefault(chosen, Counter()).update(legal.refused - before)
+        if progress is not None:
+            progress(legal.num_configurations, total)
     if not legal.points:
         raise ScenarioError(_nothing_legal(space, legal))
     legal.remarks = [

@@ -6,16 +6,19 @@ What `mist search` calls. Which strategy, executor and store there are is told b
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from mist.errors import Problem, ScenarioError
+from mist.errors import InvariantError, Problem, ScenarioError
+from mist.metrics.words import counted
 from mist.scenario.tables import build_tables
-from mist.search.baseline import baseline_points, best_baseline
+from mist.search.baseline import baseline_points, best_baseline, planned_baseline
 from mist.search.choices import count
-from mist.search.evaluate import Executor
-from mist.search.finalists import last_round
-from mist.search.laboratory import Laboratory, Progress
+from mist.search.evaluate import Executor, Outcome
+from mist.search.finalists import last_round, planned_round
+from mist.search.laboratory import WHOLE, Laboratory, Progress
 from mist.search.ladders import Ladder, ladders_of
 from mist.search.legal import Legal, legal_points
 from mist.search.objectives import objective
@@ -27,29 +30,38 @@ from mist.search.strategies import SAMPLERS, Halving, Sampled, bounded, exhausti
 STRATEGIES = ("halving", "bounded", "exhaustive", *SAMPLERS)
 #: configurations, legal or not, beyond which a space is not enumerated
 MAX_CONFIGURATIONS = 100_000
+#: errors that are told where all runs failed, the most frequent first
+_MOST_ERRORS = 3
 
 
 def search(
     space: Space | str | Path, executor: Executor, *, strategy: str = "halving", num_seeds: int = 5,
     num_trials: int = 256, store: Path | str | None = None, progress: Progress | None = None,
+    examined: Callable[[int, int], None] | None = None,
 ) -> Found:  # fmt: skip
     """Search a space; the seeds are those of the scenario and the ones after it.
 
     `num_trials`: for samplers. `store`: a SQLite file or a database's URL, from which a search that was cut goes on.
-    Raises ScenarioError for what is wrong with the space, or where nothing in it can be run.
+    `progress` is told of runs, and `examined` of configurations before these: those done, and those in all.
+    Raises ScenarioError for what is wrong with the space, or where nothing in it can be run or every run failed.
     """
     began = time.perf_counter()
     space = space if isinstance(space, Space) else read_space(space)
     kept = open_store(store, space.name, space.objectives)
     base = baseline_points(space)
-    legal = Legal() if strategy in SAMPLERS else _enumerated(space)
+    legal = Legal() if strategy in SAMPLERS else _enumerated(space, examined)
     sample = base[0] if base else next(iter(legal.points.values()), None)
     first = sample.scenario.seed if sample else 0
     seeds = range(first, first + num_seeds)
     lab = Laboratory(executor, kept, space.objectives, space.constraints, progress=progress)
     ladders = ladders_of(legal.points.values(), space.load)
+    based = ladders_of(base, space.load)
+    lab.forecast.expect("baseline", WHOLE, planned_baseline(based, seeds))
+    if strategy not in ("exhaustive", "bounded"):  # which run every seed at once
+        lab.forecast.expect("last round", WHOLE, partial(planned_round, lab, legal.points, seeds, ladders))
     _apply(strategy, num_trials, space, legal, ladders, lab, seeds)
-    best = best_baseline(lab, ladders_of(base, space.load), seeds)
+    _check_ran(space, lab)
+    best = best_baseline(lab, based, seeds)
     # a sampler has found its points only now
     podium = last_round(lab, legal.points, seeds, ladders_of(legal.points.values(), space.load))
     _check_measured(space, lab)
@@ -57,13 +69,13 @@ def search(
     return outcome(space, strategy, legal, lab, podium, list(seeds), best, timing)
 
 
-def _enumerated(space: Space) -> Legal:
+def _enumerated(space: Space, examined: Callable[[int, int], None] | None) -> Legal:
     if (total := count(space.tree)) > MAX_CONFIGURATIONS:
         hint = f"--strategy {SAMPLERS[0]} samples it; {', '.join(SAMPLERS)} all do"
         place = space.own.problem(("space",), "")
         message = f"{total:,} configurations are more than the {MAX_CONFIGURATIONS:,} that are enumerated"
         raise ScenarioError(Problem(message, place.file, place.line, place.column, hint))
-    return legal_points(space)
+    return legal_points(space, examined)
 
 
 def _apply(
@@ -79,6 +91,20 @@ def _apply(
         Halving().run(lab, ladders, seeds[0], sum(map(len, table.values())))
     else:
         Sampled(strategy, num_trials).run(lab, space, legal, seeds[0])
+
+
+def _check_ran(space: Space, lab: Laboratory) -> None:
+    """ScenarioError where every run failed, InvariantError where a law of the simulation broke in one of these."""
+    errors = Counter(run["error"] for run in lab.runs.values() if "error" in run)
+    if not errors or errors.total() < len(lab.runs):
+        return
+    told = [f"{number:,} with {error.splitlines()[0]}" for error, number in errors.most_common(_MOST_ERRORS)]
+    if len(errors) > _MOST_ERRORS:
+        told.append(f"and {len(errors) - _MOST_ERRORS:,} other errors")
+    problem = space.own.problem(("space",), f"all {counted(len(lab.runs), 'run')} failed", "\n    ".join(told))
+    if any(Outcome("", None, error, 0.0).is_bug for error in errors):
+        raise InvariantError(str(problem))
+    raise ScenarioError(problem)
 
 
 def _check_measured(space: Space, lab: Laboratory) -> None:

@@ -7,7 +7,7 @@ seed. It says what a small step would do, and nothing of a large one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,13 @@ from mist.scenario.tenancy import SOLE
 from mist.scenario.value import Scenario
 from mist.search.evaluate import Executor, Job
 from mist.search.intervals import ALIKE
-from mist.search.laboratory import Progress
 from mist.search.legal import accelerators
 from mist.search.objectives import excerpt, objective, unknown
 from mist.search.outcome import interval
 
 Overrides = dict[str, Any]
+#: called with the runs that are done and all that there are
+Progress = Callable[[int, int], None]
 
 DEFAULT_OBJECTIVES = ("output_tokens_per_s", "output_tokens_per_usd", "ttft_s.p99", "tpot_s.p99")
 #: figures of a device that are moved, by the keys of its catalogue file
@@ -38,7 +39,7 @@ _LIMITS = ("max_num_batched_tokens", "max_num_seqs")
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """Something to move: `changed[i]` sets it to `values[i]`, for hardware as a factor.
+    """Something to move: `changed[i]` sets it to `values[i]` or, where `is_factor`, to so many times what it is.
 
     Hardware is moved under the roofline, since what was measured is measured on the devices as they are.
     """
@@ -46,6 +47,7 @@ class Parameter:
     name: str
     values: tuple[float, float]
     changed: tuple[Overrides, Overrides]
+    is_factor: bool = False
 
 
 def parameters(scenario: Scenario, step: float) -> Iterator[Parameter]:
@@ -54,9 +56,11 @@ def parameters(scenario: Scenario, step: float) -> Iterator[Parameter]:
     for name, tenant in scenario.tenants.items():
         place = "workload" if name == SOLE else f"tenants.{name}.workload"
         if tenant.workload.arrival_process is None or tenant.workload.arrival_process.name != "closed_loop":
-            yield _of(f"{place}: load", f"{place}.rate_scale", [tenant.workload.rate_scale * f for f in factors])
+            low, high = ({f"{place}.rate_scale": tenant.workload.rate_scale * f} for f in factors)
+            yield Parameter(f"{place}: load", factors, (low, high), is_factor=True)
     if "prices" in ScenarioFile.model_fields:
-        yield _of("prices", "prices.scale", factors)
+        low, high = ({"prices.scale": scenario.prices.scale * f} for f in factors)
+        yield Parameter("prices", factors, (low, high), is_factor=True)
     for name, pool in scenario.pools.items():
         yield from _of_pool(name, pool, factors)
 
@@ -87,7 +91,7 @@ def _of_device(name: str, pool: Pool, factors: Sequence[float]) -> Iterator[Para
             {f"clients.{name}.device": figures | _moved(pool, keys, f), f"clients.{name}.perf": "roofline"}
             for f in (low, high)
         ]
-        yield Parameter(f"{name}: {what}", (low, high), (changed[0], changed[1]))
+        yield Parameter(f"{name}: {what}", (low, high), (changed[0], changed[1]), is_factor=True)
 
 
 def _is_known(pool: Pool) -> bool:
@@ -143,7 +147,12 @@ def sensitivity(
             progress(done, len(jobs))
     rows: list[dict[str, Any]] = []
     for i, parameter in enumerate(moved):
-        row: dict[str, Any] = {"parameter": parameter.name, "values": list(parameter.values), "error": errors.get(i)}
+        row: dict[str, Any] = {
+            "parameter": parameter.name,
+            "values": list(parameter.values),
+            "is_factor": parameter.is_factor,
+            "error": errors.get(i),
+        }
         pairs = [] if i in errors else [(found[f"{i}/0/{seed}"], found[f"{i}/1/{seed}"]) for seed in seeds]
         width = math.log(parameter.values[1] / parameter.values[0])
         row["elasticities"] = {name: interval([_slope(*pair, name, width) for pair in pairs]) for name in objectives}

@@ -21,6 +21,8 @@ from mist.search.objectives import Constraint, improves_with_load, unknown
 _KEYS = ("name", "scenario", "space", "budget", "objectives", "constraints", "baseline")
 #: alternatives by name, whole numbers from first to last, numbers that double from first to last
 _ANY, _RANGE, _DOUBLING = "any", "range", "doubling"
+#: values of one choice, beyond which neither enumerating nor sampling makes sense
+MAX_OPTIONS = 10_000
 #: numbers in their order, of which each is harder to serve than those before it
 _LOAD = "load"
 
@@ -186,6 +188,11 @@ class _Reader:
             self._at(node, f"{name}: {given!r:.60} is no {kind}", f"such as {kind}: [1, 8], both ends included")
             return [1]
         if kind == _RANGE:
+            if (total := (given[1] - given[0]) // step + 1) > MAX_OPTIONS:
+                message = f"{name}: {total:,} numbers are more than the {MAX_OPTIONS:,} of one choice"
+                wider = -(-(given[1] - given[0] + 1) // MAX_OPTIONS)
+                self._at(node, message, f"by steps, such as range: [{given[0]}, {given[1]}, {wider}], or doubling")
+                return [1]
             return list(range(given[0], given[1] + 1, step))
         return [given[0] << n for n in range(given[1].bit_length()) if given[0] << n <= given[1]]
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mist.search.choices import resolve
 from mist.search.laboratory import WHOLE, Laboratory
-from mist.search.ladders import FAR, Ladder, climb, climb_best_first, fill, hopes_of
+from mist.search.ladders import FAR, Ladder, climb, climb_best_first, fill, hopes_of, planned_fill
 from mist.search.legal import Legal, Point
 from mist.search.objectives import HOPELESS
 from mist.search.pareto import Bar, Score, ranked
@@ -28,7 +29,7 @@ def exhaustive(lab: Laboratory, ladders: Sequence[Ladder], seeds: Sequence[int])
 
     Its highest load is bisected, and loads below it are measured where they could be in the front.
     """
-    lab.planned = planned_runs(ladders) * len(seeds)
+    lab.forecast.expect("fill", WHOLE, partial(planned_fill, lab, ladders, WHOLE, seeds))
     climb(lab, ladders, WHOLE, seeds)
     fill(lab, ladders, WHOLE, seeds)
 
@@ -39,14 +40,9 @@ def bounded(lab: Laboratory, ladders: Sequence[Ladder], seeds: Sequence[int]) ->
     Every deployment runs on the whole workload at its lowest load. Then the most promising climb first, and the others
     only as far as their best case isn't covered by what is known.
     """
-    lab.planned = len(ladders) * len(seeds)
+    lab.forecast.expect("fill", WHOLE, partial(planned_fill, lab, ladders, WHOLE, seeds))
     climb_best_first(lab, ladders, WHOLE, seeds, 0.0)
     fill(lab, ladders, WHOLE, seeds)
-
-
-def planned_runs(ladders: Sequence[Ladder]) -> int:
-    """About so many runs take all deployments to their highest loads."""
-    return sum(1 + (len(ladder.points) - 1).bit_length() for ladder in ladders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +82,9 @@ class Halving:
         """Measure until nothing is promising."""
         points = {point.number: point for ladder in ladders for point in ladder.points}
         shares = self.shares(num_requests, lab.skipped(points.values(), seed))
-        # of a bisection about half is left out
-        climbed = len(ladders) + (planned_runs(ladders) - len(ladders)) // 2
-        lab.planned = climbed + sum(max(len(ladders) // self.eta**i, 1) for i in range(1, len(shares)))
+        first, *others = [self._number(len(ladders), rung) for rung in range(-1, len(shares) - 1)]
+        # those on longer prefixes twice, for there is a second look
+        self._expect(lab, ladders, shares, [first, *(2 * each for each in others)] if others else [0])
         climb_best_first(lab, ladders, shares[0], [seed], self.far)
         at = {i: 0 if (i, shares[0], seed) in lab.runs else -1 for i in points}
         while climbing := self._next(lab, ladders, at, shares, seed):
@@ -112,7 +108,8 @@ class Halving:
         whole = said[last]
         bar = Bar.of([(score, points[i].standing) for i, score in whole.items()])
         lost = self._lost(ladders, at, said)
-        for rung in reversed(range(-1, last)):
+        promising: dict[int, dict[int, Score]] = {}
+        for rung in range(-1, last):
             there = said[max(rung, 0)]
             both = {i: (there[i], score) for i, score in whole.items()}
             open_ = {i: there[i] for i in there if at[i] == rung} if rung >= 0 else _unmeasured(lab, ladders, there)
@@ -122,15 +119,43 @@ class Halving:
                 for i, score in open_.items()
                 if i not in lost
             }
-            promising = {
+            promising[rung] = {
                 i: score
                 for i, score in here.items()
                 if score.violation <= self.far and not bar.covers(score, points[i].standing, self.margin)
             }
-            if promising:
-                number = max(self.min_points, math.ceil(len(ladders) / self.eta ** max(rung + 1, 1)))
-                return ranked(promising)[:number]
-        return []
+        longest = max((rung for rung, its in promising.items() if its), default=-1)
+        chosen = ranked(promising[longest])[: self._number(len(ladders), longest)]
+        waiting = [len(promising[each]) - (len(chosen) if each == longest else 0) for each in range(-1, last)]
+        self._expect(lab, ladders, shares, self._coming(waiting, longest, len(chosen), len(ladders)), len(whole))
+        return chosen
+
+    def _number(self, num_ladders: int, rung: int) -> int:
+        """How many points go on from a rung at a time."""
+        share: float = self.eta ** -max(rung + 1, 1)
+        return max(self.min_points, math.ceil(num_ladders * share))
+
+    def _coming(self, waiting: Sequence[int], rung: int, size: int, num_ladders: int) -> list[int]:
+        """Runs to expect on each prefix after `size` points have gone on from a rung; `waiting` from the rung -1 on.
+
+        These go on to the whole workload, with those that wait on the way. Where they come from a prefix, as many as
+        may follow from below.
+        """
+        coming = [0] * len(waiting)
+        for lowest, moved in ((rung + 1, size), (-1, 0)) if rung >= 0 else ((rung + 1, size),):
+            for each in range(lowest, len(waiting) - 1):
+                moved = min(self._number(num_ladders, each), moved + waiting[each + 1])
+                coming[each + 1] += moved
+        return coming
+
+    def _expect(
+        self, lab: Laboratory, ladders: Sequence[Ladder], shares: Sequence[float], coming: Sequence[int], ran: int = 0
+    ) -> None:
+        """Tell what may come on each prefix and, where there are loads, the others of deployments on the whole."""
+        for share, number in zip(shares, coming, strict=True):
+            lab.forecast.expect(f"halving {share}", share, number)
+        if any(len(ladder.points) > 1 for ladder in ladders):
+            lab.forecast.expect("fill", WHOLE, ran + coming[-1])
 
     def _lost(
         self, ladders: Sequence[Ladder], at: Mapping[int, int], said: Sequence[Mapping[int, Score]]
@@ -198,7 +223,7 @@ class Sampled:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=self._sampler(seed), directions=["minimize"] * len(space.objectives))
-        lab.planned, told, tries = self.num_trials, 0, 0
+        told, tries = 0, 0
         while told < self.num_trials and tries < self.max_tries * self.num_trials:
             asked: list[tuple[optuna.Trial, Point]] = []
             wanted = min(self.population, self.num_trials - told)
@@ -211,6 +236,7 @@ class Sampled:
                     study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 else:
                     asked.append((trial, point))
+            lab.forecast.expect("trials", WHOLE, self.num_trials - told - len(asked))
             lab.measure([point for _, point in asked], WHOLE, [seed])
             for trial, point in asked:
                 score = lab.score(point, WHOLE, [seed])

@@ -22,6 +22,8 @@ _PUBLIC_COPIES = (
     "public traces: the GitHub repositories Azure/AzurePublicDataset (azure), kvcache-ai/Mooncake (mooncake) and "
     "flashserve/RAGPulse (ragpulse); put them in a folder and name it in MIST_DATA"
 )
+#: for the scenario of a result names a trace that lay beside it by its whole path
+_MOVED = "has it moved? give the whole path of its new place, here or by --set workload.trace=PATH"
 
 
 def find_trace(path: str | Path, beside: Path, environ: Mapping[str, str]) -> Path:
@@ -45,8 +47,10 @@ def find_trace(path: str | Path, beside: Path, environ: Mapping[str, str]) -> Pa
     looked = ", ".join(map(str, places))
     there = (beside / path).parent
     alike = nearest(path.name, [each.name for each in there.iterdir()] if there.is_dir() else ())
-    hint = alike if alike.startswith("did you mean") else _PUBLIC_COPIES
-    raise ScenarioError(Problem(f"trace {str(path)!r} is not there; looked for {looked}", hint=hint))
+    hint = _MOVED if path.is_absolute() else _PUBLIC_COPIES
+    hint = alike if alike.startswith("did you mean") else hint
+    looked = "" if path.is_absolute() else f"; looked for {looked}"
+    raise ScenarioError(Problem(f"trace {str(path)!r} is not there{looked}", hint=hint))
 
 
 def detect(path: Path) -> TraceFormat:

@@ -33,7 +33,7 @@ def sensitivity_html(document: Document) -> str:
                     [note(remark) for remark in document["remarks"]])  # fmt: skip
     failed = any(row["error"] for row in rows)
     heads = ["parameter", "from", "to", *map(name_of, objectives), *(["error"] if failed else [])]
-    figures = [[row["parameter"], *map(digits, row["values"]), *(_signed(row["elasticities"][n]) for n in objectives),
+    figures = [[row["parameter"], *_values(row), *(_signed(row["elasticities"][n]) for n in objectives),
                 *([row["error"] or ""] if failed else [])] for row in rows]  # fmt: skip
     whole = section("figures", "All figures", None, table(heads, figures, label="Elasticities", wide=True))
     return page(document["name"], "Sensitivity", [drawn, whole], footer="Simulated by MIST.", assets=("explorer.css",))
@@ -72,6 +72,12 @@ def _bar(name: str, found: Document, low: float, width: float) -> Markup:
     return el("div", el("span", name, class_="rowname"), el("div", bar, line, class_="lane"),
               el("span", _signed(found), class_="value"), class_="row", tabindex=0, role="img", aria_label=tip,
               data_tip=tip)  # fmt: skip
+
+
+def _values(row: Document) -> list[str]:
+    """From where to where it was moved; a factor is of what the scenario has."""
+    sign = "×" if row.get("is_factor") else ""
+    return [f"{sign}{digits(value)}" for value in row["values"]]
 
 
 def _signed(found: Document) -> str:
