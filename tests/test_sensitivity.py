@@ -53,12 +53,11 @@ def test_seeds_that_draw_nothing_give_no_interval() -> None:
     assert all(row["elasticities"]["ttft_s.p50"]["low"] is None for row in same["parameters"])
 
 
-def test_runs_that_all_failed_are_not_alike() -> None:
+def test_runs_that_all_failed_are_an_error() -> None:
     late = load({**SCENARIO, "warmup_s": 3600})
-    with executor_named("serial") as executor:
-        document = sensitivity(late, executor, num_seeds=2, objectives=["ttft_s.p50"])
-    assert all("no request arrives" in row["error"] for row in document["parameters"])
-    assert document["remarks"] == []
+    failed = pytest.raises(ScenarioError, match=r"all [0-9]+ runs failed(.|\n)*with .*no request arrives")
+    with executor_named("serial") as executor, failed:
+        sensitivity(late, executor, num_seeds=2, objectives=["ttft_s.p50"])
 
 
 @pytest.fixture(scope="module")

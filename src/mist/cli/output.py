@@ -27,6 +27,8 @@ class Progress(Protocol):
 
 #: seconds between two lines of progress where stderr is no terminal
 _BETWEEN_LINES_S = 10.0
+#: beyond so many seconds, the time that is left is told in minutes
+_MOST_SECONDS = 180.0
 #: seconds between two drawings of a bar
 _BETWEEN_DRAWINGS_S = 0.1
 
@@ -166,4 +168,6 @@ class _Lines:
 
 
 def _left(left_s: float) -> str:
-    return f"about {left_s:,.0f} s left" if 0 < left_s < math.inf else ""
+    if not 0 < left_s < math.inf:
+        return ""
+    return f"about {left_s:,.0f} s left" if left_s <= _MOST_SECONDS else f"about {left_s / 60:,.0f} min left"

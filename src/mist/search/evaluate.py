@@ -7,13 +7,15 @@ outcome's error and stops no other. It never knows where it runs, so that the pl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
-from mist.errors import InvariantError, ScenarioError
+from mist.errors import InvariantError, Problem, ScenarioError
+from mist.metrics.words import counted
 from mist.scenario.build import run
 from mist.scenario.source import Source, key_path, read_file, read_mapping
 from mist.scenario.value import Scenario
@@ -22,6 +24,8 @@ Summary = dict[str, Any]
 
 _CRASHED = "the simulator failed: "
 _BROKEN = "a law of the simulation broke, which is a bug: "
+#: errors that are told where all runs failed, the most frequent first
+_MOST_ERRORS = 3
 
 
 def summary_of(scenario: Scenario) -> Summary:
@@ -112,3 +116,22 @@ def evaluate(job: Job) -> Outcome:
         # many are run for one answer: whatever one of them brings to light is told with it, and costs no other
         error = f"{_CRASHED}{type(problem).__name__}: {problem}"
     return Outcome(job.key, summary, error, time.process_time() - began)
+
+
+def _problem(message: str, hint: str) -> Problem:
+    return Problem(message, hint=hint)
+
+
+def raise_failures(errors: Sequence[str], problem: Callable[[str, str], Problem] = _problem) -> NoReturn:
+    """ScenarioError that counts the `errors` that all runs failed with; InvariantError where a law broke in one.
+
+    `problem` places a message and a hint.
+    """
+    counts = Counter(errors)
+    told = [f"{number:,} with {error.splitlines()[0]}" for error, number in counts.most_common(_MOST_ERRORS)]
+    if len(counts) > _MOST_ERRORS:
+        told.append(f"and {len(counts) - _MOST_ERRORS:,} other errors")
+    found = problem(f"all {counted(len(errors), 'run')} failed", "\n    ".join(told))
+    if any(error.startswith(_BROKEN) for error in counts):
+        raise InvariantError(str(found))
+    raise ScenarioError(found)

@@ -6,17 +6,15 @@ What `mist search` calls. Which strategy, executor and store there are is told b
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from mist.errors import InvariantError, Problem, ScenarioError
-from mist.metrics.words import counted
+from mist.errors import Problem, ScenarioError
 from mist.scenario.tables import build_tables
 from mist.search.baseline import baseline_points, best_baseline, planned_baseline
 from mist.search.choices import count
-from mist.search.evaluate import Executor, Outcome
+from mist.search.evaluate import Executor, raise_failures
 from mist.search.finalists import last_round, planned_round
 from mist.search.laboratory import WHOLE, Laboratory, Progress
 from mist.search.ladders import Ladder, ladders_of
@@ -30,8 +28,6 @@ from mist.search.strategies import SAMPLERS, Halving, Sampled, bounded, exhausti
 STRATEGIES = ("halving", "bounded", "exhaustive", *SAMPLERS)
 #: configurations, legal or not, beyond which a space is not enumerated
 MAX_CONFIGURATIONS = 100_000
-#: errors that are told where all runs failed, the most frequent first
-_MOST_ERRORS = 3
 
 
 def search(
@@ -94,17 +90,9 @@ def _apply(
 
 
 def _check_ran(space: Space, lab: Laboratory) -> None:
-    """ScenarioError where every run failed, InvariantError where a law of the simulation broke in one of these."""
-    errors = Counter(run["error"] for run in lab.runs.values() if "error" in run)
-    if not errors or errors.total() < len(lab.runs):
-        return
-    told = [f"{number:,} with {error.splitlines()[0]}" for error, number in errors.most_common(_MOST_ERRORS)]
-    if len(errors) > _MOST_ERRORS:
-        told.append(f"and {len(errors) - _MOST_ERRORS:,} other errors")
-    problem = space.own.problem(("space",), f"all {counted(len(lab.runs), 'run')} failed", "\n    ".join(told))
-    if any(Outcome("", None, error, 0.0).is_bug for error in errors):
-        raise InvariantError(str(problem))
-    raise ScenarioError(problem)
+    errors = [run["error"] for run in lab.runs.values() if "error" in run]
+    if errors and len(errors) == len(lab.runs):
+        raise_failures(errors, partial(space.own.problem, ("space",)))
 
 
 def _check_measured(space: Space, lab: Laboratory) -> None:

@@ -16,7 +16,7 @@ from mist.scenario import ScenarioFile, catalogue, load
 from mist.scenario.clients import Pool
 from mist.scenario.tenancy import SOLE
 from mist.scenario.value import Scenario
-from mist.search.evaluate import Executor, Job
+from mist.search.evaluate import Executor, Job, raise_failures
 from mist.search.intervals import ALIKE
 from mist.search.legal import accelerators
 from mist.search.objectives import excerpt, objective, unknown
@@ -120,7 +120,8 @@ def sensitivity(
     """The elasticity of each objective by each parameter: d ln(objective) / d ln(parameter), mean and 95 % interval.
 
     A central difference over a step of `step` up and down, or of one replica, seed by seed under the same requests; an
-    elasticity of -0.5 means that 1 % more of it is 0.5 % less. None where the objective has no value, or is 0.
+    elasticity of -0.5 means that 1 % more of it is 0.5 % less. None where the objective has no value, or is 0. Raises
+    ScenarioError where every run failed.
     """
     for name in objectives:
         if (hint := unknown(name)) is not None:
@@ -136,24 +137,27 @@ def sensitivity(
         for seed in seeds
     }
     found: dict[str, dict[str, Any]] = {}
-    errors: dict[int, str] = {}
+    errors: dict[str, str] = {}
     for done, outcome in enumerate(executor.run(jobs.values()), start=1):
         if outcome.summary is None:
-            errors.setdefault(int(outcome.key.partition("/")[0]), (outcome.error or "").splitlines()[0])
+            errors[outcome.key] = outcome.error or ""
         else:
             job = jobs[outcome.key]
             found[outcome.key] = excerpt(outcome.summary, accelerators(load(source, **job.overrides)))
         if progress is not None:
             progress(done, len(jobs))
+    if errors and not found:
+        raise_failures(list(errors.values()))
+    first = {int(key.partition("/")[0]): error.splitlines()[0] for key, error in sorted(errors.items(), reverse=True)}
     rows: list[dict[str, Any]] = []
     for i, parameter in enumerate(moved):
         row: dict[str, Any] = {
             "parameter": parameter.name,
             "values": list(parameter.values),
             "is_factor": parameter.is_factor,
-            "error": errors.get(i),
+            "error": first.get(i),
         }
-        pairs = [] if i in errors else [(found[f"{i}/0/{seed}"], found[f"{i}/1/{seed}"]) for seed in seeds]
+        pairs = [] if i in first else [(found[f"{i}/0/{seed}"], found[f"{i}/1/{seed}"]) for seed in seeds]
         width = math.log(parameter.values[1] / parameter.values[0])
         row["elasticities"] = {name: interval([_slope(*pair, name, width) for pair in pairs]) for name in objectives}
         rows.append(row)
