@@ -177,7 +177,7 @@ async def _shown(making: Awaitable[str]) -> Response:
     try:
         text = await making
     except ScenarioError as error:
-        problems = [el("p", each.message, el("br"), each.hint) for each in error.problems]
+        problems = [el("div", el("pre", each.message), el("p", each.hint)) for each in error.problems]
         text, status = page("This can't be shown", "MIST", [section("why", "Why", None, problems)]), 422
     return HTMLResponse(text, status, {"Content-Security-Policy": REPORT_POLICY})
 
