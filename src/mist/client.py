@@ -7,6 +7,7 @@ It never chooses another client and never reads a workload.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from functools import partial
 
@@ -25,9 +26,11 @@ from mist.records import CUT, DROPPED, PREEMPTED, Records
 from mist.request import DECODE, Batch, ClientView, Step, Task, Wait
 from mist.reservations import Reservations
 from mist.residents import Residents
-from mist.span import run_span
+from mist.span import Plan, begin_planned, run_span
 from mist.speculation import Speculation, SpeculativeCohort
 
+#: steps up to the next end of a task that are too few to be planned
+_FEW = 3
 #: what a step of decodes alone computes
 _DECODES = Batch([], decode=True)
 
@@ -40,6 +43,15 @@ class Client:
     a decode step verifies drafts; `perf` prices them too. With `merges_shared_reads` the blocks that decodes share are
     read once per step for all of them.
     """
+
+    __slots__ = (
+        "_cancelled", "_decodes_alone", "_kv_used", "_overlapped", "_pack_step", "_pack_task", "_prefill_ns",
+        "_settle", "_step_ns", "_token_ns", "_work", "_write_step", "_write_task", "append_span", "batching",
+        "chunks", "coordinator", "decode_times", "decoded", "demand_of", "emits", "ends_ns", "engine", "front_end",
+        "idle", "index", "kernel", "kv_bytes_per_token", "max_model_len", "merges_shared_reads", "name", "now",
+        "num_drafts", "offload", "perf", "planned", "plans", "progress", "reservations", "residents", "runs_model",
+        "serves", "shares", "stage_kinds", "step", "store", "took", "view", "waker", "watcher", "woken",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -73,6 +85,10 @@ class Client:
         self.watcher: Watcher | None = None
         self.emits = True
         self.woken = False
+        self.ends_ns = -1
+        #: whether steps of decodes alone are planned past what may reach this client; and those that are
+        self.plans = False
+        self.planned: Plan | None = None
         cohort = SpeculativeCohort(kv.block_size, speculation) if speculation else None
         order = getattr(batching, "order", None)
         self._settle = partial(
@@ -131,6 +147,7 @@ class Client:
 
     def refresh_view(self) -> ClientView:
         """The router's view of this client, brought up to date."""
+        self.settle()
         view, residents = self.view, self.residents
         kv = residents.kv
         view.num_running = num_running = len(residents.running)
@@ -147,7 +164,8 @@ class Client:
         kernel = self.kernel
         while True:
             horizon = kernel.horizon()
-            if now + self.took < horizon and self.has_span():  # else it would be of one step
+            # else it would be of one step
+            if (now + self.took < horizon or (self.plans and self._can_plan())) and self.has_span():
                 now = run_span(self, now, horizon)
                 if now < 0:
                     return
@@ -163,6 +181,33 @@ class Client:
                 return
             self.finish_step(end)
             now = end
+
+    def settle(self) -> None:
+        """Somebody comes or looks: what was planned has happened up to now, and at most one step is in flight."""
+        plan, kernel = self.planned, self.kernel
+        if plan is None:
+            return
+        now, instants = kernel.now, plan.instants
+        num_over = bisect_right(instants, now) - 1
+        if num_over and instants[num_over] == now and not kernel.is_settled:
+            begin_planned(self, num_over - 1)
+            if kernel.comes_later(self):
+                kernel.step_ends(self, now)
+                return
+            self.ends_ns = -1
+            self.finish_step(now)
+            kernel.wake(self)
+            return
+        begin_planned(self, num_over)
+        if num_over + 2 < len(instants):
+            kernel.step_ends(self, instants[num_over + 1])
+
+    def _can_plan(self) -> bool:
+        """Whether the next end of a task, and the next block that others would lose, are more than a few steps away."""
+        cohort, kv = self.residents.cohort, self.residents.kv
+        if not cohort.count or cohort.ends[0] <= cohort.step + _FEW:
+            return False
+        return kv.free * kv.block_size > cohort.count * _FEW
 
     def has_span(self) -> bool:
         """Whether the next steps are decodes alone, and nobody watches them, or shares their host or their drafts."""
@@ -267,6 +312,8 @@ class Client:
 
     def finish_step(self, now: int) -> None:
         """The step in flight ends at `now`: its tokens exist, tasks move on."""
+        if self.planned is not None:
+            begin_planned(self, len(self.planned.instants) - 2)
         step, residents = self.step, self.residents
         self._write_step(self._pack_step(
             self.index, self.now, now, len(step.chunks), step.num_prefill_tokens, step.num_decodes,
@@ -358,6 +405,11 @@ class Client:
         if self.idle:
             self.waker.wake(self)
 
+    def generated(self, task: Task) -> int:
+        """Tokens that `task`, which decodes, has generated up to now since it joined the cohort."""
+        self.settle()
+        return self.residents.cohort.generated(task)
+
     # --- tasks leave ---
 
     def sent(self, task: Task) -> None:
@@ -368,6 +420,7 @@ class Client:
 
     def cancel(self, task: Task, now: int) -> None:
         """Let `task` go: at once, or as the step in flight ends if that computes for it."""
+        self.settle()
         if task not in self.front_end.incoming and self._is_in_flight(task):
             self._cancelled.append(task)
         else:
@@ -413,6 +466,8 @@ class Client:
     def cut(self, now: int, how: int = CUT) -> list[Task]:
         """The simulation stops at `now`: close the segments of all tasks here, and return them and those to come."""
         residents = self.residents
+        if self.planned is not None:
+            begin_planned(self, bisect_left(self.planned.instants, now) - 1)
         tasks = [*residents.running.values(), *residents.waiting, *residents.handed_over]
         for task in tasks:
             self.record_segment(task, now, how)

@@ -94,8 +94,16 @@ class Coordinator:
 
     def start(self, tenants: Sequence[Tenant] | None = None) -> None:
         """Let the first requests arrive, of all tenants or of some."""
+        for client in self.clients:
+            client.plans = self._lets_plan(client)
         for tenant in self.tenants if tenants is None else tenants:
             tenant.start(self.kernel, self._begin)
+
+    def _lets_plan(self, client: Client) -> bool:
+        """Whether nobody but who comes to `client` or leaves it looks at what it does, and most go to others."""
+        if len(self.clients) == 1 or self.nobody_comes is not None or self.lending is not None:
+            return False
+        return client.offload is None and all(tenant.lets_plan(client) for tenant in self.tenants)
 
     def _begin(self, tenant: Tenant, request: Request, now: int) -> None:
         self.in_system[request.index] = request
@@ -394,7 +402,7 @@ class Coordinator:
             task = each.task
             if task is not None and not each.is_cancelled:
                 is_decoding = each.client >= 0 and task.join_step >= 0
-                more = self.clients[each.client].residents.cohort.generated(task) if is_decoding else 0
+                more = self.clients[each.client].generated(task) if is_decoding else 0
                 request.output_tokens += task.stage.seen_by_user(task.generated_tokens + more)
             self._cancel(each, now)
         self._leave(request, status, now, reason)

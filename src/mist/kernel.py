@@ -19,6 +19,8 @@ class Stepper(Protocol):
 
     index: int
     woken: bool
+    #: when the step that it has in flight ends; another instant that was told before is void
+    ends_ns: int
 
     @property
     def emits(self) -> bool:
@@ -38,7 +40,9 @@ class Kernel:
     so they live in a heap of their own and limit nobody. Running ahead saves heap traffic and changes no result.
     """
 
-    __slots__ = ("_crowded", "_events", "_posted", "_quiet", "_until", "_woken", "now", "on_instant")
+    __slots__ = (
+        "_crowded", "_delivering", "_events", "_posted", "_quiet", "_settled_ns", "_until", "_woken", "now", "on_instant",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.now = 0
@@ -50,6 +54,10 @@ class Kernel:
         self._posted = _AFTER_STEP_ENDS
         self._until = FOREVER
         self._crowded = False
+        #: the place among the events of its instant of the one that is delivered
+        self._delivering = 0
+        #: the last instant whose events were all delivered
+        self._settled_ns = -1
 
     @property
     def num_events(self) -> int:
@@ -67,11 +75,21 @@ class Kernel:
         heappush(self._events, (time_ns, self._posted, deliver, argument))
 
     def step_ends(self, client: Stepper, time_ns: int) -> None:
-        """The step that `client` has in flight ends at `time_ns`."""
+        """The step that `client` has in flight ends at `time_ns`, and no more at what was told of it before."""
+        client.ends_ns = time_ns
         if client.emits:
             heappush(self._events, (time_ns, client.index, self._finish, client))
         else:
             heappush(self._quiet, (time_ns, client.index, client))
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether clients have started their steps of this instant, and what comes now comes after that."""
+        return self._settled_ns == self.now
+
+    def comes_later(self, client: Stepper) -> bool:
+        """Whether a step of `client` that ends at this instant hasn't been told to have ended."""
+        return client.emits and client.index >= self._delivering
 
     def void(self, client: Stepper, now: int) -> bool:
         """The step that `client` has in flight ends for nobody; False if it has none."""
@@ -122,17 +140,21 @@ class Kernel:
                 break
             else:  # the first of them without being looked at again
                 self.now = now
-                _, _, deliver, argument = heappop(events)
+                _, self._delivering, deliver, argument = heappop(events)
                 deliver(argument, now)
             while events and events[0][0] == now:
-                _, _, deliver, argument = heappop(events)
+                _, self._delivering, deliver, argument = heappop(events)
                 deliver(argument, now)
+            self._settled_ns = now
             if self._woken:
                 self._start_woken(now)
             if self.on_instant is not None:
                 self.on_instant(now)
 
     def _finish(self, client: Stepper, now: int) -> None:
+        if client.ends_ns != now:
+            return  # it ended sooner
+        client.ends_ns = -1
         client.finish_step(now)
         if not client.woken:
             client.woken = True

@@ -53,6 +53,7 @@ class Lane:
     def __init__(self, clients: Sequence[Client], stages: Stages, kernel: Kernel) -> None:
         self.index = clients[0].index
         self.woken = False
+        self.ends_ns = -1
         self.clients = clients
         self.stages = stages
         self.kernel = kernel

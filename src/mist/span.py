@@ -8,17 +8,36 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from mist.client import Client
+
+
+#: steps that are planned at once, at most: whoever comes meanwhile makes those after it void
+_PLANNED = 64
+
+
+class Plan(NamedTuple):
+    """Steps of `count` decodes that follow each other, with nothing of them done yet.
+
+    `context`: tokens in the KV caches in the first of them. `instants`: when it starts, and when each of them ends.
+    `blocks`: KV blocks in use before them, and during each.
+    """
+
+    count: int
+    context: int
+    instants: list[int]
+    blocks: list[int]
 
 
 def run_span(client: Client, now: int, horizon: int) -> int:
     """Run decode steps from `now` on; the instant at which the next step starts, or -1 where one is in flight.
 
     It ends before a step that needs more than the free blocks, behind one that ends tasks where others may run then,
-    and with one that reaches what could reach the client, at `horizon`, or whose end reaches others.
+    and with one that reaches what could reach the client, at `horizon`, or whose end reaches others. A client that
+    `plans` doesn't stop at the `horizon`, since most that happens doesn't reach it: it plans the steps up to the next
+    end that has to be told, and what does reach it cuts the plan.
     """
     residents, step = client.residents, client.step
     cohort, kv, shown_at = residents.cohort, residents.kv, client.progress.shown_at
@@ -31,19 +50,27 @@ def run_span(client: Client, now: int, horizon: int) -> int:
         step.num_decodes = step.num_sampled = count
         # the next step whose end has to be told: tasks end, or show their first tokens
         told = cohort.ends[0] if not shown_at else min(cohort.ends[0], *shown_at)
-        place = number % cohort.block_size
-        needed = cohort.boundary[place : place + told - number]
-        if len(needed) < told - number:
-            needed += cohort.boundary[: min(place, told - number - len(needed))]
+        size, place = cohort.block_size, number % cohort.block_size
+        num_steps = min(told - number, _PLANNED if client.plans else size)
+        needed = cohort.boundary[place : place + num_steps]
+        if len(needed) < num_steps:
+            needed = ((cohort.boundary[place:] + cohort.boundary[:place]) * (num_steps // size + 1))[:num_steps]
         blocks = list(accumulate(needed, initial=kv.used))
         if blocks[-1] - blocks[0] > kv.free:
             del blocks[bisect_right(blocks, blocks[0] + kv.free) :]
             if len(blocks) == 1:
                 return now
-        instants = _instants(client, now, context, min(len(blocks) - 1, (horizon - now) // client.took + 2))
+        num_steps = len(blocks) - 1
+        if not client.plans:
+            num_steps = min(num_steps, (horizon - now) // client.took + 2)
+        instants = _instants(client, now, context, num_steps)
         last = len(instants) - 1
         reaches = instants[last] >= horizon
         if reaches:
+            if client.plans:
+                client.now, client.planned = now, Plan(count, context, instants, blocks)
+                client.kernel.step_ends(client, instants[last])
+                return -1
             last = bisect_left(instants, horizon)
         if client.decoded is not None:
             client.decoded(count, context, last)
@@ -72,13 +99,37 @@ def run_span(client: Client, now: int, horizon: int) -> int:
             horizon = client.kernel.horizon()
 
 
+def begin_planned(client: Client, num_over: int) -> None:
+    """The first `num_over` steps of the client's plan are over, the one after them is in flight, and the plan is void."""
+    plan, residents = client.planned, client.residents
+    assert plan is not None
+    client.planned = None
+    count, context, instants, blocks = plan
+    if num_over:
+        client.append_span(
+            client.index, count, context, len(residents.waiting), instants[0],
+            instants[1 : num_over + 1], blocks[1 : num_over + 1],
+        )  # fmt: skip
+    if client.decoded is not None:
+        client.decoded(count, context, num_over + 1)
+    residents.cohort.step += num_over
+    residents.cohort.sum_context += count * num_over
+    residents.kv.free -= blocks[num_over + 1] - blocks[0]
+    client.begun(instants[num_over], blocks[num_over + 1])
+
+
 def _instants(client: Client, now: int, context: int, num_steps: int) -> list[int]:
     """`now`, and when each of the next steps ends: of `num_steps` at most, at least one."""
     step, times = client.step, None
     host = client.host_ns(step)
     added = 0 if client.engine.overlapped else host
     if client.decode_times is not None:
-        times = client.decode_times(step.num_decodes, context, num_steps, added)
+        count = step.num_decodes
+        times = client.decode_times(count, context, num_steps, added)
+        more = times
+        while more and len(times) < num_steps:  # up to a node of the table, and on from there
+            more = client.decode_times(count, context + count * len(times), num_steps - len(times), added)
+            times += more or ()
     if times is None:
         step.decode_context = context
         times = [max(1, added + client.perf.step_time(step))]

@@ -138,6 +138,15 @@ class Tenant:
             for kind, following in pairwise(self.pipeline.kinds)
         )
 
+    def lets_plan(self, client: Client) -> bool:
+        """Whether no router or admission policy reads the load of `client`, and nobody hands KV caches over to it."""
+        if self.admission:
+            return False
+        routes = [route for route in self.routes.values() if client in route.clients]
+        prefill = self.routes.get(PREFILL)
+        is_handed = DECODE in client.serves and prefill is not None and any(DECODE not in c.serves for c in prefill.clients)
+        return not is_handed and not any(route.reads_load and len(route.clients) > 1 for route in routes)
+
     def ask(self, views: Views) -> None:
         """Its routers and admission policies will look at its clients."""
         for route in self.routes.values():
