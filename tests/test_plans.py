@@ -15,8 +15,10 @@ import pytest
 from kit import LinearSteps, play, rows, sampled, table
 from mist import client as client_module
 from mist.engine import EngineProfile
+from mist.pipeline import RequestRandom
+from mist.pipeline.stages import StageList
 from mist.records import CANCELLED
-from mist.request import Step
+from mist.request import FirstOf, Pipeline, Request, Stage, Step
 from mist.routing import RoutingPolicy
 from mist.routing.join_shortest_queue import JoinShortestQueue
 from mist.routing.least_outstanding import LeastOutstanding
@@ -47,6 +49,19 @@ def _prefix(rng: Random, number: int, num_blocks: int) -> tuple[int, ...]:
     return tuple(100 * document + i if i < shared else 1000 * number + i for i in range(num_blocks))
 
 
+class Race:
+    """Two answers side by side, of which the first is taken."""
+
+    kinds, sizes, is_fixed = ("prefill", "decode"), (), False
+
+    def __call__(self, request: Request, rng: RequestRandom) -> Pipeline:
+        def answer(num_tokens: int) -> Pipeline:
+            yield Stage("prefill", input_tokens=request.input_tokens)
+            yield Stage("decode", oracle_output_tokens=num_tokens)
+
+        yield FirstOf(1, [answer(request.oracle_output_tokens), answer(request.oracle_output_tokens + 9)])
+
+
 def drawn(seed: int) -> tuple[Any, dict[str, Any]]:
     """A workload and what else `play` is given."""
     rng = Random(seed)
@@ -64,7 +79,14 @@ def drawn(seed: int) -> tuple[Any, dict[str, Any]]:
     if rng.random() < 0.3:
         given["until_ns"] = TICK * rng.randint(1, 150)
     if rng.random() < 0.3:
-        given["engine_profile"] = EngineProfile("test", async_scheduling=True, request_overhead_ns=TICK * rng.randint(0, 2))
+        reads_ns = TICK * rng.randint(0, 2)
+        given["engine_profile"] = EngineProfile("test", async_scheduling=True, request_overhead_ns=reads_ns)
+    if rng.random() < 0.4:
+        serves = [("prefill", "decode")] * given["num_clients"]
+        serves[rng.randrange(len(serves))] = ("rerank",)  # whose ends reach clients before and after it
+        given |= {"pipeline": StageList(("rerank", "prefill", "decode")), "serves": serves}
+    elif rng.random() < 0.2:
+        given["pipeline"] = Race()
     inputs = [16 * rng.randint(1, 8) for _ in range(number)]
     keys = [_prefix(rng, number, size // 16) for number, size in enumerate(inputs, start=1)]
     concurrency = rng.randint(1, 9) if rng.random() < 0.3 else None
@@ -86,20 +108,20 @@ def test_a_plan_is_one_step_after_another(seed: int) -> None:
 def test_plans_are_made_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one instant, too, with an end before it and after it, so that the test above is one."""
     found = {"whole": 0, "cut": 0, "met": 0}
-    begin, settle = client_module.begin_planned, client_module.Client.settle
+    begin, catch_up = client_module.begin_planned, client_module.Client.catch_up
 
     def counted(client: client_module.Client, num_over: int) -> None:
         assert client.planned is not None
         found["whole" if num_over == len(client.planned.instants) - 2 else "cut"] += 1
         begin(client, num_over)
 
-    def settled(client: client_module.Client) -> None:
+    def counted_meetings(client: client_module.Client) -> None:
         if client.planned is not None:
             found["met"] += client.kernel.now in client.planned.instants[1:]
-        settle(client)
+        catch_up(client)
 
     monkeypatch.setattr(client_module, "begin_planned", counted)
-    monkeypatch.setattr(client_module.Client, "settle", settled)
+    monkeypatch.setattr(client_module.Client, "catch_up", counted_meetings)
     for seed in range(60):
         played(seed, ledger=False)
     assert min(found.values()) > 50, found

@@ -147,7 +147,7 @@ class Client:
 
     def refresh_view(self) -> ClientView:
         """The router's view of this client, brought up to date."""
-        self.settle()
+        self.catch_up()
         view, residents = self.view, self.residents
         kv = residents.kv
         view.num_running = num_running = len(residents.running)
@@ -182,7 +182,7 @@ class Client:
             self.finish_step(end)
             now = end
 
-    def settle(self) -> None:
+    def catch_up(self) -> None:
         """Somebody comes or looks: what was planned has happened up to now, and at most one step is in flight."""
         plan, kernel = self.planned, self.kernel
         if plan is None:
@@ -407,7 +407,7 @@ class Client:
 
     def generated(self, task: Task) -> int:
         """Tokens that `task`, which decodes, has generated up to now since it joined the cohort."""
-        self.settle()
+        self.catch_up()
         return self.residents.cohort.generated(task)
 
     # --- tasks leave ---
@@ -420,7 +420,7 @@ class Client:
 
     def cancel(self, task: Task, now: int) -> None:
         """Let `task` go: at once, or as the step in flight ends if that computes for it."""
-        self.settle()
+        self.catch_up()
         if task not in self.front_end.incoming and self._is_in_flight(task):
             self._cancelled.append(task)
         else:

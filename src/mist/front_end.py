@@ -139,7 +139,7 @@ class FrontEnd:
         if task not in self.incoming:
             return
         client = self._client
-        client.settle()
+        client.catch_up()
         if client.engine.async_scheduling and not client.idle:
             self.unseen.append(task)
             return

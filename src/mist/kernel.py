@@ -37,11 +37,13 @@ class Kernel:
 
     A client *runs ahead* of the clock, finishing and starting steps inline, while each step ends strictly before the
     `horizon`: the next event that can reach it. Step ends of clients that don't emit (`quiet`) can't reach others,
-    so they live in a heap of their own and limit nobody. Running ahead saves heap traffic and changes no result.
+    so they live in a heap of their own and limit nobody. Running ahead saves heap traffic and changes no result. A
+    client that *plans* tells the end of many steps; whoever reaches it before makes it end one of them sooner.
     """
 
     __slots__ = (
-        "_crowded", "_delivering", "_events", "_posted", "_quiet", "_settled_ns", "_until", "_woken", "now", "on_instant",
+        "_crowded", "_delivering", "_events", "_posted", "_quiet", "_settled_ns", "_until", "_woken", "now",
+        "on_instant",
     )  # fmt: skip
 
     def __init__(self) -> None:

@@ -19,13 +19,13 @@ _PLANNED = 64
 
 
 class Plan(NamedTuple):
-    """Steps of `count` decodes that follow each other, with nothing of them done yet.
+    """Steps of `num_decodes` that follow each other, with nothing of them done yet.
 
     `context`: tokens in the KV caches in the first of them. `instants`: when it starts, and when each of them ends.
     `blocks`: KV blocks in use before them, and during each.
     """
 
-    count: int
+    num_decodes: int
     context: int
     instants: list[int]
     blocks: list[int]
@@ -100,7 +100,7 @@ def run_span(client: Client, now: int, horizon: int) -> int:
 
 
 def begin_planned(client: Client, num_over: int) -> None:
-    """The first `num_over` steps of the client's plan are over, the one after them is in flight, and the plan is void."""
+    """The first `num_over` steps of the client's plan are over, the next one is in flight, and the plan is void."""
     plan, residents = client.planned, client.residents
     assert plan is not None
     client.planned = None
@@ -124,12 +124,7 @@ def _instants(client: Client, now: int, context: int, num_steps: int) -> list[in
     host = client.host_ns(step)
     added = 0 if client.engine.overlapped else host
     if client.decode_times is not None:
-        count = step.num_decodes
-        times = client.decode_times(count, context, num_steps, added)
-        more = times
-        while more and len(times) < num_steps:  # up to a node of the table, and on from there
-            more = client.decode_times(count, context + count * len(times), num_steps - len(times), added)
-            times += more or ()
+        times = client.decode_times(step.num_decodes, context, num_steps, added)
     if times is None:
         step.decode_context = context
         times = [max(1, added + client.perf.step_time(step))]

@@ -140,12 +140,12 @@ class Tenant:
 
     def lets_plan(self, client: Client) -> bool:
         """Whether no router or admission policy reads the load of `client`, and nobody hands KV caches over to it."""
-        if self.admission:
+        if self.admission or any(
+            route.reads_load and len(route.clients) > 1 and client in route.clients for route in self.routes.values()
+        ):
             return False
-        routes = [route for route in self.routes.values() if client in route.clients]
         prefill = self.routes.get(PREFILL)
-        is_handed = DECODE in client.serves and prefill is not None and any(DECODE not in c.serves for c in prefill.clients)
-        return not is_handed and not any(route.reads_load and len(route.clients) > 1 for route in routes)
+        return DECODE not in client.serves or prefill is None or all(DECODE in each.serves for each in prefill.clients)
 
     def ask(self, views: Views) -> None:
         """Its routers and admission policies will look at its clients."""

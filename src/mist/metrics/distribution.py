@@ -27,9 +27,9 @@ def distribution(values_ns: IntColumn | FloatColumn, percentiles: Sequence[float
     """
     if not len(values_ns):
         return _empty(percentiles)
-    values_ns = np.sort(values_ns)
-    points = [float(value) for value in np.percentile(values_ns, percentiles)]
-    return _in_seconds(float(np.mean(values_ns)), points, percentiles)
+    ascending = np.sort(values_ns)
+    points = [float(value) for value in np.percentile(ascending, percentiles)]
+    return _in_seconds(float(np.mean(ascending)), points, percentiles)
 
 
 class Blocks:

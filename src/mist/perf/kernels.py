@@ -16,7 +16,6 @@ from math import ceil
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from mist.perf import ORIGINS, Deployment, OperatorTime
 from mist.perf.measured import EXTRAPOLATED, SYSTEMS, OperatorTables, find_tables
@@ -270,10 +269,9 @@ class Kernels:
             here = num_decodes == n
             _, rows, nodes, _, _, _ = self._decode_lists[0]
             times, rates, origins = (np.array(each) for each in rows[n])
-            firsts, sizes = _within(np.array(nodes), contexts[here], num_steps[here], n)
-            k = np.searchsorted(nodes, firsts, side="right") - 1
-            mean = firsts + n * (sizes - 1) / 2
-            spent = sizes * (times[k] + (mean - np.array(nodes)[k]) * rates[k])
+            k = np.searchsorted(nodes, contexts[here], side="right") - 1
+            mean = contexts[here] + n * (num_steps[here] - 1) / 2
+            spent = num_steps[here] * (times[k] + (mean - np.array(nodes)[k]) * rates[k])
             for origin, ns in enumerate(np.bincount(origins[k], spent).tolist()):
                 self._attention_ns[origin] += ns
 
@@ -320,14 +318,3 @@ class Kernels:
             if self._prefill_rows:
                 found += self._prefill_rows.parts(int(sums.prefill_context))
         return found
-
-
-def _within(nodes: _Array, contexts: _Array, num_steps: _Array, added: int) -> tuple[_Array, _Array]:
-    """Steps that follow each other, each by `added` further, as (first context, steps) that have no node inside."""
-    ends = np.searchsorted(nodes, contexts, side="right") != np.searchsorted(
-        nodes, contexts + added * (num_steps - 1), side="right"
-    )
-    sizes = num_steps[ends]
-    place = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    alone = np.repeat(contexts[ends], sizes) + place * added
-    return np.append(contexts[~ends], alone), np.append(num_steps[~ends], np.ones_like(alone))
