@@ -139,7 +139,8 @@ class FrontEnd:
         if task not in self.incoming:
             return
         client = self._client
-        client.catch_up()
+        if client.planned is not None:
+            client.catch_up()
         if client.engine.async_scheduling and not client.idle:
             self.unseen.append(task)
             return
