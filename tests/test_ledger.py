@@ -187,7 +187,7 @@ def start_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def end_a_step_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(result: Any, kernel: Kernel, client: Any, time_ns: int) -> None:
-        kernel.at(time_ns, kernel._finish, client)
+        kernel.at(time_ns, lambda _, now: client.finish_step(now), None)
 
     after(monkeypatch, Kernel, "step_ends", twice)
 

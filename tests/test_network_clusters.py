@@ -116,7 +116,6 @@ def random_cluster(seed: int) -> Callable[[], Run]:
             for client, here, (cores, per_ns) in zip(clients, on_host, traffic, strict=True):
                 if here:
                     client.batching = Continuous(max_num_seqs=3)
-                    client.prefixes_on_host = False
                     client.shares = Host(fabric.cores(client.index), fabric.dram(client.index), sharing)
                     client.demand_of = partial(demand, cores=cores, bytes_per_ns=per_ns)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kit import LinearSteps, SmallScenario, play, table
+from kit import LinearSteps, SmallScenario, play, rows, table
 from mist.batching.chunked import Chunked
 from mist.load import Measure, estimated_ns, fields_of, measured
 from mist.registry import names
@@ -347,7 +347,7 @@ def test_every_router_runs_from_a_scenario_and_reads_back(name: str) -> None:
     assert result.metrics["requests"]["finished"] == 120
     again = load(scenario.resolved())
     assert again == scenario
-    assert record_bytes(again.run().records) == record_bytes(result.records)
+    assert rows(again.run().records) == rows(result.records)
 
 
 def test_the_seed_of_the_scenario_is_that_of_its_routers() -> None:
