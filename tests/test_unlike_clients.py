@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from kit import POLICIES, Run, SmallScenario, play, small_scenarios, table
 from mist.availability.events import Down, Up
+from mist.client import Client
+from mist.coordinator import Coordinator
 from mist.hand_over import Terms
 from mist.records import FINISHED, REJECTED
 from mist.request import DECODE, PREFILL, ClientView, Task
@@ -140,6 +143,31 @@ def test_a_kv_cache_for_a_client_that_is_down_is_computed_again_there() -> None:
     assert clients_of(result, DECODE) == {0: 2}
 
 
+def test_who_waits_is_placed_once_the_client_that_holds_it_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not whenever others come and go; and of clients that are alike one is asked whether it holds a task."""
+    asked: list[int] = []
+    parked: list[int] = []
+    holds, park = Tenant._holds, Coordinator._park
+
+    def counted(tenant: Tenant, client: Client, task: Task) -> bool:
+        asked.append(client.index)
+        return holds(tenant, client, task)
+
+    def noted(coordinator: Coordinator, task: Task, now: int) -> None:
+        parked.append(task.request.index)
+        park(coordinator, task, now)
+
+    monkeypatch.setattr(Tenant, "_holds", counted)
+    monkeypatch.setattr(Coordinator, "_park", noted)
+    others = [event for at in range(100, 1000, 100) for event in (Down(at, "gpu-0"), Up(at + 50, "gpu-0"))]
+    events = disturbed(Down(0, "gpu-1"), *others, Up(50_000, "gpu-1"))
+    result = play(table([10, 20, 30], [90, 4, 90], [9] * 3), num_clients=6, num_blocks=[6, 7, 6, 6, 6, 6],
+                  router=First(), disturb=events)  # fmt: skip
+    assert statuses(result) == [FINISHED] * 3
+    assert parked == [0, 2]
+    assert len(asked) == 2 * (2 + 2 + 2)  # when they came, were parked, and came again
+
+
 # --- random clusters ---
 
 
@@ -234,3 +262,18 @@ def test_scenarios_of_unlike_pools_serve_all_that_one_of_them_holds(tmp_path: Pa
     longest = rows["input_tokens"] + 30 > 5000
     assert longest.any()
     assert ((rows["status"] == REJECTED) == longest).all()
+
+
+def scaled_by(queue: dict[str, float], every_s: float, **scaling: object) -> tuple[str, ...]:
+    given = {"rule": {"queue": queue, "every_s": every_s}, **scaling}
+    return tuple(f"clients.small.{name}={json.dumps(value)}" for name, value in {"scaling": given, "count": 4}.items())
+
+
+def test_a_pool_does_not_grow_for_tasks_that_it_never_holds(tmp_path: Path) -> None:
+    """Until 8 s all that wait have more tokens than `small` holds."""
+    sets = ("clients.small.kv_cache.num_blocks=50", *scaled_by({"above": 2, "below": 0.1}, 0.5))
+    down = 'events=[{"at_s": 0, "client_down": "big", "for_s": 8}]'
+    prompts = "workload.input_tokens={uniform: {low: 900, high: 6000}}"
+    result = run(read(tmp_path, UNLIKE, *sets, prompts, down), check=True)
+    assert set(result.records.requests.as_columns()["status"].tolist()) == {FINISHED}
+    assert result.metrics["availability"]["pools"]["small"]["num_scaled_up"] == 0

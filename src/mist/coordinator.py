@@ -6,7 +6,7 @@ through `stage_done` and `rejected`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 
 from mist.client import Client
@@ -79,12 +79,12 @@ class Coordinator:
         self.num_tasks = 0
         #: tasks that nobody waits for, until their clients have let them go
         self.num_cancelled = 0
-        #: tasks for which no client is up, in order
-        self.parked: dict[Task, None] = {}
+        #: tasks for which no client is up, in order, and the clients that each waits for
+        self.parked: dict[Task, Collection[Client]] = {}
         #: requests with tasks that began anew
         self.begun_anew: set[int] = set()
         #: why none of some clients will come up, if so; None where clients don't go down
-        self.nobody_comes: Callable[[Sequence[Client]], str] | None = None
+        self.nobody_comes: Callable[[Collection[Client]], str] | None = None
         self._reasons: dict[str, int] = {}
         for client in clients:
             client.coordinator = self
@@ -367,15 +367,19 @@ class Coordinator:
         clients = self.tenants[task.request.tenant].holders((task,)) or route.clients
         reason = self.nobody_comes(clients) if self.nobody_comes is not None else ""
         if reason:
-            self.rejected(task, clients[0], reason, now)
+            self.rejected(task, next(iter(clients)), reason, now)
         else:
-            self.parked[task] = None
+            self.parked[task] = clients
 
     def unpark(self, now: int) -> None:
         """Clients have come up, or have gone for good: tasks that wait for one are placed as if they came now."""
-        waiting, self.parked = self.parked, {}
-        for task in waiting:
-            if not task.branch.is_cancelled:  # type: ignore[union-attr]
+        waits: dict[int, bool] = {}  # by the set of clients, of which there are few
+        for task, clients in list(self.parked.items()):
+            if id(clients) not in waits:
+                is_up = not set(self._route(task).candidates).isdisjoint(clients)
+                waits[id(clients)] = not (is_up or (self.nobody_comes is not None and self.nobody_comes(clients)))
+            if task in self.parked and not waits[id(clients)]:
+                del self.parked[task]
                 self._place(task, None, now)
 
     # --- requests leave ---

@@ -6,7 +6,7 @@ their requests end. It never decides when anything happens, and prices nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mist.client import Client
@@ -160,7 +160,7 @@ class Outages:
             self.records.causes.append(cause)
         return number
 
-    def _nobody_comes(self, clients: Sequence[Client]) -> str:
+    def _nobody_comes(self, clients: Collection[Client]) -> str:
         """Why tasks that only these `clients` can serve, all of them down, need not wait for one to come up."""
         if any(self._of[client].will_return for client in clients):
             return ""

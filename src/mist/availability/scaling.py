@@ -134,8 +134,11 @@ class Scaling:
 
     def _parked(self, pool: Pool) -> list[Task]:
         """Those for whom no client is up, and whom this pool would serve."""
-        serves = pool.replicas[0].clients[0].serves
-        return [task for task in self.outages.coordinator.parked if task.stage.kind in serves]
+        parked = self.outages.coordinator.parked
+        sets = {id(clients): clients for clients in parked.values()}
+        own = {client for replica in pool.replicas for client in replica.clients}
+        serves = {key: not own.isdisjoint(clients) for key, clients in sets.items()}
+        return [task for task, clients in parked.items() if serves[id(clients)]]
 
 
 def _passed_share(request: Request, now: int) -> float:
