@@ -34,6 +34,7 @@ from test_outages import disturbed
 
 BOTH, PROMPTS, DECODES = (PREFILL, DECODE), (PREFILL,), (DECODE,)
 LINK = KVLink(10, 1e9, 500)
+TERMS = (Terms(), Terms(at_arrival=True), Terms(at_arrival=True, layerwise=True))
 ROUTERS = (RoundRobin, LeastOutstanding, PrefixAffinity)
 
 
@@ -78,7 +79,7 @@ def test_where_none_holds_it_it_fails_with_the_reason() -> None:
     assert result.records.reasons == ["more tokens than the KV cache of gpu-0 holds (96)"]
 
 
-@pytest.mark.parametrize("terms", [Terms(), Terms(at_arrival=True), Terms(at_arrival=True, layerwise=True)])
+@pytest.mark.parametrize("terms", TERMS)
 def test_a_kv_cache_is_handed_over_to_a_client_that_holds_it_to_its_end(terms: Terms) -> None:
     """All decode clients hold the prompts of 64 tokens, and only two of them what the first generates."""
     router = First()
@@ -100,10 +101,11 @@ def test_a_prompt_is_computed_from_where_its_decode_finds_room() -> None:
     assert result.records.reasons == ["more tokens than the KV cache of gpu-2 holds (80)"]
 
 
-def test_decodes_that_go_on_with_one_context_go_where_all_of_them_fit() -> None:
-    """They are sent together: the first thought alone would fit on gpu-1."""
+@pytest.mark.parametrize("terms", TERMS)
+def test_decodes_that_go_on_with_one_context_go_where_all_of_them_fit(terms: Terms) -> None:
+    """They are sent together: the first thought alone would fit on gpu-1, and so would what is known at arrival."""
     result = play(table([0], [30], [1]), num_clients=3, serves=[PROMPTS, DECODES, DECODES], num_blocks=[8, 8, 9],
-                  router=First(), nic=LINK, pipeline=Thoughts((3, 110, 5)))  # fmt: skip
+                  router=First(), nic=LINK, pipeline=Thoughts((3, 110, 5)), terms=terms)  # fmt: skip
     assert statuses(result) == [FINISHED]
     assert clients_of(result, DECODE) == {0: 2}
 
