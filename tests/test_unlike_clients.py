@@ -21,6 +21,7 @@ from mist.hand_over import Terms
 from mist.records import FINISHED, REJECTED
 from mist.request import DECODE, PREFILL, ClientView, Task
 from mist.routing import RoutingPolicy
+from mist.routing.heavy_light import HeavyLight
 from mist.routing.least_outstanding import LeastOutstanding
 from mist.routing.prefix_affinity import PrefixAffinity
 from mist.routing.round_robin import RoundRobin
@@ -71,6 +72,27 @@ def test_a_long_prompt_goes_to_the_client_that_holds_it() -> None:
     assert statuses(result) == [FINISHED] * 3
     assert clients_of(result, PREFILL) == {0: 1, 1: 0, 2: 0}
     assert router.offered == [(PREFILL, 1, [0, 1, 2]), (PREFILL, 2, [0, 1, 2])]  # one needs no choice
+
+
+@pytest.mark.parametrize("big", [(0, 1), (2, 3)])
+def test_long_prompts_go_to_all_clients_that_hold_them(big: tuple[int, int]) -> None:
+    """Every second prompt is long. In turn all get as many; with parts, the long ones have that of the big clients."""
+    workload = table([each * 10**6 for each in range(16)], [90, 4] * 8, [9] * 16)
+    blocks = [20 if each in big else 4 for each in range(4)]
+    parted = HeavyLight("input", max_light_input_tokens=50)
+    for router, light in ((RoundRobin(), (2, 2, 2, 2)), (parted, (0, 0, 8, 0))):
+        result = play(workload, num_clients=4, num_blocks=blocks, router=router)
+        there = clients_of(result, PREFILL)
+        assert [sum(there[each] == client for each in range(1, 16, 2)) for client in range(4)] == list(light)
+        counts = [sum(there[each] == client for each in range(0, 16, 2)) for client in big]
+        assert counts == ([8, 0] if router is parted else [4, 4])
+
+
+def test_a_part_is_one_of_all_clients_whoever_holds_the_task() -> None:
+    """The first half is for the heavy: of 2 and 3, which alone hold it, each is as good."""
+    router = HeavyLight("input", max_light_input_tokens=50)
+    result = play(table([0] * 4, [90] * 4, [9] * 4), num_clients=4, num_blocks=[4, 4, 20, 20], router=router)
+    assert clients_of(result, PREFILL) == {0: 2, 1: 3, 2: 2, 3: 3}
 
 
 def test_where_none_holds_it_it_fails_with_the_reason() -> None:

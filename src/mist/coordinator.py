@@ -333,13 +333,16 @@ class Coordinator:
         It is to hold the `others` too, which go with `task`.
         """
         route = self._route(task)
-        candidates = route.candidates if among is None else among
+        candidates = everyone = route.candidates if among is None else among
         if route.common_room is not None:
             candidates = self.tenants[task.request.tenant].able((task, *others), candidates)
         if len(candidates) < 2:
             return candidates[0] if candidates else None
         views = self.views.of(candidates, now, with_load=route.reads_load, as_read=route.reads_pending)
-        chosen = route.router.choose(task, views, now)
+        if candidates is everyone or route.choose_of is None:
+            chosen = route.router.choose(task, views, now)
+        else:
+            chosen = route.choose_of(task, views, now, [client.index for client in everyone])
         client = self.clients[chosen.index] if isinstance(chosen, ClientView) else None
         if client not in candidates:
             name = type(route.router).__name__

@@ -16,7 +16,7 @@ from mist.admission import AdmissionPolicy
 from mist.client import Client
 from mist.kernel import Kernel
 from mist.pipeline import PipelineFactory
-from mist.request import DECODE, NO_DEADLINE, PREFILL, Request, Task
+from mist.request import DECODE, NO_DEADLINE, PREFILL, ClientView, Request, Task
 from mist.routing import RoutingPolicy
 from mist.views import Views
 from mist.workload import RequestTable
@@ -38,6 +38,8 @@ class Route:
     #: whether the router reads more of a view than `num_outstanding`, or else `pending_prefill_tokens` of some
     reads_load: bool = field(init=False)
     reads_pending: bool = field(init=False)
+    #: how the router chooses where only some can hold a task, if that differs
+    choose_of: Callable[[Task, Sequence[ClientView], int, Sequence[int]], ClientView] | None = field(init=False)
     #: tokens of prompt and output that each client can hold, where they differ in what they can; else None
     common_room: int | None = field(init=False)
 
@@ -45,6 +47,7 @@ class Route:
         self.candidates = self.clients
         self.reads_load = getattr(self.router, "reads_load", True)
         self.reads_pending = getattr(self.router, "reads_pending", False)
+        self.choose_of = getattr(self.router, "choose_of", None)
         front_ends = [client.front_end for client in self.clients]
         differ = len({front_end.limits for front_end in front_ends}) > 1
         self.common_room = min(front_end.sure_room for front_end in front_ends) if differ else None
