@@ -58,6 +58,15 @@ def test_a_full_client_that_is_the_least_loaded_keeps_its_session() -> None:
     assert router.choose(turn_of(7), views(5, 6), 0).index == 0
 
 
+def test_a_session_that_goes_on_without_its_client_is_counted_once() -> None:
+    """Its home wasn't among those to choose from; 0 has one session then, 1 one and 2 none."""
+    router = SessionAffinity()
+    assert [router.choose(turn_of(s), views(0, 0, 0), 0).index for s in range(3)] == [0, 1, 2]
+    assert router.choose(turn_of(2), views(0, 0), 0).index == 0
+    assert router.choose(turn_of(0), views(9, 0, 0)[1:], 0).index == 2
+    assert router.choose(turn_of(9), views(0, 0, 9), 0).index == 0
+
+
 def test_requests_of_no_session_go_by_load() -> None:
     router = SessionAffinity()
     assert [router.choose(turn_of(-1), views(*n), 0).index for n in ((1, 0), (0, 1), (1, 0))] == [1, 0, 1]

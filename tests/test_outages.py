@@ -252,6 +252,63 @@ def test_a_rule_follows_the_queue() -> None:
     assert changes[:3] == [(OFF, 0), (STARTING, 100), (UP, 150)]
 
 
+def elastic(*pools: tuple[int, ...], start_up_ns: int = 0, above: float = 100, measure: str = "queue") -> Any:
+    """Pools of these clients, all at zero at first, whose rule alone would hardly ever start one."""
+
+    def disturb(coordinator: Coordinator, *events: Event) -> None:
+        made = events_of(coordinator)
+        made.post(events)
+        replicas = list(made.outages.replicas.values())
+        rule = Rule(measure, above=above, below=above / 2, every_ns=100)
+        made_of = [Pool([replicas[i] for i in pool], 0, 0, start_up_ns, rule=rule) for pool in pools]
+        Scaling(made.outages, made_of, lambda: coordinator.num_left == 4).start()
+
+    return disturb
+
+
+def changes_of(result: Run) -> list[tuple[int, int, int]]:
+    return list(zip(*(column(result, "changes", name) for name in ("time_ns", "client", "state")), strict=True))
+
+
+@pytest.mark.parametrize("measure", ["queue", "wait_s", "deadline_share"])
+def test_a_pool_at_zero_starts_for_tasks_that_no_other_serves(measure: str) -> None:
+    """Once, however often the rule looks while it starts, and though what is measured is below both thresholds."""
+    result = play(table([0] * 4, [10] * 4, [6] * 4), perf=STEPS, num_clients=2, router=First(),
+                  disturb=elastic((0, 1), start_up_ns=250, measure=measure))  # fmt: skip
+    assert set(column(result, "requests", "status")) == {FINISHED}
+    assert [each for each in changes_of(result) if each[2] in (STARTING, UP)] == [(100, 0, STARTING), (350, 0, UP)]
+    assert result.records.causes[column(result, "changes", "cause")[2]] == "rule: no other serves who waits"
+
+
+def test_of_two_pools_at_zero_that_serve_the_same_one_starts() -> None:
+    result = play(table([0] * 4, [10] * 4, [6] * 4), perf=STEPS, num_clients=2, router=First(),
+                  disturb=elastic((0,), (1,), start_up_ns=250))  # fmt: skip
+    assert set(column(result, "requests", "status")) == {FINISHED}
+    assert [client for _, client, state in changes_of(result) if state == STARTING] == [0]
+
+
+def test_a_pool_at_zero_starts_for_what_another_that_was_at_zero_computed() -> None:
+    """When the decode client's rule looks for the first time, nobody waits for it yet, and nothing else happens."""
+    result = play(table([0] * 4, [10] * 4, [6] * 4), perf=STEPS, num_clients=2, serves=[("prefill",), ("decode",)],
+                  nic=LINK, disturb=elastic((1,), (0,)))  # fmt: skip
+    assert set(column(result, "requests", "status")) == {FINISHED}
+
+
+def test_a_pool_at_zero_does_not_start_for_tasks_that_another_will_serve() -> None:
+    disturb = elastic((1,))
+    result = play(table([0] * 4, [10] * 4, [6] * 4), perf=STEPS, num_clients=2, router=First(),
+                  disturb=lambda coordinator: disturb(coordinator, Down(0, "gpu-0", until_ns=1000)))  # fmt: skip
+    assert set(column(result, "requests", "status")) == {FINISHED}
+    assert changes_of(result) == [(0, 1, OFF), (0, 0, DOWN), (1000, 0, UP)]
+
+
+def test_nobody_waits_for_a_pool_whose_last_plan_starts_none() -> None:
+    disturb = scaled({"initial_count": 0, "min_count": 0, "schedule": [(100, 0)]})
+    result = play(table([0] * 4, [10] * 4, [6] * 4), perf=STEPS, num_clients=2, router=First(), disturb=disturb)
+    assert set(column(result, "requests", "status")) == {REJECTED}
+    assert result.records.reasons == ["gpu-0, gpu-1 went out of service for good"]
+
+
 @pytest.mark.parametrize(("deadline_ms", "starts"), [(1, 600_000), (4, 2_200_000), (None, None)])
 def test_a_rule_follows_the_deadline(deadline_ms: int | None, starts: int | None) -> None:
     """The second waits from 0 on while the first decodes: its share passes 0.5 at the first look after the half."""

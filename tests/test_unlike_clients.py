@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,13 @@ from hypothesis import strategies as st
 
 from kit import POLICIES, Run, SmallScenario, play, small_scenarios, table
 from mist.availability.events import Down, Up
+from mist.client import Client
+from mist.coordinator import Coordinator
 from mist.hand_over import Terms
 from mist.records import FINISHED, REJECTED
 from mist.request import DECODE, PREFILL, ClientView, Task
 from mist.routing import RoutingPolicy
+from mist.routing.heavy_light import HeavyLight
 from mist.routing.least_outstanding import LeastOutstanding
 from mist.routing.prefix_affinity import PrefixAffinity
 from mist.routing.round_robin import RoundRobin
@@ -31,6 +35,7 @@ from test_outages import disturbed
 
 BOTH, PROMPTS, DECODES = (PREFILL, DECODE), (PREFILL,), (DECODE,)
 LINK = KVLink(10, 1e9, 500)
+TERMS = (Terms(), Terms(at_arrival=True), Terms(at_arrival=True, layerwise=True))
 ROUTERS = (RoundRobin, LeastOutstanding, PrefixAffinity)
 
 
@@ -69,13 +74,34 @@ def test_a_long_prompt_goes_to_the_client_that_holds_it() -> None:
     assert router.offered == [(PREFILL, 1, [0, 1, 2]), (PREFILL, 2, [0, 1, 2])]  # one needs no choice
 
 
+@pytest.mark.parametrize("big", [(0, 1), (2, 3)])
+def test_long_prompts_go_to_all_clients_that_hold_them(big: tuple[int, int]) -> None:
+    """Every second prompt is long. In turn all get as many; with parts, the long ones have that of the big clients."""
+    workload = table([each * 10**6 for each in range(16)], [90, 4] * 8, [9] * 16)
+    blocks = [20 if each in big else 4 for each in range(4)]
+    parted = HeavyLight("input", max_light_input_tokens=50)
+    for router, light in ((RoundRobin(), (2, 2, 2, 2)), (parted, (0, 0, 8, 0))):
+        result = play(workload, num_clients=4, num_blocks=blocks, router=router)
+        there = clients_of(result, PREFILL)
+        assert [sum(there[each] == client for each in range(1, 16, 2)) for client in range(4)] == list(light)
+        counts = [sum(there[each] == client for each in range(0, 16, 2)) for client in big]
+        assert counts == ([8, 0] if router is parted else [4, 4])
+
+
+def test_a_part_is_one_of_all_clients_whoever_holds_the_task() -> None:
+    """The first half is for the heavy: of 2 and 3, which alone hold it, each is as good."""
+    router = HeavyLight("input", max_light_input_tokens=50)
+    result = play(table([0] * 4, [90] * 4, [9] * 4), num_clients=4, num_blocks=[4, 4, 20, 20], router=router)
+    assert clients_of(result, PREFILL) == {0: 2, 1: 3, 2: 2, 3: 3}
+
+
 def test_where_none_holds_it_it_fails_with_the_reason() -> None:
     result = play(table([0, 1], [200, 4], [9, 9]), num_clients=2, num_blocks=[6, 7], router=First())
     assert statuses(result) == [REJECTED, FINISHED]
     assert result.records.reasons == ["more tokens than the KV cache of gpu-0 holds (96)"]
 
 
-@pytest.mark.parametrize("terms", [Terms(), Terms(at_arrival=True), Terms(at_arrival=True, layerwise=True)])
+@pytest.mark.parametrize("terms", TERMS)
 def test_a_kv_cache_is_handed_over_to_a_client_that_holds_it_to_its_end(terms: Terms) -> None:
     """All decode clients hold the prompts of 64 tokens, and only two of them what the first generates."""
     router = First()
@@ -97,10 +123,11 @@ def test_a_prompt_is_computed_from_where_its_decode_finds_room() -> None:
     assert result.records.reasons == ["more tokens than the KV cache of gpu-2 holds (80)"]
 
 
-def test_decodes_that_go_on_with_one_context_go_where_all_of_them_fit() -> None:
-    """They are sent together: the first thought alone would fit on gpu-1."""
+@pytest.mark.parametrize("terms", TERMS)
+def test_decodes_that_go_on_with_one_context_go_where_all_of_them_fit(terms: Terms) -> None:
+    """They are sent together: the first thought alone would fit on gpu-1, and so would what is known at arrival."""
     result = play(table([0], [30], [1]), num_clients=3, serves=[PROMPTS, DECODES, DECODES], num_blocks=[8, 8, 9],
-                  router=First(), nic=LINK, pipeline=Thoughts((3, 110, 5)))  # fmt: skip
+                  router=First(), nic=LINK, pipeline=Thoughts((3, 110, 5)), terms=terms)  # fmt: skip
     assert statuses(result) == [FINISHED]
     assert clients_of(result, DECODE) == {0: 2}
 
@@ -138,6 +165,31 @@ def test_a_kv_cache_for_a_client_that_is_down_is_computed_again_there() -> None:
                   router=First(), nic=LINK, disturb=events)  # fmt: skip
     assert statuses(result) == [FINISHED]
     assert clients_of(result, DECODE) == {0: 2}
+
+
+def test_who_waits_is_placed_once_the_client_that_holds_it_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not whenever others come and go; and of clients that are alike one is asked whether it holds a task."""
+    asked: list[int] = []
+    parked: list[int] = []
+    holds, park = Tenant._holds, Coordinator._park
+
+    def counted(tenant: Tenant, client: Client, task: Task) -> bool:
+        asked.append(client.index)
+        return holds(tenant, client, task)
+
+    def noted(coordinator: Coordinator, task: Task, now: int) -> None:
+        parked.append(task.request.index)
+        park(coordinator, task, now)
+
+    monkeypatch.setattr(Tenant, "_holds", counted)
+    monkeypatch.setattr(Coordinator, "_park", noted)
+    others = [event for at in range(100, 1000, 100) for event in (Down(at, "gpu-0"), Up(at + 50, "gpu-0"))]
+    events = disturbed(Down(0, "gpu-1"), *others, Up(50_000, "gpu-1"))
+    result = play(table([10, 20, 30], [90, 4, 90], [9] * 3), num_clients=6, num_blocks=[6, 7, 6, 6, 6, 6],
+                  router=First(), disturb=events)  # fmt: skip
+    assert statuses(result) == [FINISHED] * 3
+    assert parked == [0, 2]
+    assert len(asked) == 2 * (2 + 2 + 2)  # when they came, were parked, and came again
 
 
 # --- random clusters ---
@@ -234,3 +286,18 @@ def test_scenarios_of_unlike_pools_serve_all_that_one_of_them_holds(tmp_path: Pa
     longest = rows["input_tokens"] + 30 > 5000
     assert longest.any()
     assert ((rows["status"] == REJECTED) == longest).all()
+
+
+def scaled_by(queue: dict[str, float], every_s: float, **scaling: object) -> tuple[str, ...]:
+    given = {"rule": {"queue": queue, "every_s": every_s}, **scaling}
+    return tuple(f"clients.small.{name}={json.dumps(value)}" for name, value in {"scaling": given, "count": 4}.items())
+
+
+def test_a_pool_does_not_grow_for_tasks_that_it_never_holds(tmp_path: Path) -> None:
+    """Until 8 s all that wait have more tokens than `small` holds."""
+    sets = ("clients.small.kv_cache.num_blocks=50", *scaled_by({"above": 2, "below": 0.1}, 0.5))
+    down = 'events=[{"at_s": 0, "client_down": "big", "for_s": 8}]'
+    prompts = "workload.input_tokens={uniform: {low: 900, high: 6000}}"
+    result = run(read(tmp_path, UNLIKE, *sets, prompts, down), check=True)
+    assert set(result.records.requests.as_columns()["status"].tolist()) == {FINISHED}
+    assert result.metrics["availability"]["pools"]["small"]["num_scaled_up"] == 0

@@ -6,7 +6,7 @@ through `stage_done` and `rejected`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 
 from mist.client import Client
@@ -79,12 +79,12 @@ class Coordinator:
         self.num_tasks = 0
         #: tasks that nobody waits for, until their clients have let them go
         self.num_cancelled = 0
-        #: tasks for which no client is up, in order
-        self.parked: dict[Task, None] = {}
+        #: tasks for which no client is up, in order, and the clients that each waits for
+        self.parked: dict[Task, Collection[Client]] = {}
         #: requests with tasks that began anew
         self.begun_anew: set[int] = set()
         #: why none of some clients will come up, if so; None where clients don't go down
-        self.nobody_comes: Callable[[Sequence[Client]], str] | None = None
+        self.nobody_comes: Callable[[Collection[Client]], str] | None = None
         self._reasons: dict[str, int] = {}
         for client in clients:
             client.coordinator = self
@@ -341,13 +341,16 @@ class Coordinator:
         It is to hold the `others` too, which go with `task`.
         """
         route = self._route(task)
-        candidates = route.candidates if among is None else among
+        candidates = everyone = route.candidates if among is None else among
         if route.common_room is not None:
             candidates = self.tenants[task.request.tenant].able((task, *others), candidates)
         if len(candidates) < 2:
             return candidates[0] if candidates else None
         views = self.views.of(candidates, now, with_load=route.reads_load, as_read=route.reads_pending)
-        chosen = route.router.choose(task, views, now)
+        if candidates is everyone or route.choose_of is None:
+            chosen = route.router.choose(task, views, now)
+        else:
+            chosen = route.choose_of(task, views, now, [client.index for client in everyone])
         client = self.clients[chosen.index] if isinstance(chosen, ClientView) else None
         if client not in candidates:
             name = type(route.router).__name__
@@ -375,15 +378,19 @@ class Coordinator:
         clients = self.tenants[task.request.tenant].holders((task,)) or route.clients
         reason = self.nobody_comes(clients) if self.nobody_comes is not None else ""
         if reason:
-            self.rejected(task, clients[0], reason, now)
+            self.rejected(task, next(iter(clients)), reason, now)
         else:
-            self.parked[task] = None
+            self.parked[task] = clients
 
     def unpark(self, now: int) -> None:
         """Clients have come up, or have gone for good: tasks that wait for one are placed as if they came now."""
-        waiting, self.parked = self.parked, {}
-        for task in waiting:
-            if not task.branch.is_cancelled:  # type: ignore[union-attr]
+        waits: dict[int, bool] = {}  # by the set of clients, of which there are few
+        for task, clients in list(self.parked.items()):
+            if id(clients) not in waits:
+                is_up = not set(self._route(task).candidates).isdisjoint(clients)
+                waits[id(clients)] = not (is_up or (self.nobody_comes is not None and self.nobody_comes(clients)))
+            if task in self.parked and not waits[id(clients)]:
+                del self.parked[task]
                 self._place(task, None, now)
 
     # --- requests leave ---

@@ -195,7 +195,12 @@ class HandOver:
 
         Those that go on with one context go together, and it is sent once.
         """
-        early = self._end_early(task) if task in self.early else None
+        early = self.early.get(task)
+        if early and any(early.there.front_end.never_fits(following) for following in followings):
+            self.forget(task, now)  # more goes on than was known, perhaps somewhere else
+            early = None
+        elif early:
+            self._end_early(task)
         among = self._within_reach(followings[0], here)
         there = early.there if early else self._choose(followings[0], now, among, followings[1:])
         if there is None:

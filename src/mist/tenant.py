@@ -6,7 +6,7 @@ alike, each tenant's for itself. It never looks at what a client does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -16,7 +16,7 @@ from mist.admission import AdmissionPolicy
 from mist.client import Client
 from mist.kernel import Kernel
 from mist.pipeline import PipelineFactory
-from mist.request import DECODE, NO_DEADLINE, PREFILL, Request, Task
+from mist.request import DECODE, NO_DEADLINE, PREFILL, ClientView, Request, Task
 from mist.routing import RoutingPolicy
 from mist.views import Views
 from mist.workload import RequestTable
@@ -38,6 +38,8 @@ class Route:
     #: whether the router reads more of a view than `num_outstanding`, or else `pending_prefill_tokens` of some
     reads_load: bool = field(init=False)
     reads_pending: bool = field(init=False)
+    #: how the router chooses where only some can hold a task, if that differs
+    choose_of: Callable[[Task, Sequence[ClientView], int, Sequence[int]], ClientView] | None = field(init=False)
     #: tokens of prompt and output that each client can hold, where they differ in what they can; else None
     common_room: int | None = field(init=False)
 
@@ -45,6 +47,7 @@ class Route:
         self.candidates = self.clients
         self.reads_load = getattr(self.router, "reads_load", True)
         self.reads_pending = getattr(self.router, "reads_pending", False)
+        self.choose_of = getattr(self.router, "choose_of", None)
         front_ends = [client.front_end for client in self.clients]
         differ = len({front_end.limits for front_end in front_ends}) > 1
         self.common_room = min(front_end.sure_room for front_end in front_ends) if differ else None
@@ -97,6 +100,9 @@ class Tenant:
         self.index = index
         self.first_request = first_request
         self._reach: Mapping[int, frozenset[int]] = {}
+        #: by stage kind one client of each that differ in what they can hold; and sets of clients, by which of these do
+        self._unlike: dict[str, list[Client]] = {}
+        self._holders: dict[tuple[str, frozenset[object]], KeysView[Client]] = {}
         self._first_session = first_session
         self._num_posted = 0
         # views give whole numbers as lists do, and take no memory
@@ -190,10 +196,25 @@ class Tenant:
             return among if len(able) == len(among) else able
         return () if any(client not in route.candidates for client in holders) else among
 
-    def holders(self, tasks: Sequence[Task]) -> list[Client]:
-        """The clients, up or down, that can ever hold each of `tasks`, and hand it over to one that can."""
-        clients = self.routes[tasks[0].stage.kind].clients
-        return [client for client in clients if all(self._holds(client, task) for task in tasks)]
+    def holders(self, tasks: Sequence[Task]) -> KeysView[Client]:
+        """The clients, up or down, that can ever hold each of `tasks`, and hand it over to one that can, in order.
+
+        Of clients that are alike one is asked; the same clients are the same object.
+        """
+        kind = tasks[0].stage.kind
+        clients = self.routes[kind].clients
+        if kind not in self._unlike:
+            self._unlike[kind] = list({self._limits(client): client for client in clients}.values())
+        able = [client for client in self._unlike[kind] if all(self._holds(client, task) for task in tasks)]
+        limits = frozenset(map(self._limits, able))
+        if (kind, limits) not in self._holders:
+            held = [client for client in clients if self._limits(client) in limits]
+            self._holders[kind, limits] = dict.fromkeys(held).keys()
+        return self._holders[kind, limits]
+
+    def _limits(self, client: Client) -> object:
+        """All that `_holds` goes by."""
+        return client.front_end.limits, self._reach.get(client.index)
 
     def _holds(self, client: Client, task: Task) -> bool:
         if client.front_end.never_fits(task):

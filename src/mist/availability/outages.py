@@ -6,7 +6,7 @@ their requests end. It never decides when anything happens, and prices nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mist.client import Client
@@ -66,11 +66,19 @@ class Replica:
         return UP if self.is_wanted else OFF if self.is_empty else DRAINING
 
     @property
+    def is_gone(self) -> bool:
+        """Whether it is down for good."""
+        return self.is_broken and self.broken_until == FOREVER and not self.num_returns
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it serves, or is to later though no rule starts it."""
+        return not self.is_gone and (self.is_wanted or self.num_plans > 0)
+
+    @property
     def will_return(self) -> bool:
         """Whether it may serve later though it doesn't now."""
-        if self.is_broken and self.broken_until == FOREVER and not self.num_returns:
-            return False
-        return self.is_wanted or self.is_elastic or self.num_plans > 0
+        return self.is_due or (self.is_elastic and not self.is_gone)
 
 
 @dataclass(slots=True)
@@ -160,16 +168,20 @@ class Outages:
             self.records.causes.append(cause)
         return number
 
-    def _nobody_comes(self, clients: Sequence[Client]) -> str:
+    def _nobody_comes(self, clients: Collection[Client]) -> str:
         """Why tasks that only these `clients` can serve, all of them down, need not wait for one to come up."""
         if any(self._of[client].will_return for client in clients):
             return ""
-        replicas = dict.fromkeys(self._of[client] for client in clients)
+        replicas = self.replicas_of(clients)
         broken = ", ".join(replica.name for replica in replicas if replica.is_broken)
         unwanted = ", ".join(replica.name for replica in replicas if not replica.is_broken)
         told = [f"{broken} went down for good"] if broken else []
         told += [f"{unwanted} went out of service for good"] if unwanted else []
         return ", ".join(told)
+
+    def replicas_of(self, clients: Iterable[Client]) -> Iterable[Replica]:
+        """Those that `clients` are lanes of."""
+        return dict.fromkeys(self._of[client] for client in clients)
 
     # --- what is lost ---
 

@@ -6,10 +6,11 @@ length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from mist.availability.outages import Outages, Replica
+from mist.client import Client
 from mist.request import Request, Task
 from mist.units import NS_PER_S
 
@@ -74,6 +75,7 @@ class Scaling:
         for replica in pool.replicas:
             replica.num_plans -= 1
         self._scale(pool, count, "schedule", now)
+        self.outages.changed((), "schedule", now)  # if it was the last plan, nobody need wait for this pool
 
     def _scale(self, pool: Pool, count: int, cause: str, now: int) -> None:
         """Let `count` replicas be wanted: those that still drain come back first, and the last ones go."""
@@ -93,7 +95,10 @@ class Scaling:
         self.outages.coordinator.kernel.at(now + pool.rule.every_ns, self._tick, pool)
 
     def _tick(self, pool: Pool, now: int) -> None:
-        """Measure and scale; the last tick is when nothing else is to come, or nobody is left to serve."""
+        """Measure and scale; the last tick is when nothing else is to come and nobody waits for who could still start.
+
+        A pool is not at zero while tasks wait whom no other serves, whatever the rule says: more may never come.
+        """
         self._num_ticks -= 1
         rule = pool.rule
         assert rule is not None
@@ -102,10 +107,13 @@ class Scaling:
         wanted = sum(replica.is_wanted and not replica.is_broken for replica in pool.replicas)
         measured = self._measures[rule.measure](pool, now)
         more, fewer = measured > rule.above, measured < rule.below
-        count = min(max(wanted + rule.step * (more - fewer), pool.min_count), len(pool.replicas))
-        told = f"{measured:.3g} > {rule.above:g}" if more else f"{measured:.3g} < {rule.below:g}"
-        self._scale(pool, count, f"rule: {rule.measure} {told}" if more or fewer else "rule: min_count", now)
-        if self.outages.coordinator.kernel.num_pending > self._num_ticks:
+        least = max(pool.min_count, int(self._is_needed(pool)))
+        count = min(max(wanted + rule.step * (more - fewer), least), len(pool.replicas))
+        told = f"{rule.measure} {measured:.3g} " + (f"> {rule.above:g}" if more else f"< {rule.below:g}")
+        if count > wanted and not more:
+            told = "min_count" if wanted < pool.min_count else "no other serves who waits"
+        self._scale(pool, count, f"rule: {told}", now)
+        if self.outages.coordinator.kernel.num_pending > self._num_ticks or self._may_start():
             self._post_tick(pool, now)
 
     @property
@@ -134,8 +142,24 @@ class Scaling:
 
     def _parked(self, pool: Pool) -> list[Task]:
         """Those for whom no client is up, and whom this pool would serve."""
-        serves = pool.replicas[0].clients[0].serves
-        return [task for task in self.outages.coordinator.parked if task.stage.kind in serves]
+        own = {client for replica in pool.replicas for client in replica.clients}
+        serves = {key: not own.isdisjoint(clients) for key, clients in self._awaited().items()}
+        return [task for task, clients in self.outages.coordinator.parked.items() if serves[id(clients)]]
+
+    def _awaited(self) -> dict[int, Collection[Client]]:
+        """The sets of clients that tasks wait for, by their ids: many wait for one set."""
+        return {id(clients): clients for clients in self.outages.coordinator.parked.values()}
+
+    def _is_needed(self, pool: Pool) -> bool:
+        """Whether tasks wait for this pool for whom nobody else serves or will."""
+        own = set(pool.replicas)
+        awaited = [set(self.outages.replicas_of(clients)) for clients in self._awaited().values()]
+        return any(each & own and not any(replica.is_due for replica in each - own) for each in awaited)
+
+    def _may_start(self) -> bool:
+        """Whether tasks wait for a replica that a rule may start."""
+        awaited = (replica for clients in self._awaited().values() for replica in self.outages.replicas_of(clients))
+        return any(replica.is_elastic and replica.will_return for replica in awaited)
 
 
 def _passed_share(request: Request, now: int) -> float:

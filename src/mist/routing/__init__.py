@@ -21,7 +21,9 @@ class RoutingPolicy(Protocol):
     It may have `needs`, a frozenset of fields of a view that are brought up to date only for policies that read them;
     and `sizes`, the names that it reads of a request's. With `reads_load` False it reads no more of a view than whose
     it is and `num_outstanding`, so that nothing else is brought up to date; with `reads_pending` True beside that
-    `pending_prefill_tokens`, of some views. A parameter `seed` that is None is drawn from the run's seed.
+    `pending_prefill_tokens`, of some views. One with `choose_of(task, views, now, everyone)` is asked that where only
+    some clients can ever hold the task: `views` are theirs, and `everyone` the indices of all that would be offered. A
+    parameter `seed` that is None is drawn from the run's seed.
     """
 
     def choose(self, task: Task, views: Sequence[ClientView], now: int) -> ClientView:

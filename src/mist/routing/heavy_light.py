@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 from mist.load import Measure, fields_of, measured
 from mist.registry import register
 from mist.request import ClientView, Task
+
+T = TypeVar("T")
 
 
 @register("routing", "heavy_light")
@@ -22,7 +24,7 @@ class HeavyLight:
 
     A request is heavy `by` its predicted output of more than `max_light_output_tokens`, by its input of more than
     `max_light_input_tokens`, or by either. Both parts have one client at least, where there are two. Within a part the
-    least loaded by `measure`, the first on a tie.
+    least loaded by `measure`, the first on a tie; where none of a part can hold a request, of those that can.
     """
 
     by: Literal["output", "input", "either"] = "either"
@@ -41,9 +43,16 @@ class HeavyLight:
         return fields_of(self.measure)
 
     def choose(self, task: Task, views: Sequence[ClientView], now: int) -> ClientView:
-        num_heavy = min(max(1, round(self.heavy_share * len(views))), len(views) - 1)
-        part = views[:num_heavy] if self._is_heavy(task) else views[num_heavy:]
-        return min(part or views, key=measured(self.measure))
+        return min(self._part(task, views) or views, key=measured(self.measure))
+
+    def choose_of(self, task: Task, views: Sequence[ClientView], now: int, everyone: Sequence[int]) -> ClientView:
+        """One of `views`; the parts are those of `everyone`, of whom some can't hold the task."""
+        part = set(self._part(task, everyone))
+        return min([view for view in views if view.index in part] or views, key=measured(self.measure))
+
+    def _part(self, task: Task, clients: Sequence[T]) -> Sequence[T]:
+        num_heavy = min(max(1, round(self.heavy_share * len(clients))), len(clients) - 1)
+        return clients[:num_heavy] if self._is_heavy(task) else clients[num_heavy:]
 
     def _is_heavy(self, task: Task) -> bool:
         request = task.request

@@ -51,8 +51,8 @@ class SessionAffinity:
         if self.load_weight and session >= 0:
             self._sent[session] = task.remaining_tokens
         if session >= 0 and there is not home:
-            if home is not None:
-                sessions[home.index] -= 1
+            if session in self._home:  # which may not be among those to choose from
+                sessions[self._home[session]] -= 1
             sessions[there.index] = sessions.get(there.index, 0) + 1
             self._home[session] = there.index
         return there
