@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -173,6 +174,27 @@ def sleeper() -> Any:
 def test_a_policy_that_never_works_is_no_censoring() -> None:
     with pytest.raises(InvariantError, match="nothing happens any more"):
         mist.run(scenario(gpu={"batching": "sleeper"}))
+
+
+@pytest.fixture
+def limitless() -> Any:
+    @dataclasses.dataclass
+    class Limitless:
+        max_num_seqs: int = 8
+
+        def next_batch(self, *args: Any) -> Batch | Wait:
+            return Wait()
+
+    registry.register("batching", "limitless")(Limitless)
+    yield
+    del registry._registered["batching"]["limitless"]
+
+
+@pytest.mark.usefixtures("limitless")
+def test_a_policy_without_limits_is_refused_where_it_is_named() -> None:
+    with pytest.raises(ScenarioError, match="limitless has no max_num_batched_tokens") as told:
+        mist.run(scenario(gpu={"batching": "limitless"}))
+    assert "clients.gpu.batching" in str(told.value)
 
 
 def test_a_router_sees_what_is_at_the_front_end() -> None:

@@ -364,11 +364,12 @@ def test_the_offered_rate_is_that_of_the_arrivals():
     clients = [ClientInfo("gpu", "gpu")]
     asked = np.array([10, 20, 30, 40, 100])
     offered = summarise(records, clients=clients, oracle_output_tokens=asked)["offered"]
-    assert offered == {"requests_per_s": 2.0, "output_tokens_per_s": 80.0, "span_s": 2.0}
+    assert offered == {"requests_per_s": 2.0, "output_tokens_per_s": 80.0, "served_share": 0.5, "span_s": 2.0}
     late = summarise(records, clients=clients, oracle_output_tokens=asked, window=(2 * 10**9, None))["offered"]
-    assert late == {"requests_per_s": 2.0, "output_tokens_per_s": pytest.approx(2 * 170 / 3), "span_s": 1.0}
+    tokens = {"output_tokens_per_s": pytest.approx(2 * 170 / 3), "served_share": 70 / 170}
+    assert late == {"requests_per_s": 2.0, **tokens, "span_s": 1.0}
     assert summarise(records, clients=clients, open_loop=False)["offered"] is None
-    nothing = {"requests_per_s": None, "output_tokens_per_s": None, "span_s": None}
+    nothing = dict.fromkeys(("requests_per_s", "output_tokens_per_s", "served_share", "span_s"))
     assert summarise(records, clients=clients, window=(3 * 10**9, None))["offered"] == nothing
 
 

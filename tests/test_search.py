@@ -18,7 +18,7 @@ from mist.cli import main
 from mist.errors import InvariantError, ScenarioError
 from mist.scenario import catalogue, load
 from mist.scenario.tables import build_tables
-from mist.search.evaluate import Job, Outcome
+from mist.search.evaluate import Job, Outcome, evaluate
 from mist.search.executors import executor_named
 from mist.search.legal import legal_points
 from mist.search.run import search
@@ -240,6 +240,30 @@ def test_that_all_runs_failed_is_an_error_with_what_they_failed_with(tmp_path: P
     assert re.search(r"space.yaml:\d+:\d+: all \d+ runs failed\n    \d+ with .*no request arrives after", result.stderr)
     assert "Nothing meets" not in result.output
     assert not (tmp_path / "out" / "result.json").exists()
+
+
+@pytest.mark.parametrize("strategy", ["halving", "exhaustive", "nsga2", "tpe"])
+def test_that_nothing_is_legal_is_an_error_by_any_strategy(tmp_path: Path, strategy: str) -> None:
+    path = written(tmp_path, {**SPACE, "space": {"clients.gpu.tp": [3, 5, 7]}}, budget={"devices": {"at_most": 8}})
+    result = CliRunner().invoke(main, ["search", str(path), "--executor", "serial", "--seeds", "1", "--trials", "1",
+                                       "--strategy", strategy, "--out", str(tmp_path / "out")])  # fmt: skip
+    assert result.exit_code == 2
+    assert re.search(r"space.yaml:\d+:\d+: none of the 3 configurations can be run", result.stderr)
+    assert re.search(r"    \d+: .*tp", result.stderr)
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_configurations_that_failed_are_counted_and_not_their_runs(tmp_path: Path) -> None:
+    class Cold(Backwards):
+        def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+            for job in jobs:
+                assert isinstance(job.source, dict)
+                fails = job.source["clients"]["gpu"]["tp"] == 2
+                yield Outcome(job.key, None, "it died", 0.0) if fails else evaluate(job)
+
+    space = {"clients.gpu": {"device": ["h100-sxm", "a100-sxm-80gb"], "tp": [1, 2]}}
+    document = found(written(tmp_path, {**SPACE, "space": space}), Cold(), strategy="exhaustive", num_seeds=3)
+    assert document["configurations"]["failed"] == [{"error": "it died", "count": 2}]
 
 
 @pytest.mark.parametrize(("bug", "kind"), [(True, InvariantError), (False, ScenarioError)])

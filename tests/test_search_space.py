@@ -11,6 +11,7 @@ import yaml
 
 from mist import run
 from mist.errors import ScenarioError
+from mist.scenario import load
 from mist.search.baseline import baseline_points
 from mist.search.choices import Choice, count, every
 from mist.search.legal import DUPLICATE, OVER, UNEVEN, legal_points
@@ -226,6 +227,44 @@ def test_objectives_of_a_summary() -> None:
     assert maximised("output_tokens_per_usd")
     assert not maximised("usd_per_million_output_tokens")
     assert not maximised("ttft_s.p99")
+
+
+def test_tokens_of_requests_that_were_not_served_earn_nothing() -> None:
+    kept = objective(SUMMARY, "output_tokens_per_usd")
+    counts = {"arrived": 100, "finished": 5, "rejected": 95}
+    lost = {**SUMMARY, "requests": counts, "offered": {**SUMMARY["offered"], "served_share": 0.03}}
+    assert objective(lost, "output_tokens_per_usd") == pytest.approx(0.03 * kept)  # type: ignore[operator]
+    assert objective(lost, "requests_per_usd") == pytest.approx(0.05 * 2 * 3600 / 10)
+    assert objective(lost, "usd_per_thousand_requests") == pytest.approx(1e3 * 10 / 3600 / 0.1)
+    earlier = {**SUMMARY, "requests": counts}  # a summary that has no share of tokens
+    assert objective(earlier, "output_tokens_per_usd") == pytest.approx(0.05 * kept)  # type: ignore[operator]
+    nothing = {**lost, "requests": {**counts, "finished": 0}, "offered": {**lost["offered"], "served_share": 0.0}}
+    assert objective(nothing, "output_tokens_per_usd") == objective(nothing, "requests_per_usd") == 0
+    assert objective(nothing, "usd_per_million_output_tokens") is None
+    whole = {
+        **SUMMARY,
+        "requests": {"arrived": 7, "finished": 7},
+        "offered": {**SUMMARY["offered"], "served_share": 1.0},
+    }
+    assert objective(whole, "output_tokens_per_usd") == kept
+
+
+def test_the_best_is_not_the_one_that_rejects_what_it_cannot_hold(tmp_path: Path) -> None:
+    path = tmp_path / "rejecting.yaml"
+    path.write_text(
+        "workload: {arrivals: {poisson: {rate_per_s: 5}}, num_requests: 60,\n"
+        "           input_tokens: {uniform: {low: 100, high: 6000}}, output_tokens: 10}\n"
+        "clients: {gpu: {device: h100-sxm, model: llama-3.1-8b, kv_cache: {num_blocks: 2000}}}\n"
+        "perf: roofline\n"
+    )
+    large, small = (run(load(path, **{"clients.gpu.kv_cache.num_blocks": blocks})).summary() for blocks in (2000, 20))
+    assert large["requests"]["finished"] == 60
+    assert not large["saturated"]
+    share = small["requests"]["finished"] / 60
+    assert 0 < share < 0.5
+    for name in ("output_tokens_per_usd", "requests_per_usd"):
+        found, whole = objective(small, name), objective(large, name)
+        assert found == pytest.approx(share * whole)  # type: ignore[operator]
 
 
 def test_constraints_say_by_what_share_they_are_missed() -> None:

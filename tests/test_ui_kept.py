@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
+import json
 import os
 import shutil
 import sys
@@ -18,6 +21,8 @@ from starlette.testclient import TestClient
 
 import ui_page
 from mist.cli import main
+from mist.scenario import load
+from mist.scenario.build import run as run_scenario
 from mist.ui.results import Results
 from ui_page import LONG, SCENARIO, finished, page_of, runs, start, state, until
 
@@ -126,6 +131,149 @@ def test_a_disk_that_refuses_leaves_a_run_whole(
     assert refused.status_code == 422
     assert "resource busy" in refused.json()["problems"][0]["message"]
     assert everything(folder) == before
+
+
+def test_a_timeline_of_the_run_is_deleted_with_it_whatever_its_name(folder: Path, page: TestClient) -> None:
+    place = folder / "out" / "ui" / "by-hand"
+    for options in (["--out", str(place)], ["--trace", str(place / "a.json")], ["--trace", str(place / "b.gz")]):
+        assert CliRunner().invoke(main, ["run", str(folder / "tiny.yaml"), *options]).exit_code == 0
+    assert {"a.json", "b.gz"} < {path.name for path in place.iterdir()}
+    assert delete(page, "by-hand").status_code == 200
+    assert list(place.parent.iterdir()) == []
+
+
+TIMELINE = (
+    b'{"displayTimeUnit": "ns",\n"otherData": {"scenario": "a \\" b", "simulator": "%s 1.0"},\n"traceEvents": []}'
+)
+
+
+@pytest.mark.parametrize("name", ["t.json", "t.json.gz"])
+@pytest.mark.parametrize("content", [TIMELINE % b"other", b'{"traceEvents": []}', b"", b"\x1f\x8b", TIMELINE[:40]])
+def test_a_timeline_of_something_else_is_not_deleted(
+    page: TestClient, kept: Results, name: str, content: bytes
+) -> None:
+    (run_id,) = keep(kept, 1)
+    (kept.root / run_id / name).write_bytes(gzip.compress(content) if name.endswith(".gz") and content else content)
+    assert "which no run wrote" in delete(page, run_id).text
+    (kept.root / run_id / name).write_bytes(content)
+    assert "which no run wrote" in delete(page, run_id).text
+    ours = TIMELINE % b"MIST"
+    (kept.root / run_id / name).write_bytes(gzip.compress(ours) if name.endswith(".gz") else ours)
+    assert delete(page, run_id).status_code == 200
+
+
+def test_a_link_to_a_timeline_is_not_deleted(folder: Path, page: TestClient, kept: Results) -> None:
+    (run_id,) = keep(kept, 1)
+    (folder / "mine.json").write_bytes(TIMELINE % b"MIST")
+    (kept.root / run_id / "link.json").symlink_to(folder / "mine.json")
+    assert "holds link.json, which no run wrote" in delete(page, run_id).text
+
+
+def test_what_one_run_has_begun_to_write_is_cleared_away_and_no_others(
+    page: TestClient, kept: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Path] = []
+
+    async def killed(job: dict[str, Any], *_: Any) -> dict[str, Any]:
+        out = Path(job["out"])
+        for end in ("77", "1.77", "77.1", "2-3.77", "x.77"):
+            (out.parent / f".{out.name}.{end}.partial").mkdir()
+            begun.append(out.parent / f".{out.name}.{end}.partial")
+        return {"problems": [PROBLEM]}
+
+    monkeypatch.setattr("mist.ui.runs.answer", killed)
+    finished(page, start(page, label="x-v1"))
+    assert [path.exists() for path in begun] == [False, True, True, True, True]
+
+
+def test_a_run_is_running_until_its_process_is_gone(
+    folder: Path, page: TestClient, kept: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lingering(job: dict[str, Any], *_: Any) -> dict[str, Any]:
+        run_scenario(load(folder / "tiny.yaml")).write(job["out"])
+        while not (folder / "go").exists():
+            await asyncio.sleep(0.01)
+        return {}
+
+    monkeypatch.setattr("mist.ui.runs.answer", lingering)
+    run_id = start(page)
+    until(lambda: (kept.root / run_id).exists(), "the result")
+    assert state(page, run_id)["state"] == "running"
+    assert delete(page, run_id).json()["problems"][0]["message"] == f"{run_id} is running"
+    (folder / "go").touch()
+    assert finished(page, run_id)["requests"] == "40 requests"
+    assert delete(page, run_id).status_code == 200
+
+
+# what lies there and is no run's
+
+
+ODD = {
+    "cost": 5, "requests": [], "slo": {"targets": 3}, "throughput": "fast", "ttft_s": [1], "saturated": {"a": "\ud800"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [*ODD, "nested"])
+def test_a_summary_that_makes_no_sense_costs_no_other_run_its_line(
+    folder: Path, page: TestClient, kept: Results, key: str
+) -> None:
+    (other,) = keep(kept, 1)
+    place = run_scenario(load(folder / "tiny.yaml")).write(kept.root / "odd")
+    summary = json.loads((place / "summary.json").read_text())
+    text = "[" * 200_000 if key == "nested" else json.dumps({**summary, key: ODD.get(key)})
+    (place / "summary.json").write_text(text)
+    found = {run["id"]: run for run in runs(page)}
+    assert found.keys() == {other, "odd"}
+    if key != "saturated":  # which is true or not, whatever it is
+        assert "can't be read" in found["odd"]["problems"][0]["message"]
+
+
+@pytest.mark.parametrize("problem", ['{"message": "a", "line": NaN}', '{"message": "\\ud800"}', '{"message": {}}'])
+def test_a_failure_that_can_not_be_sent_costs_no_other_run_its_line(
+    page: TestClient, kept: Results, problem: str
+) -> None:
+    ids = keep(kept, 2)
+    (kept.root / ids[0] / "failure.json").write_text(f'{{"name": "a", "problems": [{problem}]}}')
+    assert [run["id"] for run in runs(page)] == ids
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "loop"])
+def test_what_leads_out_of_a_folder_or_blocks_is_not_read(
+    folder: Path, page: TestClient, kept: Results, kind: str
+) -> None:
+    (folder.parent / "secret.yaml").write_text("name: secret\n")
+    for each in ("one", "other"):
+        run_scenario(load(folder / "tiny.yaml")).write(kept.root / each)
+    place = kept.root / "one" / "scenario.yaml"
+    place.unlink()
+    match kind:
+        case "link":
+            place.symlink_to(folder.parent / "secret.yaml")
+        case "pipe":
+            os.mkfifo(place)
+        case "folder":
+            place.mkdir()
+        case "loop":
+            place.symlink_to(place)
+    found = {run["id"]: run for run in runs(page)}
+    assert found["other"]["state"] == "done"
+    assert "scenario.yaml of one is no file in its folder" in found["one"]["problems"][0]["message"]
+    for path, given in (("asked", "one"), ("report", "one"), ("compare", ["one", "other"]),
+                        ("api/differences", ["one", "other"])):  # fmt: skip
+        refused = page.get(path, params={"run": given})
+        assert refused.status_code == 422
+        assert "no file in its folder" in refused.text
+        assert "secret" not in refused.text
+
+
+def test_links_within_a_folder_and_folders_that_are_links_are_read(folder: Path, page: TestClient) -> None:
+    (place := folder / "out" / "ui").mkdir(parents=True)
+    made = run_scenario(load(folder / "tiny.yaml")).write(folder / "elsewhere")
+    (made / "scenario.yaml").rename(made / "mine.yaml")
+    (made / "scenario.yaml").symlink_to("mine.yaml")
+    (place / "one").symlink_to(made, target_is_directory=True)
+    assert [run["state"] for run in runs(page)] == ["done"]
+    assert page.get("asked", params={"run": "one"}).text == (made / "mine.yaml").read_text()
 
 
 # the newest

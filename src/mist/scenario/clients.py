@@ -38,7 +38,7 @@ from mist.scenario.pricing import runs_without_model
 from mist.scenario.quantities import Size
 from mist.scenario.scaling import ScalingSection
 from mist.scenario.speculation_settings import SpeculationSettings
-from mist.scenario.unserved import unserved
+from mist.scenario.unserved import unlimited, unserved
 from mist.units import parse_bytes
 
 DEFAULT_ENGINE = "vllm-0.10"
@@ -362,7 +362,8 @@ class Pool(Section):
 
     def _misfits(self) -> Iterator[Located]:
         """Parts of this client that don't go together."""
-        refused = [*self.batching.refused(("batching", self.batching.name)), *self._oversized(), *self._unspeculative()]
+        refused = [*self.batching.refused(("batching", self.batching.name)), *unlimited(self.batching)]
+        refused += [*self._oversized(), *self._unspeculative()]
         yield from refused
         yield from self._unmergeable()
         yield from cut_sequences(self.model, self.batching)

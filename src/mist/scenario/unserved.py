@@ -1,6 +1,6 @@
-"""Batching policies that are for one stage alone, on clients that serve others: problems of a client's section.
+"""Batching policies that don't go with their client: for one stage alone, or without what a client must know of them.
 
-A part of the schema. It looks at names alone, never at the pipeline or at other clients.
+A part of the schema: problems of a client's section. It never looks at the pipeline or at other clients.
 """
 
 from __future__ import annotations
@@ -19,6 +19,17 @@ def unserved(batching: Spec, serves: Sequence[str]) -> Iterator[Located]:
     if others:
         message = f"{batching.name} serves {', '.join(able or ())} alone, and the client serves {', '.join(others)} too"
         yield ("batching", batching.name), Problem(message, hint="take another, or change serves")
+
+
+def unlimited(batching: Spec) -> Iterator[Located]:
+    """Limits of a step that the policy, which may be a plug-in's, doesn't say; a KV cache is sized by them."""
+    if batching.refused():
+        return
+    policy = batching.build()
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
+        if getattr(policy, name, None) is None:
+            hint = f"a field such as `{name}: int = 2048`: the memory of a step's activations is reckoned with it"
+            yield ("batching", batching.name), Problem(f"the batching policy {batching.name} has no {name}", hint=hint)
 
 
 def is_static(batching: Spec) -> bool:

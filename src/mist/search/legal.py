@@ -133,14 +133,25 @@ def legal_points(space: Space, progress: Callable[[int, int], None] | None = Non
             why.setdefault(chosen, Counter()).update(legal.refused - before)
         if progress is not None:
             progress(legal.num_configurations, total)
-    if not legal.points:
-        raise ScenarioError(_nothing_legal(space, legal))
+    check_any(space, legal)
     legal.remarks = [
         f"{space.label(name)}: {name}: {label} is in no legal configuration: {_blamed(name, reasons)}"
         for (name, label), reasons in why.items()
         if (name, label) not in kept
     ]
     return legal
+
+
+def check_any(space: Space, legal: Legal) -> None:
+    """ScenarioError with the reasons, counted, where nothing that was tried is legal."""
+    if legal.points:
+        return
+    place = space.own.problem(("space",), "")
+    total, tried = count(space.tree), legal.num_configurations
+    # a sampler may have drawn one again, or missed some
+    message = f"none of the {total:,} configurations can be run" + (f", in {tried:,} tries" if tried != total else "")
+    hint = "; ".join(f"{number:,}: {legal.examples[reason]}" for reason, number in legal.refused.most_common(3))
+    raise ScenarioError(Problem(message, place.file, place.line, place.column, hint))
 
 
 def _blamed(name: str, reasons: Counter[str]) -> str:
@@ -254,11 +265,3 @@ def _clients(source: Source) -> dict[str, Any]:
 
 def _told(choices: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {label}" for name, label in choices.items()) or "the scenario as it is"
-
-
-def _nothing_legal(space: Space, legal: Legal) -> list[Problem]:
-    place = space.own.problem(("space",), "")
-    total = count(space.tree)
-    message = f"none of the {total:,} configurations can be run"
-    hint = "; ".join(f"{number:,}: {legal.examples[reason]}" for reason, number in legal.refused.most_common(3))
-    return [Problem(message, place.file, place.line, place.column, hint)]

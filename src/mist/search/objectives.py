@@ -75,7 +75,8 @@ def objective(summary: Summary, name: str) -> float | None:
     """The figure of that name; None where the summary has none, such as dollars of what has no price.
 
     What is served per dollar is what is served in the long run: the offered load where an open loop keeps up with it,
-    since a run's own throughput has its ramp and its tail in it, else the throughput.
+    since a run's own throughput has its ramp and its tail in it, but for requests that weren't served, such as rejected
+    ones; else the throughput.
     """
     if name == "devices":
         return float(summary["devices"])
@@ -150,6 +151,17 @@ def _served_per_usd(summary: Summary, what: str) -> float | None:
     per_s = offered.get(f"{what}_per_s") if steady else None
     if per_s is None:
         per_s = throughput.get(f"{what}_per_s")
+    else:
+        per_s *= _served_share(summary, what)
     if not usd_per_hour or per_s is None:
         return None
     return float(per_s) * _SECONDS_PER_HOUR / float(usd_per_hour)
+
+
+def _served_share(summary: Summary, what: str) -> float:
+    """The share of the offered requests, or of the tokens that they ask for, of those that finished; 1 if unknown."""
+    share = (summary.get("offered") or {}).get("served_share") if what == "output_tokens" else None
+    if share is None:
+        requests = summary.get("requests") or {}
+        share = requests["finished"] / requests["arrived"] if requests.get("arrived") else 1.0
+    return float(share)

@@ -250,9 +250,12 @@ def _runs(lab: Laboratory) -> list[dict[str, Any]]:
 
 
 def _failed(lab: Laboratory) -> list[dict[str, Any]]:
-    """Errors of runs, counted."""
-    errors = [run["error"] for run in lab.runs.values() if "error" in run]
-    return [{"error": error, "count": errors.count(error)} for error in sorted(set(errors))]
+    """Errors of runs, each with how many configurations had it in any run."""
+    had: dict[str, set[int]] = {}
+    for (number, _, _), run in lab.runs.items():
+        if "error" in run:
+            had.setdefault(run["error"], set()).add(number)
+    return [{"error": error, "count": len(had[error])} for error in sorted(had)]
 
 
 def _real(lab: Laboratory) -> dict[str, float | None]:

@@ -18,7 +18,7 @@ from mist.search.evaluate import Executor, raise_failures
 from mist.search.finalists import last_round, planned_round
 from mist.search.laboratory import WHOLE, Laboratory, Progress
 from mist.search.ladders import Ladder, ladders_of
-from mist.search.legal import Legal, legal_points
+from mist.search.legal import Legal, check_any, legal_points
 from mist.search.objectives import objective
 from mist.search.outcome import Found, outcome
 from mist.search.space import Space, read_space
@@ -56,6 +56,7 @@ def search(
     if strategy not in ("exhaustive", "bounded"):  # which run every seed at once
         lab.forecast.expect("last round", WHOLE, partial(planned_round, lab, legal.points, seeds, ladders))
     _apply(strategy, num_trials, space, legal, ladders, lab, seeds)
+    check_any(space, legal)
     _check_ran(space, lab)
     best = best_baseline(lab, based, seeds)
     # a sampler has found its points only now

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import shutil
 import sys
 import time
 import unicodedata
@@ -56,12 +55,14 @@ class Runs:
 
     def listed(self, limit: int, also: Collection[str] = ()) -> tuple[list[dict[str, Any]], int]:
         """The newest `limit` runs, the newest first, and any that goes on or is among `also`; how many there are."""
-        asked = self._asked.copy()  # before the folders: one that ends meanwhile is in both rather than in neither
+        # before the folders: one that ends meanwhile is in both rather than in neither
+        asked = {run_id: _as_json(run) for run_id, run in self._asked.copy().items()}
         kept = self.results.ids()
         ids = sorted({*kept, *asked}, key=lambda run_id: (kept.get(run_id, run_id), run_id), reverse=True)
-        going = {run.id for run in asked.values() if run.state == RUNNING}
+        # whose folder may be there already: it runs until its process is gone
+        going = {run_id for run_id, run in asked.items() if run["state"] == RUNNING}
         shown = ids[:limit] + [run_id for run_id in ids[limit:] if run_id in going or run_id in also]
-        found = (self.results.line(each) if each in kept else _as_json(asked[each]) for each in shown)
+        found = (asked[each] if each in going or each not in kept else self.results.line(each) for each in shown)
         return [line for line in found if line is not None], len(ids)
 
     def start(self, text: str, name: str, folder: Path, label: str = "") -> str:
@@ -109,22 +110,22 @@ class Runs:
 
     async def report(self, run_id: str) -> str:
         """The report of a result, as HTML; ScenarioError where it can't be made."""
-        return await self._page({"kind": "report", "folder": str(self.results.folder(run_id))})
+        return await self._page({"kind": "report", "folder": str(self.results.readable(run_id))})
 
     async def comparison(self, run_ids: Sequence[str]) -> str:
         """The page of the first of some results against the others; ScenarioError where they can't be compared."""
         if len(run_ids) < 2:
             raise ScenarioError(Problem("one run can't be compared", hint="choose two"))
-        names = [self.results.folder(run_id).name for run_id in run_ids]
+        names = [self.results.readable(run_id).name for run_id in run_ids]
         return await self._page({"kind": "compare", "folder": str(self.root), "runs": names})
 
     def scenario(self, run_id: str) -> str:
         """The text of a run's scenario: resolved, or as it was given where the run failed."""
-        return (self.results.folder(run_id) / SCENARIO).read_text(encoding="utf-8", errors="replace")
+        return (self.results.readable(run_id) / SCENARIO).read_text(encoding="utf-8", errors="replace")
 
     def differences(self, one: str, other: str) -> list[tuple[str, Any, Any]]:
         """(path, value in one, value in the other) where the resolved scenarios of two results differ."""
-        a, b = (dict(_flat(yaml.safe_load((self.results.folder(i) / SCENARIO).read_bytes()))) for i in (one, other))
+        a, b = (dict(_flat(yaml.safe_load((self.results.readable(i) / SCENARIO).read_bytes()))) for i in (one, other))
         paths = [path for path in {**a, **b} if path != "name" and a.get(path) != b.get(path)]
         return [(path, a.get(path), b.get(path)) for path in paths[:MAX_DIFFERENCES]]
 
@@ -147,8 +148,7 @@ class Runs:
         except OSError as error:
             outcome = {"problems": [{"message": f"no process could be started: {error}"}]}
         finally:  # a process that had to be killed can't clear away what it began to write
-            for half in self.root.glob(f".{run.id}.*.partial"):
-                shutil.rmtree(half, ignore_errors=True)
+            self.results.clear_away(run.id)
         run.problems = outcome.get("problems", [])
         run.state = FAILED if run.problems else DONE
         with suppress(OSError):  # then only this page knows of it

@@ -12,6 +12,8 @@ import gzip
 import io
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -30,7 +32,7 @@ from mist.report.timeline.transfers import Wires
 from mist.scenario.result import Result
 from mist.units import NS_PER_S, seconds_to_ns
 
-__all__ = ["MANY_EVENTS", "Span", "excerpt_of", "num_events", "trace_events", "write_timeline"]
+__all__ = ["MANY_EVENTS", "Span", "excerpt_of", "is_timeline", "num_events", "trace_events", "write_timeline"]
 
 #: seconds after the first arrival, from and to; None: to the end
 Span = tuple[float, float | None]
@@ -39,6 +41,10 @@ Span = tuple[float, float | None]
 MANY_EVENTS = 4_000_000
 _BUFFERED_EVENTS = 4096
 _WHOLE = Excerpt()
+_BEGINNING = '{"displayTimeUnit": "ns",\n"otherData": '
+#: how a document begins, up to who wrote it, and bytes that surely hold that
+_OURS = re.compile(re.escape(_BEGINNING) + r'\{"scenario": "(?:[^"\\]|\\.)*", "simulator": "MIST[ "]')
+_HEAD_BYTES = 1 << 16
 
 
 def write_timeline(result: Result, path: str | Path, span_s: Span | None = None) -> Path:
@@ -93,6 +99,18 @@ def num_events(records: Records, span_s: Span | None = None) -> int:
     return round(total)
 
 
+def is_timeline(path: Path) -> bool:
+    """Whether `write_timeline` made the regular file `path`, whatever its name, by how it begins; OSError if unread."""
+    with path.open("rb") as raw:
+        head = raw.read(_HEAD_BYTES)
+    if path.suffix == ".gz":
+        try:
+            head = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, _HEAD_BYTES)
+        except zlib.error:
+            return False
+    return _OURS.match(head.decode(errors="replace")) is not None
+
+
 def trace_events(records: Records, excerpt: Excerpt = _WHOLE) -> Iterator[str]:
     """Every event as a JSON object, a process at a time; the slices of a thread are in order of time."""
     segments, wires = ByRequest(records.tasks), Wires(records)
@@ -109,7 +127,7 @@ def _write_document(result: Result, excerpt: Excerpt, out: IO[bytes] | gzip.Gzip
     metadata = {"scenario": result.name, "simulator": f"MIST {result.simulator.get('version', '')}".strip()}
     if excerpt != _WHOLE:
         metadata["excerpt"] = _told(result.records, excerpt)
-    text.write('{"displayTimeUnit": "ns",\n"otherData": ' + json.dumps(metadata) + ',\n"traceEvents": [\n')
+    text.write(_BEGINNING + json.dumps(metadata) + ',\n"traceEvents": [\n')
     separator = ""
     for batch in _batches(trace_events(result.records, excerpt)):
         text.write(separator + ",\n".join(batch))
